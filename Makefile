@@ -1,0 +1,47 @@
+# make demo [TARGET=folder] [DRAFTER=folder] [PROMPT=text]   generate with the default pair or your own
+# make test | lint | clean
+# Any of them makes the environment first; PYTHON, TORCH and VENV choose what it is made of.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.23.*
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
+STAMP := $(VENV)/.installed-specdec-fast
+
+.PHONY: demo test lint format clean
+
+demo: $(STAMP)
+	specdec-fast demo $(if $(TARGET),--target '$(TARGET)') $(if $(DRAFTER),--drafter '$(DRAFTER)') \
+	    $(if $(PROMPT),--prompt '$(PROMPT)')
+
+test: $(STAMP)
+	pytest -q tests
+
+lint: $(STAMP)
+	ruff format --check .
+	ruff check .
+	mypy specdec_fast
+	if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(CXX_FILES); fi
+
+format: $(STAMP)
+	ruff format .
+	ruff check --fix .
+	if command -v clang-format >/dev/null; then clang-format -i $(CXX_FILES); fi
+
+# torch comes before whatever depends on it, so that no other version of it is resolved
+$(STAMP): pyproject.toml setup.py $(CXX_FILES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13'
+	python -m pip install --quiet '$(TORCH)'
+	python -m pip install --quiet '$(TORCH)' '$(TRANSFORMERS)' 'triton==3.8.*'
+	python -m pip install --quiet --no-build-isolation --editable '.[gguf,triton,test,lint]'
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info specdec_fast/*.so specdec_fast/_build_info.json
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,387 @@
+"""``fast_generate``: what ``model.generate`` takes and returns, faster and with the same law."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from specdec_fast import methods
+from specdec_fast.cache import RaggedCache, read_cache, write_cache
+from specdec_fast.engine import Engine, Record
+from specdec_fast.lookahead import Lookahead
+from specdec_fast.options import Options
+from specdec_fast.randomness import Philox, UniformSource, row_seeds
+from specdec_fast.runner import Runner
+from specdec_fast.state import Rows
+from specdec_fast.stats import Speculation, remember
+from specdec_fast.stops import Stops
+from specdec_fast.verification import rule_for
+
+__all__ = ["SpeculativeOutput", "decoding_loop", "fast_generate"]
+
+
+@dataclass
+class SpeculativeOutput(GenerateDecoderOnlyOutput):
+    """Transformers' own output with the statistics of the call beside it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.speculation: Speculation | None = None
+
+
+def fast_generate(
+    model: PreTrainedModel,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    logits_processor: LogitsProcessorList | None = None,
+    stopping_criteria: StoppingCriteriaList | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    synced_gpus: bool | None = None,
+    assistant_model: PreTrainedModel | None = None,
+    streamer: BaseStreamer | None = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    *,
+    tokenizer: Any = None,
+    assistant_tokenizer: Any = None,
+    method: str = "auto",
+    verification: str = "auto",
+    seed: int | Sequence[int] | None = None,
+    num_assistant_tokens: int | None = None,
+    num_assistant_tokens_schedule: str | None = None,
+    assistant_confidence_threshold: float | None = None,
+    assistant_temperature: float | None = None,
+    prompt_lookup_num_tokens: int | None = None,
+    max_matching_ngram_size: int | None = None,
+    target_lookbehind: int | None = None,
+    assistant_lookbehind: int | None = None,
+    source: UniformSource | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Generates with a drafter; the output has exactly the law of ``model`` alone.
+
+    Takes every argument of ``model.generate`` and returns what it returns: ``sequences [B, L]``, or with
+    ``return_dict_in_generate=True`` a ``GenerateDecoderOnlyOutput`` (scores, logits, ``past_key_values``) that also
+    carries the statistics as ``output.speculation``. After a plain tensor they are in
+    :func:`specdec_fast.last_speculation`.
+
+    Args:
+        model: the target, a decoder-only model.
+        inputs: prompt ids ``[B, P]``, left-padded where lengths differ (or ``input_ids=``).
+        assistant_model: the drafter. None: no drafter, or prompt lookup.
+        tokenizer, assistant_tokenizer: of target and drafter; needed where their vocabularies differ.
+        method: "auto", "autoregressive", "model" (same tokenizer), "tli", "slem" or "prompt_lookup".
+        verification: "auto", "match" (sample and compare) or "token" (rejection sampling; Leviathan et al.,
+            arXiv 2211.17192). Both are lossless.
+        seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
+            in. None: from torch's global generator.
+        num_assistant_tokens: lookahead, draft tokens a round (in target tokens).
+        num_assistant_tokens_schedule: "constant" (default), "heuristic" or "heuristic_transient".
+        assistant_confidence_threshold: end a draft behind a token less probable than this.
+        assistant_temperature: the drafter's own temperature; None: the target's. 0: its argmax.
+        prompt_lookup_num_tokens: draft from the text itself, this many tokens a round.
+        max_matching_ngram_size: longest suffix that prompt lookup compares.
+        target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
+        source: where random numbers come from; None: Philox, keyed by seed and position.
+        **kwargs: everything else of ``model.generate``.
+
+    Raises:
+        ValueError, TypeError: an argument cannot be honoured; raised before anything ran, naming the argument.
+    """
+    options = Options(
+        assistant_model=assistant_model,
+        tokenizer=tokenizer,
+        assistant_tokenizer=assistant_tokenizer,
+        method=method,
+        verification=verification,
+        seed=seed,
+        num_assistant_tokens=num_assistant_tokens,
+        num_assistant_tokens_schedule=num_assistant_tokens_schedule,
+        assistant_confidence_threshold=assistant_confidence_threshold,
+        assistant_temperature=assistant_temperature,
+        prompt_lookup_num_tokens=prompt_lookup_num_tokens,
+        max_matching_ngram_size=max_matching_ngram_size,
+        target_lookbehind=target_lookbehind,
+        assistant_lookbehind=assistant_lookbehind,
+        streamer=streamer,
+        source=source,
+    )
+    settings = _Settings(model, generation_config, kwargs)
+    common: dict[str, Any] = {
+        "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
+        "negative_prompt_ids": negative_prompt_ids,
+        "negative_prompt_attention_mask": negative_prompt_attention_mask,
+        "logits_processor": logits_processor,
+        "stopping_criteria": stopping_criteria,
+    }
+    if "custom_generate" in kwargs:
+        raise ValueError("custom_generate is what fast_generate sets itself: use specdec_fast.decoding_loop for it")
+    if strategy := settings.other_strategy():
+        if assistant_model is not None or method != "auto" or prompt_lookup_num_tokens is not None:
+            raise ValueError(f"{strategy} cannot be combined with speculation: leave out {strategy} or the drafter")
+        extra = {} if tokenizer is None else {"tokenizer": tokenizer}
+        extra |= {} if streamer is None else {"streamer": streamer}
+        return model.generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
+    methods.check_model(model, "model")
+    if synced_gpus:
+        raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
+    if settings.get("token_healing"):
+        raise ValueError("token_healing is not supported: call model.heal_tokens on the prompt, then fast_generate")
+    options = options.completed_by(generation_config, model.generation_config)
+    # `generate` builds the stop-string criterion itself, but not for a custom loop, which has no tokenizer there
+    stop_strings = settings.take("stop_strings")
+    if stop_strings is not None:
+        if tokenizer is None:
+            raise ValueError("stop_strings needs the target's tokenizer: pass tokenizer")
+        added = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
+        common["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), added])
+    # Set, these would make `generate` check its own assisted decoding, which refuses batches
+    for name in ("prompt_lookup_num_tokens", "speculation_type"):
+        settings.take(name)
+    return model.generate(inputs, settings.config, custom_generate=_Loop(options), **common, **settings.kwargs)
+
+
+def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
+    """The loop as a callable for ``model.generate(custom_generate=...)``.
+
+    Takes the keyword arguments that :func:`fast_generate` adds to ``generate``, ``streamer`` and the two tokenizers
+    among them, because ``generate`` does not hand those on to a custom loop. Stop strings go in as a
+    ``StopStringCriteria``, since ``generate`` refuses ``stop_strings`` beside a callable.
+
+    Example:
+        >>> loop = decoding_loop(assistant_model=drafter, tokenizer=t, assistant_tokenizer=d, seed=0)
+        >>> model.generate(**inputs, custom_generate=loop, do_sample=True, max_new_tokens=64)
+    """
+    known = set(inspect.signature(Options).parameters)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"decoding_loop does not know {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
+    return _Loop(Options(**options))
+
+
+class _Settings:
+    """Reads generation settings where ``generate`` would, without changing what the caller handed in."""
+
+    def __init__(self, model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]):
+        self.config = config
+        self.kwargs = dict(kwargs)
+        self._default = model.generation_config
+
+    def get(self, name: str) -> Any:
+        if self.kwargs.get(name) is not None:
+            return self.kwargs[name]
+        for config in (self.config, self._default):
+            if getattr(config, name, None) is not None:
+                return getattr(config, name)
+        return None
+
+    def take(self, name: str) -> Any:
+        """The setting, which ``generate`` will then not see."""
+        value = self.get(name)
+        self.kwargs.pop(name, None)
+        if value is not None and getattr(self.config, name, None) is not None:
+            self.config = copy.deepcopy(self.config)
+            setattr(self.config, name, None)
+        if getattr(self._default, name, None) is not None:
+            self.kwargs[name] = None
+        return value
+
+    def other_strategy(self) -> str | None:
+        """The argument that asks for a decoding strategy other than greedy and sampling."""
+        if (self.get("num_beams") or 1) > 1:
+            return "num_beams"
+        for name in ("penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
+            if self.get(name):
+                return name
+        return "cache_implementation='paged'" if self.get("cache_implementation") == "paged" else None
+
+
+_FORWARDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
+
+
+class _Loop:
+    """What ``generate`` calls instead of its own decoding loop."""
+
+    def __init__(self, options: Options):
+        self._options = options
+        # `generate` looks at the signature to see which of its arguments a custom loop wants
+        self.__name__ = "specdec_fast"
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | GenerateDecoderOnlyOutput:
+        options = self._options.completed_by(generation_config)
+        config = generation_config
+        _refuse_unsupported(model, config, model_kwargs)
+        if options.assistant_model is not None:
+            methods.check_model(options.assistant_model, "assistant_model")
+        do_sample = bool(config.do_sample)
+        plan = methods.make_plan(model, options, logits_processor, do_sample)
+        if plan.method == "autoregressive" and options.assistant_model is not None:
+            warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
+        batch, columns = input_ids.shape
+        seeds = row_seeds(options.seed, batch)
+        stops = Stops(stopping_criteria)
+        limit = stops.max_length if stops.max_length is not None else config.max_length
+        pad = config._pad_token_tensor
+        if stops.pads and pad is None:
+            raise ValueError("rows that end early need padding: set pad_token_id")
+
+        embeds = model_kwargs.get("inputs_embeds")
+        cache = model_kwargs.get("past_key_values")
+        mask = model_kwargs.get("attention_mask")
+        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        shift = _shift(config, columns, past, mask, embeds)
+        visible = None if mask is None else mask.bool().to(input_ids.device)
+        if visible is not None and visible.shape[1] != shift + columns:
+            raise ValueError(
+                f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one column a token"
+            )
+        target = Runner(
+            model,
+            batch,
+            visible=visible,
+            use_cache=config.use_cache is not False,
+            prefill_chunk=config.prefill_chunk_size,
+        )
+        if past:
+            _load(target, cache, past)
+        rows = Rows(
+            input_ids,
+            None if visible is None else visible[:, shift:],
+            seeds,
+            limit,
+            0 if pad is None else int(pad),
+        )
+        record = Record(
+            scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
+            logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
+        )
+        statistics = Speculation(plan.method, plan.verification, plan.reason)
+        engine = Engine(
+            rows=rows,
+            target=target,
+            drafter=methods.build_drafter(plan, model, options, batch, logits_processor, do_sample),
+            rule=rule_for(plan.verification, do_sample=do_sample),
+            processors=logits_processor,
+            stops=stops,
+            lookahead=Lookahead(batch, plan.lookahead, options.num_assistant_tokens_schedule or "constant"),
+            source=options.source or Philox(),
+            statistics=statistics,
+            pad=rows.pad,
+            shift=shift,
+            embeds=embeds,
+            record=record,
+            streamer=options.streamer,
+        )
+        if options.streamer is not None:
+            options.streamer.put(input_ids.cpu())
+        sequences = engine.run()
+        if options.streamer is not None:
+            options.streamer.end()
+        remember(statistics)
+        if not config.return_dict_in_generate:
+            if past:
+                engine.fill()
+                _store(target, cache, shift + sequences.shape[1] - 1)
+            return sequences.clone()
+        engine.fill()
+        if config.use_cache is False:
+            cache = None
+        else:
+            if not past and not getattr(cache, "_is_user_defined", False):
+                cache = DynamicCache(config=model.config)
+            _store(target, cache, shift + sequences.shape[1] - 1)
+        output = SpeculativeOutput(
+            sequences=sequences.clone(),
+            scores=_by_step(record.scores),
+            logits=_by_step(record.logits),
+            past_key_values=cache,
+        )
+        output.speculation = statistics
+        return output
+
+
+def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:
+    methods.check_model(model, "model")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name} is not supported: leave it out, or use model.generate for it")
+    unknown = sorted(name for name, value in model_kwargs.items() if name not in _FORWARDED and value is not None)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
+
+
+def _shift(config: GenerationConfig, columns: int, past: int, mask: Tensor | None, embeds: Tensor | None) -> int:
+    """Columns of the target's text in front of those of ``input_ids``."""
+    if embeds is not None:
+        if past:
+            raise ValueError("inputs_embeds cannot continue past_key_values: pass input_ids")
+        return embeds.shape[1] - columns
+    if not past:
+        return 0
+    # As `generate`: the mask covers all text; ids that are as long as it repeat what the cache holds
+    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", columns)
+    if whole == columns:
+        if past >= columns:
+            raise ValueError(
+                f"past_key_values holds {past} columns and input_ids has {columns}: there must be at least one new token"
+            )
+        return 0
+    return past
+
+
+def _load(target: Runner, cache: Cache, past: int) -> None:
+    for group, own in target.caches:
+        source = cache if len(group) == target.rows else _row_of(cache, group[0])
+        read_cache(source, own)
+        for row in group:
+            target.length[row] = past
+
+
+def _row_of(cache: Cache, row: int) -> Cache:
+    """One row of a cache, as a cache."""
+    part = copy.copy(cache)
+    part.layers = [copy.copy(layer) for layer in cache.layers]
+    for layer in part.layers:
+        if getattr(layer, "is_initialized", False):
+            layer.keys, layer.values = layer.keys[row : row + 1], layer.values[row : row + 1]
+    return part
+
+
+def _store(target: Runner, cache: Cache, columns: int) -> None:
+    """Writes the columns of the result into a Transformers cache."""
+    caches = [own for _, own in target.caches]
+    if len(caches) == 1:
+        write_cache(caches[0], cache, columns)
+        return
+    joined = RaggedCache(target.rows, caches[0].layer_count)
+    for index, layer in enumerate(joined.cache.layers):
+        parts = [own.cache.layers[index] for own in caches]
+        if parts[0].is_initialized:
+            layer.keys = torch.cat([part.keys[:, :, :columns] for part in parts])
+            layer.values = torch.cat([part.values[:, :, :columns] for part in parts])
+            layer.is_initialized = True
+    write_cache(joined, cache, columns)
+
+
+def _by_step(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """Scores as ``generate`` returns them: one ``[B, V]`` a step."""
+    return None if kept is None else tuple(torch.stack(step) for step in zip(*kept, strict=True))

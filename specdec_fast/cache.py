@@ -1,0 +1,172 @@
+"""A key-value cache whose rows have lengths of their own.
+
+Every row writes where its own text ends and rolls back by lowering a number: nothing is copied, cropped or
+concatenated. Column ``c`` of a row holds its ``c``-th column of ``sequences``, so a cache given back to the caller
+matches them column by column.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+__all__ = ["RaggedCache", "ragged_layers", "read_cache", "write_cache"]
+
+GROWTH = 256  # columns a buffer grows by at least, so that growing costs one copy in hundreds of tokens
+
+
+@dataclass
+class Window:
+    """Where the next forward pass writes, shared by all layers of a cache.
+
+    Args:
+        rows: ``[R]`` int64 rows of the cache that take part, None where all do.
+        start: first column written; per row ``[R, n]`` columns are in ``columns`` where rows differ.
+        columns: ``[R, n]`` int64, None where every row writes at ``start``.
+        end: columns the attention sees: one more than the last written.
+        total_rows: rows of the whole cache.
+    """
+
+    rows: Tensor | None = None
+    start: int = 0
+    columns: Tensor | None = None
+    end: int = 0
+    total_rows: int = 0
+
+
+class RaggedLayer(CacheLayerMixin):
+    """One layer: ``[B, heads, capacity, head_dim]`` keys and values, grown when needed."""
+
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, window: Window):
+        super().__init__()
+        self.window = window
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._empty(key_states, 0)
+        self.values = self._empty(value_states, 0)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._write(self.keys, key_states)
+        self.values = self._write(self.values, value_states)
+        return self._read(self.keys), self._read(self.values)
+
+    def get_seq_length(self) -> int:
+        return self.window.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.start + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise RuntimeError("a ragged cache is rolled back through its rows' lengths")
+
+    def _empty(self, states: Tensor, columns: int) -> Tensor:
+        # Zeros, not garbage: a column nobody wrote is masked, but 0 * NaN in the attention's sum would still be NaN
+        _, heads, _, dim = states.shape
+        return states.new_zeros((self.window.total_rows, heads, columns, dim))
+
+    def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
+        window = self.window
+        if window.end > buffer.shape[2]:
+            grown = self._empty(states, max(window.end, buffer.shape[2] * 3 // 2) + GROWTH)
+            grown[:, :, : buffer.shape[2]] = buffer
+            buffer = grown
+        if window.columns is None:
+            span = slice(window.start, window.start + states.shape[2])
+            if window.rows is None:
+                buffer[:, :, span] = states
+            else:
+                buffer[window.rows, :, span] = states
+        else:
+            rows = torch.arange(states.shape[0], device=states.device) if window.rows is None else window.rows
+            buffer[rows.unsqueeze(1), :, window.columns] = states.transpose(1, 2)
+        return buffer
+
+    def _read(self, buffer: Tensor) -> Tensor:
+        seen = buffer[:, :, : self.window.end]
+        return seen if self.window.rows is None else seen[self.window.rows]
+
+
+@dataclass
+class RaggedCache:
+    """The cache of one model for ``rows`` rows, as the object the model's forward takes plus its window."""
+
+    rows: int
+    layer_count: int
+    window: Window = field(default_factory=Window)
+    cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window.total_rows = self.rows
+        self.cache = Cache(layers=[RaggedLayer(self.window) for _ in range(self.layer_count)])
+
+
+def ragged_layers(config: Any) -> int | None:
+    """How many cache layers a model of this configuration needs, None where one of them is not attention.
+
+    Layers with a recurrent state (Mamba, RWKV, linear attention) or an index of their own cannot roll back to an
+    earlier column by themselves.
+    """
+    layers = DynamicCache(config=config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return len(layers) if plain and layers else None
+
+
+def read_cache(source: Cache, target: RaggedCache) -> int:
+    """Copies a caller's cache into a ragged one; returns how many columns it holds.
+
+    Raises:
+        ValueError: a layer keeps something else than keys and values, or has thrown away columns that a full-length
+            cache needs.
+    """
+    columns = int(source.get_seq_length())
+    if columns == 0:
+        return 0
+    if len(source.layers) != len(target.cache.layers):
+        raise ValueError(
+            f"past_key_values has {len(source.layers)} layers, the model {len(target.cache.layers)}: pass the cache "
+            "that this model returned"
+        )
+    target.window.rows, target.window.columns = None, None
+    target.window.start, target.window.end = 0, columns
+    for mine, theirs in zip(target.cache.layers, source.layers, strict=True):
+        if not getattr(theirs, "is_initialized", False):
+            continue  # layers that share another layer's keys never fill their own
+        keys, values = theirs.keys, theirs.values
+        if keys is None or values is None:
+            raise ValueError(f"past_key_values has a layer of type {type(theirs).__name__}: pass a DynamicCache")
+        if keys.shape[0] != target.rows:
+            raise ValueError(
+                f"past_key_values has {keys.shape[0]} rows, the call {target.rows}: give it one row a sequence"
+            )
+        kept = min(columns, keys.shape[2])
+        # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good
+        padding = (0, 0, columns - kept, 0)
+        first = keys.shape[2] - kept if getattr(theirs, "is_sliding", False) else 0
+        mine.update(
+            torch.nn.functional.pad(keys[:, :, first : first + kept], padding),
+            torch.nn.functional.pad(values[:, :, first : first + kept], padding),
+        )
+    return columns
+
+
+def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:
+    """Replaces what a Transformers cache holds by the first ``columns`` columns of a ragged one."""
+    target.reset()
+    for index, layer in enumerate(source.cache.layers):
+        if layer.is_initialized:
+            keys, values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
+            target.update(keys.clone(), values.clone(), index)

@@ -1,0 +1,1 @@
+"""Drafters: each proposes draft tokens in target ids and says by what law it drew them."""

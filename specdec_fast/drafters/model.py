@@ -1,0 +1,287 @@
+"""Drafters that are language models: the same tokenizer, TLI and SLEM.
+
+All three write with the same loop; they differ in the vocabulary they draw on and in how a drawn token becomes a
+target token:
+
+- *same tokenizer*: draws on the whole vocabulary, an id is an id;
+- *TLI* (token-level intersection; Timor et al., arXiv 2502.05202, section 4): q is restricted to the tokens both
+  vocabularies have, byte for byte, and renormalised. What is drawn is a target token, its law is known;
+- *SLEM* (string-level exact match; the same, section 3): draws on the drafter's whole vocabulary; the text, re-tokenised
+  by the target's tokenizer, is proposed as a certainty.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from specdec_fast import reference
+from specdec_fast.proposal import CompactLaw, Law, PointMass, Proposal
+from specdec_fast.runner import Head, Runner
+from specdec_fast.state import Rows
+from specdec_fast.text import TextProposer
+from specdec_fast.verification import Draws
+
+__all__ = ["CompactDrafter", "Context", "ModelWriter", "SameText", "SlemDrafter"]
+
+MOST_STEPS = 4.0  # drafter tokens written for one target token, at most
+
+
+class Context(Protocol):
+    """One row's text as the drafter's ids."""
+
+    ids: list[int]
+
+    def append(self, source_ids: Sequence[int]) -> int:
+        """Adds target ids; returns how many of the ids before are unchanged."""
+
+
+class SameText:
+    """The context of a drafter that shares the target's tokenizer."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def append(self, source_ids: Sequence[int]) -> int:
+        kept = len(self.ids)
+        self.ids.extend(source_ids)
+        return kept
+
+
+class ModelWriter:
+    """Runs a drafter model behind the rows' text: brings its cache up to date, then writes token by token.
+
+    Args:
+        model: the drafter.
+        contexts: one a row.
+        warpers: the drafter's sampling; None: its argmax.
+        choices: ``[K]`` int64 ids of the drafter it may draw, None: all. Scores and draws are in terms of this list.
+        confidence: stop a row's draft behind a token whose probability is below this; 0: never. The token itself
+            stays: dropping it after having looked at it would change the output's law.
+        head: a copy of the LM head that yields the scores of ``choices`` alone.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        contexts: Sequence[Context],
+        *,
+        warpers: LogitsProcessorList | None,
+        choices: Tensor | None = None,
+        confidence: float = 0.0,
+        head: Head | None = None,
+    ):
+        self.contexts = contexts
+        self.device = model.device
+        self.warpers = warpers
+        self.translate_seconds = 0.0
+        self._runner = Runner(model, len(contexts), head=head)
+        self._choices = None if choices is None else choices.to(model.device)
+        self._picks = None if choices is None or head is not None else self._choices
+        self._confidence = confidence
+        self._read = [0] * len(contexts)
+        self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
+        self._first = [0] * len(contexts)
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self._positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
+
+    def read(self, rows: Rows, active: list[int]) -> None:
+        """Takes note of what was committed since the last round."""
+        begin = time.perf_counter()
+        for row in active:
+            context, text = self.contexts[row], rows.tokens[row]
+            before = len(context.ids)
+            kept = context.append(text[self._read[row] :])
+            self._read[row] = len(text)
+            if kept == before:  # draft tokens that were accepted are in the cache already
+                kept += _common(self._drafted[row], context.ids[before:])
+            self._runner.rollback(row, max(kept - self._first[row], 0))
+        self.translate_seconds += time.perf_counter() - begin
+
+    def write(self, active: list[int], steps: list[int], draws: Draws) -> Written:
+        """Draws up to ``steps`` tokens a row behind its context."""
+        able = [self._make_room(row, most) for row, most in zip(active, steps, strict=True)]
+        places = [r for r, most in enumerate(able) if most]
+        if not places:
+            return Written(torch.zeros((len(active), 0), dtype=torch.long, device=self.device), None, able)
+        written = self._write([active[r] for r in places], [able[r] for r in places], draws.rows(places))
+        return written.spread(places, len(active))
+
+    def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
+        most = max(count)
+        logits = self._catch_up(active)
+        ones = [1] * len(active)
+        drawn, kept_scores = [], []
+        fed: list[Tensor] = []
+        for step in range(most):
+            scores = self._scores(logits)
+            token = self._pick(scores, draws, step)
+            drawn.append(token)
+            kept_scores.append(scores)
+            if self._confidence:
+                sure = reference.log_prob(scores, token).exp() >= self._confidence
+                count = [c if ok else min(c, step + 1) for c, ok in zip(count, sure.tolist(), strict=True)]
+            if step + 1 >= max(count):
+                break
+            token = token.clamp(min=0)
+            fed.append(token if self._choices is None else self._choices[token])
+            logits = self._runner.feed(active, fed[-1].unsqueeze(1), ones, ones)[:, 0]
+        for r, row in enumerate(active):
+            self._drafted[row] = [int(ids[r]) for ids in fed]
+        scores = None if self.warpers is None else torch.stack(kept_scores, 1)
+        return Written(torch.stack(drawn, 1), scores, count)
+
+    def _make_room(self, row: int, steps: int) -> int:
+        """Slides a row's window where its text would leave the drafter's positions; returns the steps possible."""
+        length = len(self.contexts[row].ids)
+        if length == 0:
+            return 0  # a model without a first token has nothing to continue
+        if length - self._first[row] + steps > self._positions:
+            self._first[row] = max(length - max(self._positions // 2, 1), 0)
+            self._runner.rollback(row, 0)
+        return min(steps, self._positions - (length - self._first[row]))
+
+    def _catch_up(self, active: list[int]) -> Tensor:
+        """Feeds each row what its cache lacks (one token at least): logits behind its text, ``[R, V]``."""
+        missing = []
+        for row in active:
+            text = self.contexts[row].ids
+            self._runner.rollback(row, len(text) - self._first[row] - 1)
+            missing.append(torch.tensor(text[self._first[row] + self._runner.length[row] :], dtype=torch.long))
+        lanes = [len(piece) for piece in missing]
+        tokens = torch.nn.utils.rnn.pad_sequence(missing, batch_first=True)
+        return self._runner.feed(active, tokens, lanes, [1] * len(active))[:, 0]
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        scores = logits.float() if self._picks is None else logits[:, self._picks].float()
+        if self.warpers:
+            empty = torch.zeros((scores.shape[0], 1), dtype=torch.long, device=scores.device)
+            scores = self.warpers(empty, scores)
+        return scores
+
+    def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:
+        if self.warpers is None:
+            return scores.argmax(-1)
+        return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device))
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a drafter wrote.
+
+    Args:
+        drawn: ``[R, G]`` int64, entries of the writer's choices; -1 where the drafter's scores were no distribution.
+        scores: ``[R, G, K]`` float32 they were drawn from, None for an argmax drafter.
+        count: tokens of each row.
+    """
+
+    drawn: Tensor
+    scores: Tensor | None
+    count: list[int]
+
+    def spread(self, places: list[int], rows: int) -> Written:
+        """The same with rows that wrote nothing put in between."""
+        if len(places) == rows:
+            return self
+        drawn = self.drawn.new_zeros((rows, self.drawn.shape[1]))
+        drawn[places] = self.drawn
+        scores = None
+        if self.scores is not None:
+            scores = self.scores.new_zeros((rows, *self.scores.shape[1:]))
+            scores[places] = self.scores
+        count = [0] * rows
+        for place, number in zip(places, self.count, strict=True):
+            count[place] = number
+        return Written(drawn, scores, count)
+
+
+class CompactDrafter:
+    """Proposes what a model draws on a vocabulary whose every entry is one target token: same tokenizer and TLI.
+
+    With q the law on those entries (for TLI: the drafter's law restricted to the intersection and renormalised, since
+    no other score is in the softmax), rule *token* accepts with probability ``sum min(p, q)``.
+
+    Args:
+        writer: the drafter model, its choices in the order of ``index``.
+        index: ``[K]`` int64 ascending target ids; None: ids are the same on both sides.
+        device: of the target.
+    """
+
+    def __init__(self, writer: ModelWriter, index: Tensor | None, device: torch.device):
+        self._writer = writer
+        self._index = None if index is None else index.to(device)
+        self._device = device
+
+    @property
+    def translate_seconds(self) -> float:
+        return self._writer.translate_seconds
+
+    def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
+        if self._index is not None and not len(self._index):
+            limit = [0] * len(limit)
+        self._writer.read(rows, active)
+        written = self._writer.write(active, limit, draws)
+        drawn = written.drawn.to(self._device)
+        tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
+        law: Law = (
+            PointMass(tokens)
+            if written.scores is None
+            else CompactLaw(written.scores.to(self._device), self._index, drawn)
+        )
+        return Proposal(tokens, written.count, law)
+
+
+class SlemDrafter:
+    """Proposes the target's tokenisation of what a model writes.
+
+    The text is certain before the target looks at it, so the proposal is a point mass and no law is needed; rule
+    *match* accepts with probability ``sum_t p(t) psi(t)``, psi being the law of the first re-tokenised token.
+
+    Args:
+        writer: the drafter model on its whole vocabulary.
+        proposer: re-tokenises text behind a row's own.
+        device: of the target.
+    """
+
+    def __init__(self, writer: ModelWriter, proposer: TextProposer, device: torch.device):
+        self._writer = writer
+        self._proposer = proposer
+        self._device = device
+        self._translate = 0.0
+
+    @property
+    def translate_seconds(self) -> float:
+        return self._writer.translate_seconds + self._translate
+
+    def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
+        self._writer.read(rows, active)
+        steps = []
+        for row, most in zip(active, limit, strict=True):
+            written, text = len(self._writer.contexts[row].ids), len(rows.tokens[row])
+            ratio = min(max(written / max(text, 1), 1.0), MOST_STEPS)
+            steps.append(math.ceil(most * ratio))
+        written_ids = self._writer.write(active, steps, draws)
+        begin = time.perf_counter()
+        drafts = []
+        for r, (row, most) in enumerate(zip(active, limit, strict=True)):
+            drawn = written_ids.drawn[r, : written_ids.count[r]].tolist()
+            text_ids = [token for token in drawn if token >= 0]
+            context = self._writer.contexts[row].ids
+            drafts.append(self._proposer.propose(rows.tokens[row], context, text_ids)[:most] if text_ids else [])
+        self._translate += time.perf_counter() - begin
+        return Proposal.of_lists(drafts, self._device)
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """Length of the common start of two sequences."""
+    for length, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return length
+    return min(len(left), len(right))

@@ -1,0 +1,38 @@
+"""Prompt lookup: what followed the last few tokens when they stood in the text before."""
+
+from __future__ import annotations
+
+import torch
+
+from specdec_fast.ngram import NgramIndex
+from specdec_fast.proposal import Proposal
+from specdec_fast.state import Rows
+from specdec_fast.verification import Draws
+
+__all__ = ["PromptLookup"]
+
+
+class PromptLookup:
+    """Proposes the continuation of the most recent earlier occurrence of the longest matching suffix.
+
+    Args:
+        rows: how many rows.
+        max_ngram: longest suffix compared (``max_matching_ngram_size``).
+        device: of the target.
+    """
+
+    translate_seconds = 0.0
+
+    def __init__(self, rows: int, max_ngram: int, device: torch.device):
+        self._index = [NgramIndex(max_ngram) for _ in range(rows)]
+        self._read = [0] * rows
+        self._device = device
+
+    def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
+        drafts = []
+        for row, most in zip(active, limit, strict=True):
+            text = rows.tokens[row]
+            self._index[row].extend(text[self._read[row] :])
+            self._read[row] = len(text)
+            drafts.append(list(self._index[row].lookup(most)) if most else [])
+        return Proposal.of_lists(drafts, self._device)

@@ -1,0 +1,344 @@
+"""The loop: draft, score, verify, commit, until every row is done."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from specdec_fast import sampling
+from specdec_fast.drafters.base import Drafter
+from specdec_fast.lookahead import Lookahead
+from specdec_fast.proposal import Proposal
+from specdec_fast.randomness import UniformSource
+from specdec_fast.runner import Runner
+from specdec_fast.state import Rows
+from specdec_fast.stats import Speculation
+from specdec_fast.stops import Stops
+from specdec_fast.verification import Draws, Rule
+
+__all__ = ["Engine", "Record"]
+
+
+@dataclass
+class Record:
+    """Scores and logits of every committed token, kept where the caller asked for them: one list of ``[V]`` a row."""
+
+    scores: list[list[Tensor]] | None = None
+    logits: list[list[Tensor]] | None = None
+
+    def add(self, row: int, scores: Tensor, logits: Tensor | None) -> None:
+        """Keeps ``[n, V]`` of a row."""
+        if self.scores is not None:
+            self.scores[row].extend(scores.unbind(0))
+        if self.logits is not None and logits is not None:
+            self.logits[row].extend(logits.unbind(0))
+
+
+@dataclass
+class Engine:
+    """One generation. Nothing outlives it and nothing of the caller's is changed.
+
+    Args:
+        rows: committed text.
+        target: scores text; its columns are those of ``rows`` shifted by ``shift``.
+        drafter, rule, processors, stops, lookahead: the independent parts.
+        source: random numbers.
+        statistics: filled while it runs.
+        pad: id of padding.
+        shift: columns the target's cache holds in front of ``rows`` (a continuation, a prompt given as embeddings).
+        embeds: ``[B, n, H]`` the prompt as embeddings, fed instead of the prompt's ids.
+        record: what to keep of scores and logits.
+        streamer: receives a ``[B]`` tensor a column, as ``generate`` calls it.
+    """
+
+    rows: Rows
+    target: Runner
+    drafter: Drafter
+    rule: Rule
+    processors: LogitsProcessorList
+    stops: Stops
+    lookahead: Lookahead
+    source: UniformSource
+    statistics: Speculation
+    pad: int
+    shift: int = 0
+    embeds: Tensor | None = None
+    record: Record = field(default_factory=Record)
+    streamer: BaseStreamer | None = None
+
+    def __post_init__(self) -> None:
+        self._manner = sampling.manner_of(self.processors)
+        self._in_order = self._manner is sampling.Manner.IN_ORDER or self.stops.in_order
+        self._stop: list[int | None] = [None] * self.rows.batch  # columns of each row once it has ended
+        self._streamed = self.rows.prompt_columns
+        self._hidden = [self.shift + n - len(text) for n, text in zip(self.rows.length, self.rows.tokens, strict=True)]
+
+    def run(self) -> Tensor:
+        """Generates; returns ``sequences [B, L]``."""
+        begin = time.perf_counter()
+        with torch.no_grad():
+            while self.rows.active:
+                self.statistics.rounds += 1
+                if self._in_order:
+                    self._round_in_order()
+                else:
+                    self._round()
+                self._stream()
+        self.statistics.translate_seconds = self.drafter.translate_seconds
+        self.statistics.total_seconds = time.perf_counter() - begin
+        return self.rows.ids[:, : max(self.rows.length)]
+
+    def fill(self) -> None:
+        """Feeds the padding behind rows that ended early, so that cache and scores cover every column of the result.
+
+        Plain decoding feeds it too, one column at a time.
+        """
+        end = max(self.rows.length)
+        short = [row for row, n in enumerate(self.rows.length) if n < end]
+        if not short:
+            return
+        start = [self.rows.length[row] for row in short]
+        missing = [end - n for n in start]
+        tokens = self._lanes(self.rows.ids, short, [n - 1 for n in start], missing)
+        logits = self.target.feed(short, tokens, missing, missing).float()
+        raw = logits.clone()
+        scores = sampling.process(
+            self.processors,
+            self._manner,
+            logits,
+            lambda r, i: self.rows.ids[short[r] : short[r] + 1, : start[r] + i],
+            missing,
+        )
+        for r, row in enumerate(short):
+            self.record.add(row, scores[r, : missing[r]], raw[r, : missing[r]])
+
+    # One round -------------------------------------------------------------------------------------------------------
+
+    def _round(self) -> None:
+        """All drafted positions at once; each row keeps as many as it accepts."""
+        active = self.rows.active
+        draws = self._draws(active)
+        proposal = self._draft(active, draws)
+        begin = time.perf_counter()
+        logits = self._score(active, proposal)
+        raw = logits.clone() if self.record.logits is not None else None
+        start = [self.rows.length[row] for row in active]
+        if self._manner is sampling.Manner.PREFIX:  # prefixes are read off the rows: put the drafts there
+            self._place(active, proposal)
+        scores = sampling.process(
+            self.processors,
+            self._manner,
+            logits,
+            lambda r, i: self.rows.ids[active[r] : active[r] + 1, : start[r] + i],
+            [c + 1 for c in proposal.count],
+        )
+        verdict = self.rule.verify(scores, proposal, draws)
+        accepted, token, drafts = _to_host(verdict.accepted, verdict.token, proposal.tokens)
+        self.statistics.verify_seconds += time.perf_counter() - begin
+        for r, row in enumerate(active):
+            _refuse_undefined(token[r][0], row)
+            block = drafts[r][: accepted[r][0]] + token[r]
+            kept = self._commit(row, block)
+            self._learn(row, proposal.count[r], accepted[r][0], kept)
+            self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
+        self._settle()
+
+    def _round_in_order(self) -> None:
+        """One position after the other for the whole batch, until a row rejects: for callables that see every step.
+
+        A row that would have accepted more drops the rest of its draft untested.
+        """
+        batch, active = self.rows.batch, self.rows.active
+        draws = self._draws(active)
+        proposal = self._draft(active, draws)
+        begin = time.perf_counter()
+        length = self.rows.length[active[0]]
+        width = proposal.tokens.shape[1]
+        tokens = torch.full((batch, width), self.pad, dtype=torch.long, device=self.rows.ids.device)
+        tokens[active] = proposal.tokens
+        count = [width] * batch  # a finished row takes in padding
+        for r, row in enumerate(active):
+            count[row] = proposal.count[r]
+        logits = self._score(list(range(batch)), Proposal(tokens, count, proposal.law))
+        accepted = [0] * len(active)
+        for i in range(width + 1):
+            raw = logits[:, i].clone()
+            scores = self.processors(self.rows.ids[:, : length + i], logits[:, i])
+            verdict = self.rule.verify(scores[active].unsqueeze(1), proposal.at(i), draws.at(i))
+            column = torch.full((batch,), self.pad, dtype=torch.long, device=tokens.device)
+            kept = verdict.accepted.bool()
+            drafted = proposal.tokens[:, i] if i < width else verdict.token
+            column[active] = torch.where(kept, drafted, verdict.token)
+            kept_rows, chosen = _to_host(kept, column[active])
+            for row, (token,) in zip(active, chosen, strict=True):
+                _refuse_undefined(token, row)
+            self._append_column(column)
+            for row in range(batch):
+                self.record.add(row, scores[row].unsqueeze(0), raw[row].unsqueeze(0))
+            history = (
+                None if self.record.scores is None else tuple(map(torch.stack, zip(*self.record.scores, strict=True)))
+            )
+            newly_done = self._ask_criteria(length + i + 1, history)
+            accepted = [a + k for a, (k,) in zip(accepted, kept_rows, strict=True)]
+            if newly_done or min(accepted) == i:
+                break
+        self.statistics.verify_seconds += time.perf_counter() - begin
+        new = self.rows.length[0] - length
+        for r, row in enumerate(active):
+            self._learn(row, proposal.count[r], accepted[r], new)
+        for row in range(batch):
+            self.target.rollback(row, self.shift + self.rows.length[row] - 1)
+
+    # Draft and score -------------------------------------------------------------------------------------------------
+
+    def _draws(self, active: list[int]) -> Draws:
+        device = self.rows.ids.device
+        # Padding is not counted: a row draws the same numbers in whatever batch it stands
+        start = [self.shift + self.rows.length[row] - self._hidden[row] for row in active]
+        return Draws(self.source, self.rows.seed[active], torch.tensor(start, device=device))
+
+    def _draft(self, active: list[int], draws: Draws) -> Proposal:
+        begin = time.perf_counter()
+        limit = []
+        for row in active:
+            room = self.rows.ids.shape[1] - self.rows.length[row] - 1  # the token behind the draft needs a column too
+            limit.append(max(min(self.lookahead[row], room), 0) if self.embeds is None else 0)
+        proposal = self.drafter.propose(self.rows, active, limit, draws)
+        self.statistics.draft_seconds += time.perf_counter() - begin
+        return proposal
+
+    def _score(self, rows: list[int], proposal: Proposal) -> Tensor:
+        """Feeds what the target has not seen yet and the drafts: ``[R, G+1, V]`` float32."""
+        if self.embeds is not None:
+            embeds, self.embeds = self.embeds, None
+            lanes = [embeds.shape[1]] * len(rows)
+            unread = torch.zeros(embeds.shape[:2], dtype=torch.long)
+            return self.target.feed(rows, unread, lanes, [1] * len(rows), embeds=embeds).float()
+        first = [self.target.length[row] - self.shift for row in rows]
+        unseen = [self.rows.length[row] - f for row, f in zip(rows, first, strict=True)]
+        known = self._lanes(self.rows.ids, rows, first, unseen)
+        width = proposal.tokens.shape[1]
+        lanes = [u + c for u, c in zip(unseen, proposal.count, strict=True)]
+        if min(unseen) == max(unseen):
+            tokens = torch.cat([known, proposal.tokens.clamp(min=0)], 1)
+        else:
+            tokens = torch.nn.functional.pad(known, (0, width))
+            for r, u in enumerate(unseen):
+                tokens[r, u : u + width] = proposal.tokens[r].clamp(min=0)
+        logits = self.target.feed(rows, tokens[:, : max(lanes)], lanes, [c + 1 for c in proposal.count])
+        # A copy in float32, as plain decoding takes it: processors write into it
+        return logits.to(device=self.rows.ids.device, dtype=torch.float32, copy=True)
+
+    @staticmethod
+    def _lanes(ids: Tensor, rows: list[int], first: list[int], count: list[int]) -> Tensor:
+        """Columns ``first .. first + count`` of each row, left-aligned: ``[R, max(count)]``."""
+        if min(first) == max(first):
+            picked = ids if len(rows) == ids.shape[0] else ids[rows]
+            return picked[:, first[0] : first[0] + max(count)]
+        index = torch.tensor(first, device=ids.device).unsqueeze(1) + torch.arange(max(count), device=ids.device)
+        return ids[rows].gather(1, index.clamp(max=ids.shape[1] - 1))
+
+    def _place(self, active: list[int], proposal: Proposal) -> None:
+        for r, row in enumerate(active):
+            first, n = self.rows.length[row], proposal.count[r]
+            self.rows.ids[row, first : first + n] = proposal.tokens[r, :n]
+
+    # Commit ----------------------------------------------------------------------------------------------------------
+
+    def _commit(self, row: int, block: list[int]) -> int:
+        """Adds a block to a row, up to the token that ends it; returns how many tokens were added."""
+        length = self.rows.length[row]
+        block = block[: self.rows.ids.shape[1] - length]
+        if self._stop[row] is None:
+            self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.ids.device)
+            index = self.stops.first(self.rows.ids[row : row + 1], length, block)
+            if index is not None:
+                self._stop[row] = length + index + 1
+                if self.stops.pads:
+                    block = block[: index + 1]
+        self.rows.commit(row, block)
+        self.rows.ids[row, self.rows.length[row] :] = self.pad
+        self.target.rollback(row, self.shift + self.rows.length[row] - 1)
+        return len(block)
+
+    def _settle(self) -> None:
+        """Decides which rows are done.
+
+        Without an EOS there is no padding: plain decoding lets rows that ended run on until the last one has.
+        """
+        if self.stops.pads:
+            self.rows.done = [stop is not None for stop in self._stop]
+            return
+        if any(stop is None for stop in self._stop):
+            return
+        end = max(stop for stop in self._stop if stop is not None)
+        for row in range(self.rows.batch):
+            self.rows.done[row] = self.rows.length[row] >= end
+            if self.rows.done[row]:
+                self._truncate(row, end)
+
+    def _truncate(self, row: int, end: int) -> None:
+        dropped = self.rows.length[row] - end
+        if dropped > 0:
+            self.rows.length[row] = end
+            del self.rows.tokens[row][-dropped:]
+            self.rows.ids[row, end:] = self.pad
+            for kept in (self.record.scores, self.record.logits):
+                if kept is not None:
+                    del kept[row][-dropped:]
+            self.target.rollback(row, self.shift + end - 1)
+
+    def _append_column(self, column: Tensor) -> None:
+        (values,) = _to_host(column)
+        for row, (token,) in enumerate(values):
+            self.rows.commit(row, [token])
+
+    def _ask_criteria(self, end: int, scores: tuple[Tensor, ...] | None) -> bool:
+        """Asks every criterion about the newest column; returns whether a row ended there."""
+        newly = False
+        for row, ended in enumerate(self.stops.ended(self.rows.ids[:, :end], scores)):
+            if ended and self._stop[row] is None:
+                self._stop[row] = end
+                newly = True
+        if self.stops.pads:
+            self.rows.done = [stop is not None for stop in self._stop]
+        elif all(stop is not None for stop in self._stop):
+            self.rows.done = [True] * self.rows.batch
+        return newly
+
+    def _learn(self, row: int, drafted: int, accepted: int, committed: int) -> None:
+        self.statistics.count(drafted, accepted, committed)
+        self.lookahead.update(row, drafted, accepted)
+
+    def _stream(self) -> None:
+        """Hands over the columns that every row has reached."""
+        if self.streamer is None:
+            return
+        running = [self.rows.length[row] for row in self.rows.active]
+        ready = min(running) if running else max(self.rows.length)
+        for column in range(self._streamed, ready):
+            self.streamer.put(self.rows.ids[:, column].cpu())
+        self._streamed = max(self._streamed, ready)
+
+
+def _to_host(*tensors: Tensor) -> list[list[list[int]]]:
+    """Several ``[R]`` or ``[R, n]`` tensors as lists, with one copy off the device."""
+    flat = [t.long().reshape(t.shape[0], -1) for t in tensors]
+    values = torch.cat(flat, 1).tolist()
+    result, first = [], 0
+    for t in flat:
+        result.append([line[first : first + t.shape[1]] for line in values])
+        first += t.shape[1]
+    return result
+
+
+def _refuse_undefined(token: int, row: int) -> None:
+    if token < 0:
+        raise RuntimeError(
+            f"row {row}: the target's scores hold a NaN or forbid every token, so there is no next token to draw"
+        )

@@ -1,0 +1,193 @@
+"""Chooses drafter and rule for a call, builds the drafter, and says why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from specdec_fast import sampling
+from specdec_fast.cache import ragged_layers
+from specdec_fast.drafters.base import Drafter
+from specdec_fast.drafters.head import pruned_head
+from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter
+from specdec_fast.drafters.none import NoDrafter
+from specdec_fast.drafters.prompt_lookup import PromptLookup
+from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
+from specdec_fast.text import Reader, TextProposer
+from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
+
+__all__ = ["Plan", "check_model", "logit_width", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a call will do.
+
+    Args:
+        method: resolved, never "auto".
+        verification: resolved name of the rule.
+        reason: one line for the statistics.
+        lookahead: draft tokens of the first round.
+    """
+
+    method: str
+    verification: str
+    reason: str
+    lookahead: int
+
+
+def check_model(model: PreTrainedModel, argument: str) -> None:
+    """Refuses by name what cannot be decoded here.
+
+    Raises:
+        ValueError: ``argument`` is encoder-only, encoder-decoder or keeps a recurrent state.
+    """
+    name = type(model).__name__
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{argument}: {name} is an encoder-decoder model, which is not supported: use model.generate for it"
+        )
+    if not model.can_generate():
+        raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
+    if getattr(model, "_is_stateful", False) or ragged_layers(model.config) is None:
+        raise ValueError(
+            f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: use "
+            "model.generate for it"
+        )
+
+
+def logit_width(model: PreTrainedModel) -> int:
+    """How many logits a position has, padding of the vocabulary included."""
+    head = model.get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if isinstance(weight, torch.Tensor) and weight.ndim == 2 and weight.is_floating_point():
+        return weight.shape[0]
+    return model.config.get_text_config(decoder=True).vocab_size
+
+
+def make_plan(model: PreTrainedModel, options: Options, processors: LogitsProcessorList, do_sample: bool) -> Plan:
+    """Resolves ``method`` and ``verification``.
+
+    Raises:
+        ValueError: they contradict the other arguments, or would not be lossless.
+    """
+    method, reason = _method(model, options, do_sample)
+    if method != "autoregressive" and sampling.holds_a_cache(processors):
+        method, reason = "autoregressive", "a guidance processor runs a model of its own at every token"
+    verification, why = _verification(options, method, do_sample)
+    lookahead = options.num_assistant_tokens or DEFAULT_LOOKAHEAD
+    if method == "prompt_lookup":
+        lookahead = options.prompt_lookup_num_tokens or options.num_assistant_tokens or 2 * DEFAULT_LOOKAHEAD
+    return Plan(method, verification, f"{reason}; {why}", lookahead)
+
+
+def _method(model: PreTrainedModel, options: Options, do_sample: bool) -> tuple[str, str]:
+    wanted, drafter = options.method, options.assistant_model
+    if wanted in ("model", "tli", "slem"):
+        if drafter is None:
+            raise ValueError(f"method={wanted!r} needs a drafter: pass assistant_model")
+        if wanted != "model":
+            _need_tokenizers(options, f"method={wanted!r}")
+        elif not _same_tokenizer(model, options):
+            raise ValueError(
+                "method='model' needs a drafter with the target's tokenizer, and these two differ: use method='tli' "
+                "or 'slem', or leave method out"
+            )
+        return wanted, f"method={wanted!r} was asked for"
+    if wanted != "auto":
+        if drafter is not None:
+            raise ValueError(f"method={wanted!r} uses no drafter model: leave out assistant_model or method")
+        return wanted, f"method={wanted!r} was asked for"
+    if drafter is None:
+        if options.prompt_lookup_num_tokens is not None:
+            return "prompt_lookup", "prompt_lookup_num_tokens was given"
+        return "autoregressive", "no drafter was given"
+    if options.prompt_lookup_num_tokens is not None:
+        raise ValueError("assistant_model and prompt_lookup_num_tokens exclude each other: leave one out")
+    if _same_tokenizer(model, options):
+        return "model", "target and drafter share a tokenizer"
+    if do_sample:
+        return "tli", "the tokenizers differ and the target samples"
+    return "slem", "the tokenizers differ and decoding is greedy"
+
+
+def _need_tokenizers(options: Options, cause: str) -> None:
+    missing = [name for name in ("tokenizer", "assistant_tokenizer") if getattr(options, name) is None]
+    if missing:
+        raise ValueError(f"{cause} needs both tokenizers: pass {' and '.join(missing)}")
+
+
+def _same_tokenizer(model: PreTrainedModel, options: Options) -> bool:
+    """By content where both tokenizers are known. Without them equal widths are taken for the same tokenizer.
+
+    That is lossless whatever the truth: a drafter that means other words by the same ids is only rejected more often.
+    """
+    assert options.assistant_model is not None
+    target_width, drafter_width = logit_width(model), logit_width(options.assistant_model)
+    if options.tokenizer is None and options.assistant_tokenizer is None:
+        if target_width != drafter_width:
+            raise ValueError(
+                f"the target has {target_width} logits and assistant_model {drafter_width}, so their tokenizers may "
+                "differ: pass tokenizer and assistant_tokenizer"
+            )
+        return True
+    if options.assistant_tokenizer is None and target_width == drafter_width:
+        return True  # as in Transformers: a tokenizer for stop strings, no second one needed
+    _need_tokenizers(options, "a drafter with another vocabulary")
+    return same_tokenizer(
+        Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer), target_width, drafter_width
+    )
+
+
+def _verification(options: Options, method: str, do_sample: bool) -> tuple[str, str]:
+    if not do_sample:
+        return "match", "greedy decoding keeps what equals the argmax"
+    if options.verification != "auto":
+        return options.verification, f"verification={options.verification!r} was asked for"
+    if method in ("model", "tli"):
+        return "token", "the drafter's law is known"
+    return "match", "the target's own draws need no law of the drafter"
+
+
+def build_drafter(
+    plan: Plan,
+    model: PreTrainedModel,
+    options: Options,
+    rows: int,
+    processors: LogitsProcessorList,
+    do_sample: bool,
+) -> Drafter:
+    """The drafter of a plan, for ``rows`` rows."""
+    device = model.device
+    if plan.method == "autoregressive":
+        return NoDrafter(device)
+    if plan.method == "prompt_lookup":
+        return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device)
+    drafter = options.assistant_model
+    assert drafter is not None
+    warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
+    confidence = options.assistant_confidence_threshold or 0.0
+    if plan.method == "model":
+        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, confidence=confidence)
+        return CompactDrafter(same, None, device)
+    target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
+    contexts = [
+        Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
+        for _ in range(rows)
+    ]
+    if plan.method == "slem":
+        writer = ModelWriter(drafter, contexts, warpers=warpers, confidence=confidence)
+        lookbehind = options.target_lookbehind or LOOKBEHIND
+        return SlemDrafter(writer, TextProposer(options.tokenizer, target, own, lookbehind=lookbehind), device)
+    shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
+    writer = ModelWriter(
+        drafter,
+        contexts,
+        warpers=warpers,
+        choices=shared.drafter_ids,
+        confidence=confidence,
+        head=pruned_head(drafter, shared.drafter_ids),
+    )
+    return CompactDrafter(writer, shared.target_ids, device)

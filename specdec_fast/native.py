@@ -1,0 +1,92 @@
+"""Loading of the compiled parts, once, and the reasons why one is missing.
+
+A missing binary costs speed, never a feature: nothing is warned about at import, and `status` says
+what is there. SPECDEC_FAST_DISABLE_NATIVE=1 forces the Python implementations.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+__all__ = ["load_ops", "load_text", "status"]
+
+DISABLE = "SPECDEC_FAST_DISABLE_NATIVE"
+
+_PACKAGE = Path(__file__).parent
+_lock = threading.Lock()
+_modules: dict[str, ModuleType | None] = {}
+_reasons: dict[str, str] = {}
+
+
+def load_ops() -> bool:
+    """Register the CPU kernels with torch's dispatcher; False when they are not there."""
+    return _load("_ops_cpu", _register_ops) is not None
+
+
+def load_text() -> ModuleType | None:
+    """The pybind11 module `specdec_fast._text`, or None."""
+    return _load("_text", lambda: importlib.import_module("specdec_fast._text"))
+
+
+def status() -> dict[str, Any]:
+    """What is loaded, from where, and why not.
+
+    `{"_ops_cpu": {"loaded": bool, "path": str | None, "reason": str | None}, "_text": ...,
+    "build": the record the build left, or None}`.
+    """
+    load_ops()
+    load_text()
+    report: dict[str, Any] = {}
+    for name in ("_ops_cpu", "_text"):
+        module = _modules[name]
+        report[name] = {
+            "loaded": module is not None,
+            "path": getattr(module, "__file__", None),
+            "reason": _reasons.get(name),
+        }
+    report["build"] = _build_record()
+    return report
+
+
+def _load(name: str, load: Any) -> ModuleType | None:
+    with _lock:
+        if name not in _modules:
+            _modules[name] = None
+            if os.environ.get(DISABLE, "0") not in ("", "0"):
+                _reasons[name] = f"disabled by {DISABLE}"
+            else:
+                try:
+                    _modules[name] = load()
+                except Exception as error:  # a stale or foreign binary fails in many ways
+                    _reasons[name] = _build_reason(name) or f"{type(error).__name__}: {error}"
+        return _modules[name]
+
+
+def _register_ops() -> ModuleType:
+    path = _PACKAGE / "_ops_cpu.so"
+    if not path.exists():
+        raise FileNotFoundError("_ops_cpu.so is not in the package folder: it was not built")
+    torch.ops.load_library(str(path))
+    module = ModuleType("_ops_cpu")  # stands for the library, which is no Python module
+    module.__file__ = str(path)
+    return module
+
+
+def _build_reason(name: str) -> str | None:
+    record = _build_record()
+    return record["failed"].get(name) if record else None
+
+
+def _build_record() -> dict[str, Any] | None:
+    try:
+        return json.loads((_PACKAGE / "_build_info.json").read_text())
+    except (OSError, ValueError):
+        return None

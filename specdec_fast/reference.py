@@ -1,0 +1,119 @@
+"""Pure-PyTorch operations on rows of scores: the definition of what every faster backend must return.
+
+Everything is computed in float64, so that the drawn law is the law of the given scores to about 1e-15 and not the
+law of a rounded copy of them. Shapes: ``N`` rows, ``V`` entries a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["accept", "draw", "log_prob", "masses", "residual", "subtract_at"]
+
+
+def masses(scores: Tensor) -> Tensor:
+    """Probabilities of each row: softmax in float64.
+
+    Args:
+        scores: ``[..., V]`` logits of any float type; ``-inf`` is a forbidden entry, ``+inf`` one that leaves no mass
+            for finite entries (several share it equally).
+
+    Returns:
+        ``[..., V]`` float64 that sum to 1. A row with a NaN, or with nothing but ``-inf``, is all NaN.
+    """
+    scores = scores.double()
+    peak = scores.amax(-1, keepdim=True)
+    weights = torch.where(peak == torch.inf, (scores == torch.inf).double(), (scores - peak).exp())
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def log_prob(scores: Tensor, tokens: Tensor) -> Tensor:
+    """log p of one token a row.
+
+    Args:
+        scores: ``[..., V]`` logits.
+        tokens: ``[...]`` int64. An id outside ``[0, V)`` has probability 0.
+
+    Returns:
+        ``[...]`` float64.
+    """
+    scores = scores.double()
+    inside = (tokens >= 0) & (tokens < scores.shape[-1])
+    picked = scores.gather(-1, torch.where(inside, tokens, 0).unsqueeze(-1)).squeeze(-1)
+    result = picked - scores.logsumexp(-1)
+    # inf - inf: the entry has all (or an equal share of) the mass of the row
+    peak = scores.amax(-1)
+    shared = -(scores == torch.inf).sum(-1).double().log()
+    result = torch.where(peak == torch.inf, torch.where(picked == torch.inf, shared, -torch.inf), result)
+    return torch.where(inside, result, -torch.inf)
+
+
+def accept(log_p: Tensor, log_q: Tensor, u: Tensor) -> Tensor:
+    """The acceptance test of speculative sampling (Leviathan et al., arXiv 2211.17192, algorithm 1).
+
+    Accepts with probability ``min(1, p/q)``. The inequality is strict and ``u`` lies strictly inside (0, 1): a token
+    with ``p = 0`` is never accepted, one with ``q = 0`` cannot have been drawn and is not accepted either.
+
+    Args:
+        log_p, log_q, u: ``[...]`` float64, of one shape.
+
+    Returns:
+        ``[...]`` bool.
+    """
+    return (log_p > u.log() + log_q) & (log_q > -torch.inf)
+
+
+def subtract_at(p: Tensor, q: Tensor, index: Tensor | None) -> Tensor:
+    """``p - q`` where ``q`` lives on a compact vocabulary.
+
+    Args:
+        p: ``[N, V]`` float64.
+        q: ``[N, K]`` float64.
+        index: ``[K]`` int64, the entry of ``p`` each column of ``q`` stands for (no entry twice), or None: the first
+            ``K`` entries.
+
+    Returns:
+        ``[N, V]`` float64, a new tensor.
+    """
+    result = p.clone()
+    if index is None:
+        result[:, : q.shape[1]] -= q
+    else:
+        result.index_add_(1, index, q, alpha=-1)
+    return result
+
+
+def residual(p: Tensor, difference: Tensor) -> Tensor:
+    """What is left to draw from after a rejection: ``max(0, p - q)``, not normalised.
+
+    Where that is zero everywhere or not finite (possible only through rounding, since a rejection has probability
+    ``sum max(0, p - q)``), the row falls back on ``p``.
+
+    Args:
+        p, difference: ``[N, V]`` float64, ``difference`` being ``p - q``.
+    """
+    rest = difference.clamp(min=0)
+    total = rest.sum(-1, keepdim=True)
+    usable = (total > 0) & total.isfinite()
+    return torch.where(usable, rest, p)
+
+
+def draw(weights: Tensor, u: Tensor) -> Tensor:
+    """One entry a row by the inverse of the cumulative sum, with one uniform number a row.
+
+    Args:
+        weights: ``[N, V]`` float64, not negative, not necessarily normalised.
+        u: ``[N]`` float64 strictly inside (0, 1).
+
+    Returns:
+        ``[N]`` int64; an entry of weight 0 is never drawn. ``-1`` where the row holds a NaN or no mass at all.
+    """
+    if weights.shape[-1] == 0:
+        return weights.new_full(weights.shape[:1], -1, dtype=torch.long)
+    edges = weights.cumsum(-1)
+    total = edges[:, -1]
+    # u * total may round up to total: the largest number below it still finds the last entry with mass
+    level = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(edges, level.unsqueeze(-1), right=True).squeeze(-1)
+    return torch.where(total > 0, token.clamp(max=weights.shape[-1] - 1), -1)

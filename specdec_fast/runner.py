@@ -1,0 +1,309 @@
+"""One causal language model with a cache whose rows advance and roll back independently."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+from specdec_fast.cache import RaggedCache, ragged_layers
+
+__all__ = ["Runner", "supports_ragged_batches"]
+
+Head = Callable[[Tensor], Tensor]
+
+
+class Runner:
+    """Feeds tokens of ``rows`` rows to a model, each row at its own column, and keeps what it computed.
+
+    Rows whose lengths are equal go through the model exactly as in ``model.generate`` (its own masks). Rows at
+    different columns share one forward pass with an explicit mask and positions of their own, where the model allows
+    that; where it does not (ALiBi, FlashAttention, unknown attention patterns), each row has a pass of its own.
+
+    Args:
+        model: a decoder-only model.
+        rows: how many rows.
+        visible: ``[rows, P]`` bool, the prompt columns that are not padding; None where all are.
+        use_cache: False: everything is computed anew in each pass, as ``generate(use_cache=False)`` does.
+        prefill_chunk: feed long inputs in pieces of this many columns.
+        head: replaces the model's LM head: maps ``[.., H]`` final hidden states to logits.
+        joint: whether rows share a forward pass; None: find out.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        *,
+        visible: Tensor | None = None,
+        use_cache: bool = True,
+        prefill_chunk: int | None = None,
+        head: Head | None = None,
+        joint: bool | None = None,
+    ):
+        self.model = model
+        self.rows = rows
+        self.length = [0] * rows
+        """Columns of each row that the cache holds."""
+        self.use_cache = use_cache
+        self.prefill_chunk = prefill_chunk
+        self.head = head
+        self._visible = None if visible is None or bool(visible.all()) else visible.to(model.device)
+        self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
+        layers = ragged_layers(model.config)
+        if layers is None:
+            raise ValueError(f"{type(model).__name__} has layers that cannot be rolled back")
+        if joint is None:
+            joint = rows == 1 or supports_ragged_batches(model)
+        groups = [list(range(rows))] if joint else [[row] for row in range(rows)]
+        self._units = [(group, RaggedCache(len(group), layers)) for group in groups]
+
+    @property
+    def caches(self) -> list[tuple[list[int], RaggedCache]]:
+        """The caches and the rows each one holds."""
+        return self._units
+
+    @property
+    def joint(self) -> bool:
+        """Whether rows at different columns share a forward pass."""
+        return len(self._units) == 1
+
+    def rollback(self, row: int, length: int) -> None:
+        """Forgets the columns of a row from ``length`` on."""
+        self.length[row] = min(self.length[row], length)
+
+    @torch.no_grad()
+    def feed(
+        self,
+        rows: Sequence[int],
+        tokens: Tensor,
+        count: Sequence[int],
+        tail: Sequence[int],
+        *,
+        embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Appends tokens to rows and returns the logits after the last few of them.
+
+        Args:
+            rows: ``R`` different row numbers, ascending.
+            tokens: ``[R, n]`` int64, left-aligned; lanes behind a row's count are ignored.
+            count: how many of its lanes each row appends.
+            tail: the logits of how many last lanes each row wants, at most its count.
+            embeds: ``[R, n, H]`` used instead of ``tokens`` (prompts given as embeddings).
+
+        Returns:
+            ``[R, max(tail), V]`` logits in the model's type, left-aligned: entry ``[r, j]`` follows lane
+            ``count[r] - tail[r] + j``.
+        """
+        tokens = tokens.to(self.model.device)
+        if not self.use_cache:
+            tokens, count = self._with_history(rows, tokens, count)
+        if self.prefill_chunk and tokens.shape[1] > self.prefill_chunk and embeds is None:
+            done = min(count) - max(tail)
+            for first in range(0, done, self.prefill_chunk):
+                piece = tokens[:, first : min(first + self.prefill_chunk, done)]
+                self._feed(rows, piece, [piece.shape[1]] * len(rows), [1] * len(rows), None)
+            if done > 0:
+                tokens, count = tokens[:, done:], [c - done for c in count]
+        return self._feed(rows, tokens, list(count), list(tail), embeds)
+
+    def _with_history(self, rows: Sequence[int], tokens: Tensor, count: Sequence[int]) -> tuple[Tensor, list[int]]:
+        """Puts all earlier tokens of the rows in front and forgets their cached columns."""
+        histories = []
+        for r, row in enumerate(rows):
+            kept = self._history[row][: self.length[row]]
+            self._history[row] = kept + tokens[r, : count[r]].tolist()
+            histories.append(torch.tensor(self._history[row], dtype=torch.long))
+            self.length[row] = 0
+        padded = torch.nn.utils.rnn.pad_sequence(histories, batch_first=True).to(tokens.device)
+        return padded, [len(history) for history in histories]
+
+    def _feed(
+        self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], embeds: Tensor | None
+    ) -> Tensor:
+        if len(self._units) == 1:
+            return self._forward(self._units[0][1], list(rows), list(rows), tokens, count, tail, embeds)
+        width = max(tail)
+        parts = []
+        for r, row in enumerate(rows):
+            lanes = slice(0, count[r])
+            piece = None if embeds is None else embeds[r : r + 1, lanes]
+            unit = self._units[row][1]
+            logits = self._forward(unit, [row], [0], tokens[r : r + 1, lanes], [count[r]], [tail[r]], piece)
+            parts.append(torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1])))
+        return torch.cat(parts)
+
+    def _forward(
+        self,
+        unit: RaggedCache,
+        rows: list[int],
+        places: list[int],
+        tokens: Tensor,
+        count: list[int],
+        tail: list[int],
+        embeds: Tensor | None,
+    ) -> Tensor:
+        """One forward pass of rows that share a cache; ``places`` are their rows in that cache."""
+        device = tokens.device
+        start = [self.length[row] for row in rows]
+        n = tokens.shape[1]
+        window = unit.window
+        whole = len(places) == unit.rows
+        window.rows = None if whole else torch.tensor(places, device=device)
+        window.start, window.end = min(start), max(start) + n
+        level = min(start) == max(start)
+        if level:
+            window.columns = None
+            columns = torch.arange(start[0], start[0] + n, device=device).expand(len(rows), n)
+        else:
+            columns = torch.tensor(start, device=device).unsqueeze(1) + torch.arange(n, device=device)
+            window.columns = columns
+        visible = None if self._visible is None else self._visible[rows]
+        arguments: dict[str, Any] = {"use_cache": True, "past_key_values": unit.cache, "return_dict": True}
+        arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
+        if "position_ids" in _forward_parameters(type(self.model)):
+            arguments["position_ids"] = _positions(columns, visible)
+        arguments["attention_mask"] = (
+            _level_mask(window.end, visible) if level else _ragged_masks(self.model, columns, window.end, visible)
+        )
+        lanes = sorted({c - t + j for c, t in zip(count, tail, strict=True) for j in range(t)})
+        logits = self._logits(arguments, lanes, n)
+        for row, advance in zip(rows, count, strict=True):
+            self.length[row] += advance
+        return _left_align(logits, lanes, count, tail)
+
+    def _logits(self, arguments: dict[str, Any], lanes: list[int], n: int) -> Tensor:
+        """Logits of some lanes, ``[R, len(lanes), V]``."""
+        last = lanes == list(range(n - len(lanes), n))
+        keep: int | Tensor = len(lanes) if last else torch.tensor(lanes, device=self.model.device)
+        if self.head is not None:
+            base = self.model.base_model
+            hidden = base(**arguments).last_hidden_state
+            return self.head(hidden[:, n - len(lanes) :] if last else hidden[:, keep])
+        if "logits_to_keep" in _forward_parameters(type(self.model)):
+            return self.model(**arguments, logits_to_keep=keep).logits
+        logits = self.model(**arguments).logits
+        return logits[:, n - len(lanes) :] if last else logits[:, keep]
+
+
+@functools.cache
+def _forward_parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def _left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[int]) -> Tensor:
+    """Picks each row's own last lanes out of the lanes computed: ``[R, max(tail), V]``."""
+    width = max(tail)
+    place = {lane: index for index, lane in enumerate(lanes)}
+    first = [place[c - t] for c, t in zip(count, tail, strict=True)]
+    if all(f == 0 for f in first):
+        return logits[:, :width]
+    index = torch.tensor(first).unsqueeze(1) + torch.arange(width)
+    index = index.clamp(max=len(lanes) - 1).to(logits.device)
+    return logits[torch.arange(logits.shape[0], device=logits.device).unsqueeze(1), index]
+
+
+def _level_mask(end: int, visible: Tensor | None) -> Tensor | None:
+    """The two-dimensional mask ``generate`` itself would pass: ``[R, end]``, None where nothing is hidden."""
+    if visible is None:
+        return None
+    if end <= visible.shape[1]:
+        return visible[:, :end].long()
+    return torch.nn.functional.pad(visible.long(), (0, end - visible.shape[1]), value=1)
+
+
+def _positions(columns: Tensor, visible: Tensor | None) -> Tensor:
+    """Position ids ``[R, n]``: columns counted without the hidden ones; 0 for a hidden column."""
+    if visible is None:
+        return columns
+    prompt = visible.shape[1]
+    inside = (visible.long().cumsum(1) - 1).masked_fill(~visible, 0)
+    hidden = prompt - visible.sum(1, keepdim=True)
+    return torch.where(columns < prompt, inside.gather(1, columns.clamp(max=prompt - 1)), columns - hidden)
+
+
+def _ragged_masks(
+    model: PreTrainedModel, columns: Tensor, end: int, visible: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """Explicit masks for rows at different columns: ``[R, 1, n, end]``, one a layer type where there are several."""
+    kv = torch.arange(end, device=columns.device)
+    query = columns.unsqueeze(-1)
+    seen = kv <= query
+    if visible is not None:
+        seen &= _level_mask(end, visible).bool().unsqueeze(1)  # type: ignore[union-attr]
+    # A hidden or ignored lane sees itself: a row of nothing would turn the softmax into NaN
+    seen |= kv == query
+    masks = {}
+    for name, size in _windows(model).items():
+        mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
+        if model.config._attn_implementation == "eager":
+            lowest = torch.finfo(model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        masks[name] = mask
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _windows(model: PreTrainedModel) -> dict[str, int | None]:
+    """Attention patterns of the model's layers: sliding-window size by layer type, None for full attention.
+
+    Raises:
+        ValueError: a layer type whose mask is not known here.
+    """
+    config = model.config.get_text_config(decoder=True)
+    sizes = {
+        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        for layer in DynamicCache(config=config).layers
+    }
+    names = set(getattr(config, "layer_types", None) or ())
+    if names - {"full_attention", "sliding_attention"} or len(sizes - {None}) > 1:
+        raise ValueError(f"attention pattern {sorted(names)} has no ragged mask")
+    return {"full_attention" if size is None else "sliding_attention": size for size in sizes}
+
+
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_probing = threading.Lock()
+
+
+def supports_ragged_batches(model: PreTrainedModel) -> bool:
+    """Whether one forward pass may hold rows at different columns; tried once a model.
+
+    A mask of four dimensions is ignored by some models (MPT), breaks others (Bloom, Falcon) and means something else
+    under FlashAttention; two rows at different columns are therefore run once and compared with plain passes.
+    """
+    with _probing:
+        if model not in _probed:
+            _probed[model] = _probe(model)
+        return _probed[model]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> bool:
+    implementation = model.config._attn_implementation
+    if implementation not in ("sdpa", "eager") or "position_ids" not in _forward_parameters(type(model)):
+        return False
+    try:
+        _windows(model)
+    except ValueError:
+        return False
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(1, 15).view(2, 7).remainder(vocabulary).to(model.device)
+    visible = torch.tensor([[True, True], [False, True]])
+    try:
+        runner = Runner(model, 2, visible=visible, joint=True)
+        runner.feed([0, 1], ids[:, :5], [5, 3], [1, 1])
+        last = runner.feed([0, 1], torch.stack([ids[0, 5:], ids[1, 3:5]]), [2, 2], [2, 2])
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False
+    for row, text in enumerate([ids[:1], ids[1:, 1:5]]):
+        plain = model(input_ids=text, use_cache=False).logits[0, -2:].float()
+        if (plain - last[row].float()).abs().mean() > 0.05 * plain.std():
+            return False
+    return True

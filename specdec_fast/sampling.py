@@ -1,0 +1,127 @@
+"""Turns logits into the scores whose softmax is the law p, exactly as ``model.generate`` would.
+
+The processors are Transformers' own, in the order ``generate`` built them. What differs is only how they are called:
+
+- *pointwise* ones look at nothing but the scores, so all positions of all rows go through them at once;
+- *prefix* ones also look at a row's text: they are called with the true prefix of every position;
+- anything else (a custom processor, a grammar, one that knows the row number) is called as plain decoding calls it:
+  with the whole batch, once for each committed position, in order.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+__all__ = ["Manner", "drafter_warpers", "holds_a_cache", "manner_of"]
+
+_WARPERS: tuple[type, ...] = tuple(
+    getattr(hf, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+    )
+    if hasattr(hf, name)
+)
+_POINTWISE = (*_WARPERS, hf.InfNanRemoveLogitsProcessor, hf.LogitNormalization, hf.SuppressTokensLogitsProcessor)
+_PREFIX = (
+    hf.MinLengthLogitsProcessor,
+    hf.MinNewTokensLengthLogitsProcessor,
+    hf.RepetitionPenaltyLogitsProcessor,
+    hf.NoRepeatNGramLogitsProcessor,
+    hf.NoBadWordsLogitsProcessor,
+    hf.SequenceBiasLogitsProcessor,
+    hf.ForcedBOSTokenLogitsProcessor,
+    hf.ForcedEOSTokenLogitsProcessor,
+    hf.ExponentialDecayLengthPenalty,
+    hf.SuppressTokensAtBeginLogitsProcessor,
+)
+_CACHED = (hf.UnbatchedClassifierFreeGuidanceLogitsProcessor, hf.ClassifierFreeGuidanceLogitsProcessor)
+
+
+class Manner(enum.Enum):
+    """How a list of processors has to be called."""
+
+    POINTWISE = "all positions of all rows at once"
+    PREFIX = "each position with its own prefix"
+    IN_ORDER = "the whole batch, one committed position after the other"
+
+
+def manner_of(processors: LogitsProcessorList) -> Manner:
+    """The least restrictive manner that is right for every processor of the list.
+
+    Types are compared exactly: a subclass may do anything.
+    """
+    kinds = {type(processor) for processor in processors}
+    if kinds <= set(_POINTWISE):
+        return Manner.POINTWISE
+    return Manner.PREFIX if kinds <= {*_POINTWISE, *_PREFIX} else Manner.IN_ORDER
+
+
+def holds_a_cache(processors: LogitsProcessorList) -> bool:
+    """Whether a processor runs a model of its own along the text (guidance), so that drafting gains nothing."""
+    return any(isinstance(processor, _CACHED) for processor in processors)
+
+
+def process(
+    processors: LogitsProcessorList,
+    manner: Manner,
+    logits: Tensor,
+    prefix: Callable[[int, int], Tensor],
+    valid: list[int],
+) -> Tensor:
+    """Scores of every drafted position, for the manners that need no order.
+
+    Args:
+        logits: ``[R, n, V]`` float32; may be overwritten.
+        prefix: ``prefix(r, i)`` gives row r's ids before position i, ``[1, length]``.
+        valid: how many positions each row has.
+
+    Returns:
+        ``[R, n, V]`` float32; positions behind a row's own are whatever.
+    """
+    rows, n, width = logits.shape
+    if not processors:
+        return logits
+    if manner is Manner.POINTWISE:
+        ids = torch.zeros((rows * n, 1), dtype=torch.long, device=logits.device)
+        return processors(ids, logits.reshape(rows * n, width)).view(rows, n, width)
+    result = torch.empty_like(logits)
+    for r in range(rows):
+        for i in range(valid[r]):
+            result[r, i] = processors(prefix(r, i), logits[r, i : i + 1])[0]
+    return result
+
+
+def drafter_warpers(
+    processors: LogitsProcessorList, *, do_sample: bool, temperature: float | None
+) -> LogitsProcessorList | None:
+    """The drafter's sampling: the target's temperature and filters, each once, on the drafter's own vocabulary.
+
+    Args:
+        processors: the target's.
+        do_sample: whether the target samples.
+        temperature: the drafter's own (``assistant_temperature``); None: the target's.
+
+    Returns:
+        None where the drafter proposes its argmax.
+    """
+    if temperature is None:
+        if not do_sample:
+            return None
+        return LogitsProcessorList([p for p in processors if type(p) in _WARPERS])
+    if temperature == 0:
+        return None
+    others = [p for p in processors if type(p) in _WARPERS and not isinstance(p, hf.TemperatureLogitsWarper)]
+    return LogitsProcessorList([hf.TemperatureLogitsWarper(float(temperature)), *(others if do_sample else [])])
