@@ -1,11 +1,13 @@
 # make demo [TARGET=folder] [DRAFTER=folder] [PROMPT=text]   generate with the default pair or your own
 # make test | lint | clean
-# Any of them makes the environment first; PYTHON, TORCH and VENV choose what it is made of.
+# Any of them makes the environment first; PYTHON, VENV, TORCH, TRANSFORMERS and TRITON choose what it is
+# made of. A CUDA build of torch brings its own Triton: TORCH=torch==2.11.0 TRITON=
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers==5.23.*
+TRITON ?= triton==3.8.*; sys_platform=="linux"
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -15,8 +17,8 @@ STAMP := $(VENV)/.installed-specdec-fast
 .PHONY: demo test lint format clean
 
 demo: $(STAMP)
-	specdec-fast demo $(if $(TARGET),--target '$(TARGET)') $(if $(DRAFTER),--drafter '$(DRAFTER)') \
-	    $(if $(PROMPT),--prompt '$(PROMPT)')
+	specdec-fast demo $${TARGET:+--target "$$TARGET"} $${DRAFTER:+--drafter "$$DRAFTER"} \
+	    $${PROMPT:+--prompt "$$PROMPT"}
 
 test: $(STAMP)
 	pytest -q tests
@@ -37,11 +39,11 @@ $(STAMP): pyproject.toml setup.py $(CXX_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13'
 	python -m pip install --quiet '$(TORCH)'
-	python -m pip install --quiet '$(TORCH)' '$(TRANSFORMERS)' 'triton==3.8.*'
+	python -m pip install --quiet '$(TORCH)' '$(TRANSFORMERS)' $(if $(TRITON),'$(TRITON)')
 	python -m pip install --quiet --no-build-isolation --editable '.[gguf,triton,test,lint]'
 	touch $@
 
 clean:
 	rm -rf build dist *.egg-info specdec_fast/*.so specdec_fast/_build_info.json
-	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache $(STAMP)
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache '$(STAMP)'
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -90,17 +90,12 @@ class BestEffortBuild(BuildExtension):
         return super().get_ext_filename(fullname)
 
 
-def extension(name, source, **options):
-    flags = ["-O3", "-g0"]
-    return Extension(f"{PACKAGE}.{name}", [source], language="c++", extra_compile_args=flags, **options)
-
-
 setup(
     packages=[*find_packages(include=[f"{PACKAGE}*"]), f"{PACKAGE}.triton_kernels"],
     package_dir={f"{PACKAGE}.triton_kernels": "kernels/triton"},
     ext_modules=[
-        extension("_ops_cpu", "csrc/ops.cpp", depends=["kernels/cuda/philox.cuh"]),
-        extension("_text", "csrc/text.cpp"),
+        Extension(f"{PACKAGE}.{name}", [source], language="c++", extra_compile_args=["-O3", "-g0"])
+        for name, source in (("_ops_cpu", "csrc/ops.cpp"), ("_text", "csrc/text.cpp"))
     ],
     cmdclass={"build_ext": BestEffortBuild},
 )

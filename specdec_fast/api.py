@@ -117,6 +117,7 @@ def fast_generate(
         streamer=streamer,
         source=source,
     )
+    generate: Any = model.generate  # of a mixin that the model's type does not show
     settings = _Settings(model, generation_config, kwargs)
     common: dict[str, Any] = {
         "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
@@ -132,7 +133,7 @@ def fast_generate(
             raise ValueError(f"{strategy} cannot be combined with speculation: leave out {strategy} or the drafter")
         extra = {} if tokenizer is None else {"tokenizer": tokenizer}
         extra |= {} if streamer is None else {"streamer": streamer}
-        return model.generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
+        return generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
     methods.check_model(model, "model")
     if synced_gpus:
         raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
@@ -149,7 +150,7 @@ def fast_generate(
     # Set, these would make `generate` check its own assisted decoding, which refuses batches
     for name in ("prompt_lookup_num_tokens", "speculation_type"):
         settings.take(name)
-    return model.generate(inputs, settings.config, custom_generate=_Loop(options), **common, **settings.kwargs)
+    return generate(inputs, settings.config, custom_generate=_Loop(options), **common, **settings.kwargs)
 
 
 def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
@@ -252,7 +253,7 @@ class _Loop:
         visible = None if mask is None else mask.bool().to(input_ids.device)
         if visible is not None and visible.shape[1] != shift + columns:
             raise ValueError(
-                f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one column a token"
+                f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
         target = Runner(
             model,
@@ -309,12 +310,8 @@ class _Loop:
             if not past and not getattr(cache, "_is_user_defined", False):
                 cache = DynamicCache(config=model.config)
             _store(target, cache, shift + sequences.shape[1] - 1)
-        output = SpeculativeOutput(
-            sequences=sequences.clone(),
-            scores=_by_step(record.scores),
-            logits=_by_step(record.logits),
-            past_key_values=cache,
-        )
+        fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}
+        output = SpeculativeOutput(sequences=sequences.clone(), past_key_values=cache, **fields)  # type: ignore[arg-type]
         output.speculation = statistics
         return output
 
@@ -342,13 +339,13 @@ def _shift(config: GenerationConfig, columns: int, past: int, mask: Tensor | Non
     if whole == columns:
         if past >= columns:
             raise ValueError(
-                f"past_key_values holds {past} columns and input_ids has {columns}: there must be at least one new token"
+                f"past_key_values holds {past} columns and input_ids has {columns}: at least one token must be new"
             )
         return 0
     return past
 
 
-def _load(target: Runner, cache: Cache, past: int) -> None:
+def _load(target: Runner, cache: Any, past: int) -> None:
     for group, own in target.caches:
         source = cache if len(group) == target.rows else _row_of(cache, group[0])
         read_cache(source, own)
@@ -356,7 +353,7 @@ def _load(target: Runner, cache: Cache, past: int) -> None:
             target.length[row] = past
 
 
-def _row_of(cache: Cache, row: int) -> Cache:
+def _row_of(cache: Any, row: int) -> Any:
     """One row of a cache, as a cache."""
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
@@ -366,15 +363,16 @@ def _row_of(cache: Cache, row: int) -> Cache:
     return part
 
 
-def _store(target: Runner, cache: Cache, columns: int) -> None:
+def _store(target: Runner, cache: Any, columns: int) -> None:
     """Writes the columns of the result into a Transformers cache."""
     caches = [own for _, own in target.caches]
     if len(caches) == 1:
         write_cache(caches[0], cache, columns)
         return
     joined = RaggedCache(target.rows, caches[0].layer_count)
-    for index, layer in enumerate(joined.cache.layers):
-        parts = [own.cache.layers[index] for own in caches]
+    layers: Any = joined.cache.layers
+    for index, layer in enumerate(layers):
+        parts: Any = [own.cache.layers[index] for own in caches]
         if parts[0].is_initialized:
             layer.keys = torch.cat([part.keys[:, :, :columns] for part in parts])
             layer.values = torch.cat([part.values[:, :, :columns] for part in parts])

@@ -57,9 +57,10 @@ class RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.keys = self._write(self.keys, key_states)
-        self.values = self._write(self.values, value_states)
-        return self._read(self.keys), self._read(self.values)
+        assert self.keys is not None and self.values is not None
+        self.keys = keys = self._write(self.keys, key_states)
+        self.values = values = self._write(self.values, value_states)
+        return self._read(keys), self._read(values)
 
     def get_seq_length(self) -> int:
         return self.window.start
@@ -142,7 +143,8 @@ def read_cache(source: Cache, target: RaggedCache) -> int:
         )
     target.window.rows, target.window.columns = None, None
     target.window.start, target.window.end = 0, columns
-    for mine, theirs in zip(target.cache.layers, source.layers, strict=True):
+    pairs: Any = zip(target.cache.layers, source.layers, strict=True)
+    for mine, theirs in pairs:
         if not getattr(theirs, "is_initialized", False):
             continue  # layers that share another layer's keys never fill their own
         keys, values = theirs.keys, theirs.values
@@ -166,7 +168,8 @@ def read_cache(source: Cache, target: RaggedCache) -> int:
 def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:
     """Replaces what a Transformers cache holds by the first ``columns`` columns of a ragged one."""
     target.reset()
-    for index, layer in enumerate(source.cache.layers):
+    layers: Any = source.cache.layers
+    for index, layer in enumerate(layers):
         if layer.is_initialized:
             keys, values = layer.keys[:, :, :columns], layer.values[:, :, :columns]
             target.update(keys.clone(), values.clone(), index)

@@ -168,7 +168,7 @@ class Engine:
         accepted = [0] * len(active)
         for i in range(width + 1):
             raw = logits[:, i].clone()
-            scores = self.processors(self.rows.ids[:, : length + i], logits[:, i])
+            scores = sampling.apply(self.processors, self.rows.ids[:, : length + i], logits[:, i])
             verdict = self.rule.verify(scores[active].unsqueeze(1), proposal.at(i), draws.at(i))
             column = torch.full((batch,), self.pad, dtype=torch.long, device=tokens.device)
             kept = verdict.accepted.bool()

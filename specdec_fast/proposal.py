@@ -16,9 +16,6 @@ __all__ = ["CompactLaw", "Law", "PointMass", "Proposal"]
 class Law(Protocol):
     """The law q of every draft token, given the tokens before it. ``R`` rows, ``G`` draft positions."""
 
-    known: bool
-    """Whether q is known: rule *match* needs no q, the others do."""
-
     def log_q(self, tokens: Tensor) -> Tensor:
         """``log q`` of the tokens drafted, ``[R, G]`` float64."""
 
@@ -38,7 +35,6 @@ class PointMass:
     """
 
     tokens: Tensor
-    known: bool = True
 
     def log_q(self, tokens: Tensor) -> Tensor:
         return torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
@@ -48,7 +44,7 @@ class PointMass:
         inside = (token >= 0) & (token < p.shape[1])
         return p.scatter_add(1, torch.where(inside, token, 0), -inside.double())
 
-    def at(self, position: int) -> PointMass:
+    def at(self, position: int) -> Law:
         return PointMass(self.tokens[:, position : position + 1])
 
 
@@ -65,7 +61,6 @@ class CompactLaw:
     scores: Tensor
     index: Tensor | None
     drawn: Tensor
-    known: bool = True
 
     def log_q(self, tokens: Tensor) -> Tensor:
         return reference.log_prob(self.scores, self.drawn)
@@ -78,7 +73,7 @@ class CompactLaw:
             q = q[:, : p.shape[1]]
         return reference.subtract_at(p, q, self.index)
 
-    def at(self, position: int) -> CompactLaw:
+    def at(self, position: int) -> Law:
         one = slice(position, position + 1)
         return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one])
 

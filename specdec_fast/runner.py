@@ -169,7 +169,7 @@ class Runner:
         visible = None if self._visible is None else self._visible[rows]
         arguments: dict[str, Any] = {"use_cache": True, "past_key_values": unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
-        if "position_ids" in _forward_parameters(type(self.model)):
+        if _takes(self.model, "position_ids"):
             arguments["position_ids"] = _positions(columns, visible)
         arguments["attention_mask"] = (
             _level_mask(window.end, visible) if level else _ragged_masks(self.model, columns, window.end, visible)
@@ -188,15 +188,21 @@ class Runner:
             base = self.model.base_model
             hidden = base(**arguments).last_hidden_state
             return self.head(hidden[:, n - len(lanes) :] if last else hidden[:, keep])
-        if "logits_to_keep" in _forward_parameters(type(self.model)):
+        if _takes(self.model, "logits_to_keep"):
             return self.model(**arguments, logits_to_keep=keep).logits
         logits = self.model(**arguments).logits
         return logits[:, n - len(lanes) :] if last else logits[:, keep]
 
 
 @functools.cache
-def _forward_parameters(kind: type[PreTrainedModel]) -> frozenset[str]:
+def _forward_parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def _takes(model: PreTrainedModel, argument: str) -> bool:
+    """Whether the model's forward has an argument of this name."""
+    kind: Any = type(model)
+    return argument in _forward_parameters(kind)
 
 
 def _left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[int]) -> Tensor:
@@ -287,7 +293,7 @@ def supports_ragged_batches(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> bool:
     implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager") or "position_ids" not in _forward_parameters(type(model)):
+    if implementation not in ("sdpa", "eager") or not _takes(model, "position_ids"):
         return False
     try:
         _windows(model)

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-__all__ = ["Manner", "drafter_warpers", "holds_a_cache", "manner_of"]
+__all__ = ["Manner", "apply", "drafter_warpers", "holds_a_cache", "manner_of", "process"]
 
 _WARPERS: tuple[type, ...] = tuple(
     getattr(hf, name)
@@ -69,6 +69,11 @@ def manner_of(processors: LogitsProcessorList) -> Manner:
     return Manner.PREFIX if kinds <= {*_POINTWISE, *_PREFIX} else Manner.IN_ORDER
 
 
+def apply(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
+    """One call of the processors, as ``generate`` calls them: ``ids [N, L]``, ``scores [N, V]``."""
+    return processors(ids, scores)  # type: ignore[arg-type]  # annotated with legacy tensor types
+
+
 def holds_a_cache(processors: LogitsProcessorList) -> bool:
     """Whether a processor runs a model of its own along the text (guidance), so that drafting gains nothing."""
     return any(isinstance(processor, _CACHED) for processor in processors)
@@ -96,11 +101,11 @@ def process(
         return logits
     if manner is Manner.POINTWISE:
         ids = torch.zeros((rows * n, 1), dtype=torch.long, device=logits.device)
-        return processors(ids, logits.reshape(rows * n, width)).view(rows, n, width)
+        return apply(processors, ids, logits.reshape(rows * n, width)).view(rows, n, width)
     result = torch.empty_like(logits)
     for r in range(rows):
         for i in range(valid[r]):
-            result[r, i] = processors(prefix(r, i), logits[r, i : i + 1])[0]
+            result[r, i] = apply(processors, prefix(r, i), logits[r, i : i + 1])[0]
     return result
 
 

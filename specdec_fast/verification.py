@@ -92,7 +92,9 @@ class Verdict(NamedTuple):
 
 
 class Rule(Protocol):
-    name: str
+    @property
+    def name(self) -> str:
+        """As ``verification`` names it."""
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         """Verifies the first ``n`` positions of a proposal.
@@ -134,7 +136,7 @@ class Match:
     name: str = "match"
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
-        rows, n, _ = scores.shape
+        n = scores.shape[1]
         own = self.choose(scores, draws)
         tested = min(n, proposal.tokens.shape[1])
         count = torch.tensor(proposal.count, device=scores.device)
@@ -151,7 +153,7 @@ class Token:
     name: str = "token"
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
-        rows, n, _ = scores.shape
+        n = scores.shape[1]
         tested = min(n, proposal.tokens.shape[1])
         count = torch.tensor(proposal.count, device=scores.device)
         if tested:
@@ -180,12 +182,13 @@ class Token:
 def rule_for(name: str, *, do_sample: bool) -> Rule:
     """The rule called ``name``.
 
-    At T=0 the target's law is a point mass and every rule keeps exactly the tokens equal to its argmax: that is rule
-    *match* with the argmax, which needs neither q nor a random number.
+    At T=0 the target's law is a point mass and every rule keeps exactly the tokens equal to its argmax: that is
+    rule *match* with the argmax, which needs neither q nor a random number.
     """
     if not do_sample:
         return Match(greedy_choice)
-    return {"match": Match(sampled_choice), "token": Token()}[name]
+    rules: dict[str, Rule] = {"match": Match(sampled_choice), "token": Token()}
+    return rules[name]
 
 
 def _drafted(count: Tensor, tested: int) -> Tensor:

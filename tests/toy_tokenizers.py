@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 __all__ = ["BYTE_LEVEL", "CODE", "ENGLISH", "KINDS", "MARKERS", "OTHER", "TEXTS", "build"]
 
@@ -54,14 +55,14 @@ if __name__ == "__main__":
     print(count_words("the cat and the dog and the bird", minimum=1))
 '''
 
-OTHER = "naïve café, Straße, œuvre — 100 €\t人工智能是计算机科学的一个分支。日本語のテキスト。Привет, мир! 😀👍🏽 ﬁne ½\n"
+OTHER = (
+    "naïve café, Straße, œuvre — 100 €\t人工智能是计算机科学的一个分支。日本語のテキスト。Привет, мир! 😀👍🏽 ﬁne ½\n"
+)
 
 TEXTS = {"english": ENGLISH, "code": CODE, "other": OTHER * 3, "all": ENGLISH + CODE + OTHER + CODE}
 
 
-def _byte_level(
-    texts: list[str], size: int, *, missing: bytes = b"", shuffle: int | None = None
-) -> Tokenizer:
+def _byte_level(texts: list[str], size: int, *, missing: bytes = b"", shuffle: int | None = None) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -69,27 +70,14 @@ def _byte_level(
     trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     state = json.loads(tokenizer.to_str())
-    gone = {_LETTER_OF[byte] for byte in missing}
+    letters = bytes_to_unicode()
+    gone = {letters[byte] for byte in missing}
     pieces = [piece for piece in state["model"]["vocab"] if not gone & set(piece)]
     if shuffle is not None:
         random.Random(shuffle).shuffle(pieces)
     state["model"]["vocab"] = {piece: i for i, piece in enumerate(pieces)}
     state["model"]["merges"] = [pair for pair in state["model"]["merges"] if not gone & set("".join(pair))]
     return Tokenizer.from_str(json.dumps(state))
-
-
-def _letters() -> dict[int, str]:
-    """GPT-2's letter of each byte, found by asking."""
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    letters = {byte: level.pre_tokenize_str(chr(byte))[0][0] for byte in range(128)}
-    for lead in range(0xC2, 0xE0):
-        for tail in range(0x80, 0xC0):
-            piece = level.pre_tokenize_str(bytes([lead, tail]).decode())[0][0]
-            letters[lead], letters[tail] = piece[0], piece[1]
-    return letters
-
-
-_LETTER_OF = _letters()
 
 
 def _sentencepiece(prefix: str) -> Tokenizer:
@@ -107,9 +95,7 @@ def _sentencepiece(prefix: str) -> Tokenizer:
         pieces.append(spaces)
         merges.append((spaces[: len(spaces) // 2],) * 2)
     vocab = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if prefix == "legacy":
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -138,9 +124,7 @@ def _wordpiece() -> Tokenizer:
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=400, special_tokens=["[PAD]", "[UNK]"], show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[PAD]", "[UNK]"], show_progress=False)
     tokenizer.train_from_iterator([ENGLISH, CODE], trainer)
     return tokenizer
 
@@ -186,7 +170,7 @@ KINDS = tuple(_MADE)
 BYTE_LEVEL = ("byte_a", "byte_b")  # those that say any bytes, and every text back exactly
 
 
-@lru_cache(maxsize=None)
+@cache
 def _state(kind: str) -> str:
     return _MADE[kind][0]().to_str()
 

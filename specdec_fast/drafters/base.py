@@ -17,8 +17,9 @@ class Drafter(Protocol):
     A drafter reads ``rows.tokens`` and keeps what state it likes; whatever it proposes, the output is the target's.
     """
 
-    translate_seconds: float
-    """Time spent so far on turning text from one tokenizer's ids into the other's."""
+    @property
+    def translate_seconds(self) -> float:
+        """Time spent so far on turning text from one tokenizer's ids into the other's."""
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
         """Drafts for the active rows.

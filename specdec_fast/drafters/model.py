@@ -4,10 +4,10 @@ All three write with the same loop; they differ in the vocabulary they draw on a
 target token:
 
 - *same tokenizer*: draws on the whole vocabulary, an id is an id;
-- *TLI* (token-level intersection; Timor et al., arXiv 2502.05202, section 4): q is restricted to the tokens both
-  vocabularies have, byte for byte, and renormalised. What is drawn is a target token, its law is known;
-- *SLEM* (string-level exact match; the same, section 3): draws on the drafter's whole vocabulary; the text, re-tokenised
-  by the target's tokenizer, is proposed as a certainty.
+- *TLI* (token-level intersection; Timor et al., arXiv 2502.05202): q is restricted to the tokens both vocabularies
+  have, byte for byte, and renormalised. What is drawn is a target token, its law is known;
+- *SLEM* (string-level exact match; the same): draws on the drafter's whole vocabulary; the text, re-tokenised by the
+  target's tokenizer, is proposed as a certainty.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec_fast import reference
+from specdec_fast import reference, sampling
 from specdec_fast.proposal import CompactLaw, Law, PointMass, Proposal
 from specdec_fast.runner import Head, Runner
 from specdec_fast.state import Rows
@@ -135,8 +135,8 @@ class ModelWriter:
             logits = self._runner.feed(active, fed[-1].unsqueeze(1), ones, ones)[:, 0]
         for r, row in enumerate(active):
             self._drafted[row] = [int(ids[r]) for ids in fed]
-        scores = None if self.warpers is None else torch.stack(kept_scores, 1)
-        return Written(torch.stack(drawn, 1), scores, count)
+        law = None if self.warpers is None else torch.stack(kept_scores, 1)
+        return Written(torch.stack(drawn, 1), law, count)
 
     def _make_room(self, row: int, steps: int) -> int:
         """Slides a row's window where its text would leave the drafter's positions; returns the steps possible."""
@@ -163,7 +163,7 @@ class ModelWriter:
         scores = logits.float() if self._picks is None else logits[:, self._picks].float()
         if self.warpers:
             empty = torch.zeros((scores.shape[0], 1), dtype=torch.long, device=scores.device)
-            scores = self.warpers(empty, scores)
+            scores = sampling.apply(self.warpers, empty, scores)
         return scores
 
     def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:

@@ -12,6 +12,8 @@ __all__ = ["NoDrafter"]
 
 
 class NoDrafter:
+    """Proposes nothing."""
+
     translate_seconds = 0.0
 
     def __init__(self, device: torch.device):
