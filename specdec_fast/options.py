@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast.lookahead import SCHEDULES
@@ -20,6 +20,7 @@ VERIFICATIONS = ("auto", "match", "token")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
 LOOKBEHIND = 10
+_TRANSFORMERS_DEFAULTS = getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
 @dataclass
@@ -64,7 +65,11 @@ class Options:
             )
 
     def completed_by(self, *configs: Any) -> Options:
-        """The same, with what was not given in the call taken from generation configs, the first that has it."""
+        """The same, with what was not given in the call taken from generation configs, the first that has it.
+
+        A config that ``generate`` has prepared holds Transformers' own defaults too (20 draft tokens, a confidence of
+        0.4); they are nobody's choice and do not count.
+        """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in (
             "num_assistant_tokens",
@@ -76,8 +81,9 @@ class Options:
             "assistant_lookbehind",
         ):
             for config in configs:
-                if values[name] is None and config is not None:
-                    values[name] = getattr(config, name, None)
+                value = getattr(config, name, None)
+                if values[name] is None and value != _TRANSFORMERS_DEFAULTS.get(name):
+                    values[name] = value
         return Options(**values)
 
 

@@ -124,7 +124,8 @@ def load(
             use_safetensors=None if allow_pickle else True,
         )
     except OSError as error:
-        raise FileNotFoundError(f"cannot load {source}: {_first_line(error)}") from error
+        place = "" if Path(source).exists() else "there is no such folder, and as a name on the hub: "
+        raise FileNotFoundError(f"cannot load {source}: {place}{_first_line(error)}") from error
     except ValueError as error:
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise ValueError(

@@ -40,7 +40,8 @@ class Reader:
     such a boundary (CJK, long runs) it is cut anywhere and used from where it agrees with what is there.
 
     Specials become the destination's special of the same text, else of the same role, else their text as
-    plain text. Two have no text to be kept: what opens a row (bos), if the destination has none, and pads. Bytes that end inside a UTF-8 character are held back until it is complete.
+    plain text. Two have no text to be kept: what opens a row (bos), if the destination has none, and pads.
+    Bytes that end inside a UTF-8 character are held back until it is complete.
 
     Args:
         source: vocabulary of the ids given.
@@ -98,22 +99,21 @@ class Reader:
         return self._append_text(text) if text else len(self.ids)
 
     def _append_special(self, i: int) -> int:
-        mapped, roles = self._specials.get(i), self._source.roles
-        if self._at_row_start and self._source.opens_text(i) and (mapped is None or mapped in self.ids):
+        source, mapped = self._source, self._specials.get(i)
+        opening = self._at_row_start and source.opens_text(i)
+        if opening and (mapped is None or mapped in self.ids):
             return len(self.ids)
         self._at_row_start = False
+        if not opening:
+            self._drop_space = source.prefix_space_after_special
         if mapped is not None:
             self.ids.append(mapped)
             self._starts.append(0)
-            marker = self._vocabulary.specials.get(mapped, "")
-            self._open_segment(marker)
-            self._drop_space = self._source.prefix_space_after_special
+            self._open_segment(self._vocabulary.specials.get(mapped, ""))
             return len(self.ids) - 1
-        if i == roles["pad"] and i != roles["eos"]:
+        if i == source.roles["pad"] and i != source.roles["eos"]:
             return len(self.ids)
-        unchanged = self._append_text(self._source.specials[i])
-        self._drop_space = self._source.prefix_space_after_special
-        return unchanged
+        return self._append_text(source.specials[i])
 
     def _open_segment(self, marker: str) -> None:
         self._first = len(self.ids)

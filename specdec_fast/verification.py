@@ -139,6 +139,8 @@ class Match:
         n = scores.shape[1]
         own = self.choose(scores, draws)
         tested = min(n, proposal.tokens.shape[1])
+        if not tested:  # plain decoding: nothing to compare with
+            return Verdict(torch.zeros_like(own[:, 0]), own[:, 0])
         count = torch.tensor(proposal.count, device=scores.device)
         equal = proposal.tokens[:, :tested] == own[:, :tested]
         accepted = _leading(equal & _drafted(count, tested))

@@ -243,6 +243,8 @@ def _guess_reading(tokenizer: Any, pieces: Sequence[str]) -> Callable[[str], byt
         return _read_byte_level
     if starts[mark] and mark == "##":
         return lambda piece: piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
+    if {chr(byte) for byte in range(256)}.issubset(pieces):  # one piece a byte (ByT5)
+        return lambda piece: piece.encode("latin-1" if len(piece) == 1 and piece < "\u0100" else "utf-8")
     return lambda piece: _read_sentencepiece(piece, [(_METASPACE, " ")], True)
 
 

@@ -1,0 +1,221 @@
+"""Tokens per second beside Transformers: plain and assisted generation, same models, prompts and lookahead.
+
+    python benchmarks/compare_transformers.py --json benchmarks/results/compare_transformers_cpu.json
+
+Runs are interleaved: every system writes the first prompt, then every system the second, and so on for several
+repetitions, so that a machine that changes its speed changes it for all of them. A figure is the median over
+repetitions of (tokens written for all prompts / seconds spent on them); ratios are medians of ratios within a
+repetition.
+
+Two things to know when reading the table. Transformers counts its lookahead in drafter tokens under SLEM, here it is
+counted in target tokens. And Transformers' sampled TLI draws from a wrong law (the scores of its pruned head are
+scattered in another order than they were taken in), which changes its acceptance and makes its output not the
+target's; its row is there for the speed alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from specdec_fast import fast_generate, last_speculation
+from specdec_fast.pretrained import default_drafter, default_target, load
+
+PROMPTS = Path(__file__).with_name("prompts.json")
+Run = Callable[[dict[str, torch.Tensor], int], torch.Tensor]
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on, by its features."""
+    capabilities = torch.backends.cpu.get_cpu_capability()
+    flags = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return {
+        "device": "cpu",
+        "architecture": platform.machine(),
+        "capability": capabilities,
+        "amx_bf16": "amx_bf16" in flags,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int, tokens: int) -> dict[str, Run]:
+    """Everything that is compared: name to a function from (inputs, seed) to ``sequences [1, L]``."""
+    both = {"tokenizer": tokenizer, "assistant_tokenizer": own}
+    length = {"max_new_tokens": tokens, "min_new_tokens": 0}
+
+    def transformers_plain(sample: bool) -> Run:
+        def run(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+            torch.manual_seed(seed)
+            return target.generate(**inputs, do_sample=sample, **length)
+
+        return run
+
+    def transformers_assisted(sample: bool) -> Run:
+        # Its TLI prunes the drafter for good, so each system has a drafter of its own
+        mine = copy.deepcopy(drafter)
+        mine.generation_config.num_assistant_tokens = lookahead
+        mine.generation_config.num_assistant_tokens_schedule = "constant"
+        mine.generation_config.assistant_confidence_threshold = 0.0
+
+        def run(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+            torch.manual_seed(seed)
+            return target.generate(**inputs, assistant_model=mine, do_sample=sample, **both, **length)
+
+        return run
+
+    def ours(method: str, sample: bool) -> Run:
+        speculative = {} if method == "autoregressive" else {"assistant_model": drafter, **both}
+
+        def run(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+            return fast_generate(
+                target,
+                **inputs,
+                method=method,
+                do_sample=sample,
+                seed=seed,
+                num_assistant_tokens=lookahead,
+                **speculative,
+                **length,
+            )
+
+        return run
+
+    table: dict[str, Run] = {}
+    for sample, law in ((False, "T=0"), (True, "T=1")):
+        table[f"transformers plain {law}"] = transformers_plain(sample)
+        table[f"specdec_fast plain {law}"] = ours("autoregressive", sample)
+        table[f"transformers {'tli' if sample else 'slem'} {law}"] = transformers_assisted(sample)
+        table[f"specdec_fast tli {law}"] = ours("tli", sample)
+        table[f"specdec_fast slem {law}"] = ours("slem", sample)
+    return table
+
+
+def summarise(rates: dict[str, list[float]], efficiency: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """One row a system: median rate, spread, and ratios to Transformers within each repetition."""
+    rows = []
+    for name, values in rates.items():
+        system, method, law = name.split()
+        row: dict[str, Any] = {
+            "system": system,
+            "method": method,
+            "temperature": float(law[2:]),
+            "tokens_per_second": statistics.median(values),
+            "lowest": min(values),
+            "highest": max(values),
+        }
+        for label, other in (
+            ("ratio_to_transformers_plain", f"transformers plain {law}"),
+            ("ratio_to_transformers_assisted", f"transformers {'tli' if law == 'T=1' else 'slem'} {law}"),
+        ):
+            row[label] = statistics.median(a / b for a, b in zip(values, rates[other], strict=True))
+        if efficiency[name]:
+            row["block_efficiency"] = statistics.fmean(efficiency[name])
+        rows.append(row)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the table."""
+    table = Table(title="tokens/s, medians of interleaved repetitions")
+    for heading in ("system", "method", "T", "tokens/s", "lowest-highest", "/ plain", "/ assisted", "block efficiency"):
+        table.add_column(heading, justify="left" if heading in ("system", "method") else "right")
+    for row in rows:
+        table.add_row(
+            row["system"],
+            row["method"],
+            f"{row['temperature']:g}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['lowest']:.1f}-{row['highest']:.1f}",
+            f"{row['ratio_to_transformers_plain']:.2f}",
+            f"{row['ratio_to_transformers_assisted']:.2f}",
+            f"{row['block_efficiency']:.2f}" if "block_efficiency" in row else "",
+        )
+    Console().print(table)
+
+
+def main(
+    target: Annotated[Path | None, typer.Option(help="folder of the target; default: SmolLM2-135M-Instruct")] = None,
+    drafter: Annotated[Path | None, typer.Option(help="folder of the drafter; default: the shipped one")] = None,
+    prompts: Annotated[Path, typer.Option(help="JSON list of {kind, text}")] = PROMPTS,
+    tokens: Annotated[int, typer.Option(help="new tokens a prompt")] = 96,
+    lookahead: Annotated[int, typer.Option(help="num_assistant_tokens of every system")] = 5,
+    repetitions: Annotated[int, typer.Option(help="interleaved repetitions")] = 5,
+    threads: Annotated[int, typer.Option(help="torch threads; 0: as torch likes")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
+) -> None:
+    """Measures all systems and prints one table."""
+    transformers.logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)
+    target_folder, drafter_folder = target or default_target(), drafter or default_drafter()
+    model, tokenizer = load(target_folder, dtype=torch.bfloat16)
+    small, own = load(drafter_folder, dtype=torch.bfloat16)
+    texts = json.loads(prompts.read_text())
+    encoded = [
+        dict(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": entry["text"]}],
+                add_generation_prompt=True,
+                return_tensors="pt",
+                return_dict=True,
+            )
+        )
+        for entry in texts
+    ]
+    compared = systems(model, small, tokenizer, own, lookahead, tokens)
+    rates: dict[str, list[float]] = {name: [] for name in compared}
+    efficiency: dict[str, list[float]] = {name: [] for name in compared}
+    for run in compared.values():  # first calls build maps and caches
+        run(encoded[0], 0)
+    for repetition in track(range(repetitions), description="repetitions"):
+        written = dict.fromkeys(compared, 0)
+        seconds = dict.fromkeys(compared, 0.0)
+        for number, inputs in enumerate(encoded):
+            for name, run in compared.items():
+                begin = time.perf_counter()
+                result = run(inputs, 1000 * repetition + number)
+                seconds[name] += time.perf_counter() - begin
+                written[name] += result.shape[1] - inputs["input_ids"].shape[1]
+                speculation = last_speculation()
+                if name.startswith("specdec_fast") and speculation is not None:
+                    efficiency[name].append(speculation.block_efficiency)
+        for name in compared:
+            rates[name].append(written[name] / seconds[name])
+    rows = summarise(rates, efficiency)
+    show(rows)
+    if json_file is not None:
+        settings = {
+            "target": target_folder.name,
+            "drafter": "shipped" if drafter is None else drafter_folder.name,
+            "dtype": "bfloat16",
+            "prompts": len(encoded),
+            "new_tokens": tokens,
+            "lookahead": lookahead,
+            "repetitions": repetitions,
+        }
+        command = "python benchmarks/compare_transformers.py --json FILE"
+        content = {"command": command, "machine": machine(), "settings": settings, "rows": rows}
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
