@@ -23,7 +23,21 @@ from rich.text import Text
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Session", "Settings", "TextStream", "error_console", "open_session", "percent", "silence", "working"]
+__all__ = [
+    "Session",
+    "Settings",
+    "TextStream",
+    "computes_bfloat16",
+    "error_console",
+    "figures",
+    "name_of",
+    "open_session",
+    "output_console",
+    "plain_table",
+    "unit_of",
+    "working",
+    "write_out",
+]
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
 WITHOUT_DRAFTER = ("autoregressive", "prompt_lookup")
@@ -31,7 +45,12 @@ WITHOUT_DRAFTER = ("autoregressive", "prompt_lookup")
 
 def error_console() -> Console:
     """Progress, statistics and errors. Made anew each time, because tests and pipes replace ``sys.stderr``."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, markup=False)
+
+
+def output_console() -> Console:
+    """Results. Without markup: a path or a model's text may hold square brackets."""
+    return Console(highlight=False, markup=False)
 
 
 @contextmanager
@@ -39,13 +58,13 @@ def working() -> Iterator[Callable[[str], None]]:
     """Shows what is being waited for: a spinner on a terminal, else a line a step."""
     console = error_console()
     if not console.is_terminal:
-        yield lambda line: console.print(line, markup=False, soft_wrap=True)
+        yield lambda line: console.print(line, soft_wrap=True)
         return
     with console.status("") as status:
         yield lambda line: status.update(Text(line))
 
 
-def silence() -> None:
+def _silence() -> None:
     """Keeps the libraries' own logging and progress bars off the screen; a warning becomes one line."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -114,9 +133,7 @@ class Settings:
             raise ValueError(f"--method {self.method} uses no drafter: leave out --drafter or --method")
         from specdec_fast.options import Options
 
-        Options(
-            method=self.method, verification=self.verification, num_assistant_tokens=self.num_assistant_tokens
-        )
+        Options(method=self.method, verification=self.verification, num_assistant_tokens=self.num_assistant_tokens)
 
 
 def _option(name: str) -> str:
@@ -135,17 +152,24 @@ class Session:
     target_path: str
     drafter_path: str | None
 
+    @property
+    def _has_template(self) -> bool:
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    @property
+    def chat(self) -> bool:
+        """Whether prompts go into the chat template."""
+        return self._has_template if self.settings.chat is None else self.settings.chat
+
     def encode(self, prompt: str) -> dict[str, Any]:
         """``input_ids`` and ``attention_mask`` of a prompt, ``[1, P]`` on the target's device.
 
         Raises:
             ValueError: there is nothing to encode, no chat template, or too little room behind the prompt.
         """
-        template = getattr(self.tokenizer, "chat_template", None)
-        chat = self.settings.chat
-        if chat and not template:
+        if self.settings.chat and not self._has_template:
             raise ValueError("--chat: the target's tokenizer has no chat template; leave it out")
-        if chat or (chat is None and template):
+        if self.chat:
             message = [{"role": "user", "content": prompt}]
             encoded = self.tokenizer.apply_chat_template(
                 message, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -155,14 +179,22 @@ class Session:
         length = encoded["input_ids"].shape[1]
         if not length:
             raise ValueError("the prompt has no tokens")
+        self._check_room(length)
+        return {name: encoded[name].to(self.target.device) for name in ("input_ids", "attention_mask")}
+
+    def _check_room(self, length: int) -> None:
         for model, name in ((self.target, "target"), (self.drafter, "drafter")):
-            room = None if model is None else getattr(_text_config(model), "max_position_embeddings", None)
+            if model is None:
+                continue
+            config = model.config.get_text_config(decoder=True)
+            if name == "drafter" and getattr(config, "rope_parameters", None):
+                continue  # rotary positions have no end; beyond it a drafter is only rejected more often
+            room = getattr(config, "max_position_embeddings", None)
             if room is not None and length + self.settings.max_new_tokens > room:
                 raise ValueError(
                     f"{length} tokens of prompt and {self.settings.max_new_tokens} new ones do not fit the {name}'s "
                     f"{room} positions: shorten the prompt or lower --max-new-tokens"
                 )
-        return {name: encoded[name].to(self.target.device) for name in ("input_ids", "attention_mask")}
 
     def sampling(self) -> dict[str, Any]:
         """What both ``model.generate`` and ``fast_generate`` get, with every default spelled out."""
@@ -205,10 +237,6 @@ class Session:
             torch.cuda.synchronize(self.target.device)
 
 
-def _text_config(model: Any) -> Any:
-    return model.config.get_text_config(decoder=True)
-
-
 def open_session(settings: Settings, say: Callable[[str], None]) -> Session:
     """Loads what the settings name, or the default pair.
 
@@ -221,7 +249,7 @@ def open_session(settings: Settings, say: Callable[[str], None]) -> Session:
     say("Importing torch and transformers")
     settings.check()
     device = _device(settings.device)
-    silence()
+    _silence()
     from specdec_fast import pretrained
 
     dtype = _dtype(settings.dtype, device)
@@ -345,7 +373,7 @@ def write_out(text: str) -> None:
     sys.stdout.flush()
 
 
-def percent(part: float, whole: float) -> str:
+def _percent(part: float, whole: float) -> str:
     """A share, and a dash where there is nothing to share."""
     return f"{100 * part / whole:.0f} %" if whole > 0 else "-"
 
@@ -365,7 +393,7 @@ def figures(statistics: dict[str, Any]) -> list[tuple[str, str]]:
         "verify": verify,
         "other": max(total - draft - verify, 0.0),
     }
-    lines.append(("time", ", ".join(f"{name} {percent(part, total)}" for name, part in shares.items())))
+    lines.append(("time", ", ".join(f"{name} {_percent(part, total)}" for name, part in shares.items())))
     return lines
 
 

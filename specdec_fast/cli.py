@@ -1,0 +1,508 @@
+"""The command line: ``specdec-fast generate``, ``demo`` and ``env``."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+from typer.core import TyperGroup
+
+from specdec_fast import __version__, console
+from specdec_fast.console import Session, Settings
+
+__all__ = ["app", "main"]
+
+TRACEBACK = "SPECDEC_FAST_TRACEBACK"
+
+
+class _Commands(TyperGroup):
+    """Turns whatever goes wrong into one line and an exit status."""
+
+    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # a model writes characters some terminals lack
+        extra["standalone_mode"] = False
+        try:
+            status = super().main(args, **extra)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            status = 130
+        except BrokenPipeError:
+            # The reader has left; Python would complain about it once more when it closes stdout
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            status = 141
+        except Exception as error:
+            if "--traceback" in given or os.environ.get(TRACEBACK, "0") not in ("", "0"):
+                traceback.print_exc()
+            line = Text.assemble(("error: ", "bold red"), _one_line(error))
+            console.error_console().print(line, soft_wrap=True)
+            status = 2
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+# What the API calls by an argument's name is an option here
+_NAMES = {"allow_pickle=True": "--allow-pickle", "trust_remote_code=True": "--trust-remote-code"}
+
+
+def _one_line(error: Exception) -> str:
+    if hasattr(error, "format_message"):  # a mistake on the command line, as click and typer report it
+        text = error.format_message()
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror + (f": {error.filename}" if error.filename else "")
+    else:
+        text = str(error)
+        expected = isinstance(error, ValueError | TypeError | OSError | ImportError | RuntimeError)
+        if not (expected and text):
+            text = f"{type(error).__name__}: {text} (--traceback shows where)"
+    for name, option in _NAMES.items():
+        text = text.replace(name, option)
+    return " ".join(text.split())
+
+
+app = typer.Typer(
+    cls=_Commands,
+    name="specdec-fast",
+    help="Lossless speculative decoding for Hugging Face models, with any drafter.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"specdec-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+_MODELS, _DECODING, _OUTPUT = "Models", "Decoding", "Output"
+_TargetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        metavar="PATH",
+        rich_help_panel=_MODELS,
+        help="Folder of the target in Hugging Face layout, or its name on the hub. "
+        "Default: SmolLM2-135M-Instruct, fetched once.",
+    ),
+]
+_DrafterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--drafter",
+        metavar="PATH",
+        rich_help_panel=_MODELS,
+        help="The same for the drafter; its tokenizer may be another one. Default: the drafter in this package.",
+    ),
+]
+_DtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--dtype",
+        metavar="NAME",
+        rich_help_panel=_MODELS,
+        help="bfloat16, float32, float16 or auto: bfloat16 where the device computes in it.",
+    ),
+]
+_DeviceOption = Annotated[
+    str, typer.Option("--device", metavar="NAME", rich_help_panel=_MODELS, help="cpu, cuda, cuda:1 or auto.")
+]
+_RemoteCodeOption = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", rich_help_panel=_MODELS, help="Run Python code that comes with a model."),
+]
+_PickleOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        rich_help_panel=_MODELS,
+        help="Read pickled weights, which can run code, for want of safe ones.",
+    ),
+]
+_MethodOption = Annotated[
+    str,
+    typer.Option(
+        "--method",
+        metavar="NAME",
+        rich_help_panel=_DECODING,
+        help="auto, autoregressive, model, tli, slem or prompt_lookup.",
+    ),
+]
+_VerificationOption = Annotated[
+    str, typer.Option("--verification", metavar="RULE", rich_help_panel=_DECODING, help="auto, match or token.")
+]
+_MaxNewTokensOption = Annotated[
+    int,
+    typer.Option("--max-new-tokens", metavar="N", min=1, rich_help_panel=_DECODING, help="Stop here at the latest."),
+]
+_LookaheadOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-assistant-tokens",
+        metavar="N",
+        min=1,
+        rich_help_panel=_DECODING,
+        show_default=False,
+        help="Lookahead: draft tokens a round.",
+    ),
+]
+_TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        metavar="T",
+        min=0.0,
+        rich_help_panel=_DECODING,
+        help="Sample at this temperature; 0 is greedy.",
+    ),
+]
+_TopPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p",
+        metavar="P",
+        min=0.0,
+        max=1.0,
+        rich_help_panel=_DECODING,
+        help="Sample from the most probable tokens that hold this share of the mass.",
+    ),
+]
+_TopKOption = Annotated[
+    int | None,
+    typer.Option(
+        "--top-k",
+        metavar="K",
+        min=0,
+        rich_help_panel=_DECODING,
+        help="Sample from the K most probable tokens, 0 for all. Default when sampling: the model's own setting, "
+        "else 50, as in Transformers.",
+    ),
+]
+_MinPOption = Annotated[
+    float | None,
+    typer.Option(
+        "--min-p",
+        metavar="P",
+        min=0.0,
+        max=1.0,
+        rich_help_panel=_DECODING,
+        help="Sample from tokens at least this probable, relative to the most probable one.",
+    ),
+]
+_ChatOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--chat/--no-chat",
+        rich_help_panel=_DECODING,
+        help="Put the prompt into the target's chat template. Default: where it has one.",
+        show_default=False,
+    ),
+]
+_TracebackOption = Annotated[
+    bool,
+    typer.Option("--traceback", rich_help_panel=_OUTPUT, help=f"Show where an error came from (also {TRACEBACK}=1)."),
+]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="PROMPT", show_default=False, help="The prompt; - reads it from stdin.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file (- for stdin).")
+    ] = None,
+    target: _TargetOption = None,
+    drafter: _DrafterOption = None,
+    dtype: _DtypeOption = "auto",
+    device: _DeviceOption = "auto",
+    trust_remote_code: _RemoteCodeOption = False,
+    allow_pickle: _PickleOption = False,
+    method: _MethodOption = "auto",
+    verification: _VerificationOption = "auto",
+    max_new_tokens: _MaxNewTokensOption = 256,
+    num_assistant_tokens: _LookaheadOption = None,
+    sample: Annotated[
+        bool | None,
+        typer.Option(
+            "--sample/--greedy",
+            rich_help_panel=_DECODING,
+            help="Sample, or take the most probable token. Default: greedy, unless a sampling option is given.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: _TemperatureOption = None,
+    top_p: _TopPOption = None,
+    top_k: _TopKOption = None,
+    min_p: _MinPOption = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", metavar="N", rich_help_panel=_DECODING, help="Makes a sampled text repeat."),
+    ] = None,
+    chat: _ChatOption = None,
+    as_json: Annotated[
+        bool,
+        typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object: text, counts, speed, statistics."),
+    ] = False,
+    stream: Annotated[
+        bool,
+        typer.Option("--stream/--no-stream", rich_help_panel=_OUTPUT, help="Write the text while it is generated."),
+    ] = True,
+    show_traceback: _TracebackOption = False,
+) -> None:
+    """Generate text: the text to stdout, progress and statistics to stderr."""
+    settings = Settings(
+        target=target,
+        drafter=drafter,
+        method=method,
+        verification=verification,
+        max_new_tokens=max_new_tokens,
+        num_assistant_tokens=num_assistant_tokens,
+        sample=sample,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    text = _read_prompt(prompt, file)
+    with console.working() as say:
+        session = console.open_session(settings, say)
+        inputs = session.encode(text)
+    from specdec_fast import fast_generate, last_speculation
+
+    arguments = {**inputs, **session.sampling(), **session.speculation(seed), "max_new_tokens": max_new_tokens}
+    streaming = stream and not as_json
+    if streaming:
+        arguments["streamer"] = console.TextStream(session.tokenizer, console.write_out)
+    # Nothing moves on the screen until the whole text is there
+    waiting = nullcontext() if streaming else console.working()
+    with waiting as say:
+        if say is not None:
+            say("Generating")
+        begin = time.perf_counter()
+        ids = fast_generate(session.target, **arguments)
+        session.synchronize()
+        seconds = time.perf_counter() - begin
+    new = ids[0, inputs["input_ids"].shape[1] :]
+    written = session.decode(new)
+    statistics = last_speculation()
+    assert statistics is not None
+    speed = len(new) / seconds
+    if as_json:
+        report = {
+            "text": written,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "new_tokens": len(new),
+            "seconds": seconds,
+            "tokens_per_second": speed,
+            "speculation": statistics.to_dict(),
+            "settings": _effective(session),
+        }
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    if not streaming:
+        console.write_out(written)
+    console.write_out("\n")
+    table = console.plain_table()
+    table.add_row("speed", f"{speed:.1f} tokens/s ({len(new)} tokens in {seconds:.2f} s, first-call costs included)")
+    for name, value in console.figures(statistics.to_dict()):
+        table.add_row(name, value)
+    table.add_row("why", statistics.reason)
+    out = console.error_console()
+    out.print()
+    out.print(table)
+
+
+def _read_prompt(prompt: str | None, file: str | None) -> str:
+    """The prompt from whichever of the three ways was used, without the line end that closes a file."""
+    if prompt is not None and file is not None:
+        raise ValueError("there are two prompts: leave out --file or the argument")
+    if prompt is None and file is None:
+        raise ValueError("there is no prompt: give it as an argument, with --file, or - to read stdin")
+    if prompt is not None and prompt != "-":
+        text = prompt
+    else:
+        source = file if file is not None else "-"
+        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
+        try:
+            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError("the prompt is empty")
+    return text
+
+
+def _effective(session: Session) -> dict[str, Any]:
+    """The settings with every default resolved."""
+    settings = asdict(session.settings)
+    del settings["sample"]
+    drawn = session.sampling()
+    settings |= {name: drawn.get(name) for name in ("do_sample", "temperature", "top_p", "top_k", "min_p")}
+    settings["target"] = session.target_path
+    settings["drafter"] = session.drafter_path
+    settings["dtype"] = str(session.target.dtype).removeprefix("torch.")
+    settings["device"] = str(session.target.device)
+    settings["chat"] = session.chat
+    return settings
+
+
+@app.command()
+def demo(
+    prompt: Annotated[
+        str | None,
+        typer.Option("--prompt", metavar="TEXT", show_default=False, help="Default: a request for a small function."),
+    ] = None,
+    target: _TargetOption = None,
+    drafter: _DrafterOption = None,
+    dtype: _DtypeOption = "auto",
+    device: _DeviceOption = "auto",
+    trust_remote_code: _RemoteCodeOption = False,
+    allow_pickle: _PickleOption = False,
+    method: _MethodOption = "auto",
+    verification: _VerificationOption = "auto",
+    max_new_tokens: _MaxNewTokensOption = 192,
+    num_assistant_tokens: _LookaheadOption = None,
+    temperature: _TemperatureOption = None,
+    top_p: _TopPOption = None,
+    top_k: _TopKOption = None,
+    min_p: _MinPOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", rich_help_panel=_DECODING, help="For sampling.")] = 0,
+    chat: _ChatOption = None,
+    show_traceback: _TracebackOption = False,
+) -> None:
+    """Decode one prompt with Transformers alone and with a drafter, and compare text and speed."""
+    settings = Settings(
+        target=target,
+        drafter=drafter,
+        method=method,
+        verification=verification,
+        max_new_tokens=max_new_tokens,
+        num_assistant_tokens=num_assistant_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        seed=seed,
+        chat=chat,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
+    from specdec_fast.demo import PROMPT, run
+
+    run(settings, _read_prompt(PROMPT if prompt is None else prompt, None))
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    show_traceback: _TracebackOption = False,
+) -> None:
+    """Show versions, devices, what is built (and if not, why) and where the default models are."""
+    report = _environment()
+    if as_json:
+        print(json.dumps(report, ensure_ascii=False))
+        return
+    table = console.plain_table()
+    for name, version in report["versions"].items():
+        table.add_row(name, version or "not installed")
+    table.add_row()
+    for device in report["devices"]:
+        table.add_row(device["name"], device["about"])
+    table.add_row()
+    for name, part in report["native"].items():
+        if name != "build":
+            table.add_row(name, f"loaded from {part['path']}" if part["loaded"] else f"not loaded: {part['reason']}")
+    table.add_row()
+    for name, place in report["models"].items():
+        table.add_row(f"default {name}", f"{place['path']} ({place['state']})" if place["path"] else place["state"])
+    console.output_console().print(table)
+
+
+def _environment() -> dict[str, Any]:
+    from specdec_fast import native
+
+    versions: dict[str, str | None] = {"specdec_fast": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "tokenizers", "triton"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {
+        "versions": versions,
+        "devices": _devices(),
+        "native": native.status(),
+        "models": _models(),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    import torch
+
+    cpu = torch.device("cpu")
+    features = [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    features.append("bfloat16" if console.computes_bfloat16(cpu) else "no bfloat16 instructions")
+    found: list[dict[str, Any]] = [
+        {"name": "cpu", "about": ", ".join(features), "bfloat16": console.computes_bfloat16(cpu)}
+    ]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        about = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
+        device = torch.device("cuda", index)
+        found.append({"name": str(device), "about": about, "bfloat16": console.computes_bfloat16(device)})
+    return found
+
+
+def _models() -> dict[str, dict[str, Any]]:
+    from specdec_fast import pretrained
+
+    target = pretrained.cache_folder() / pretrained.TARGET_NAME
+    cached = target.is_dir()
+    models: dict[str, dict[str, Any]] = {
+        "target": {
+            "path": str(target),
+            "cached": cached,
+            "state": "cached" if cached else "not there yet: fetched when first used, 93 MB",
+        }
+    }
+    try:
+        models["drafter"] = {"path": str(pretrained.default_drafter()), "cached": True, "state": "in the package"}
+    except FileNotFoundError as error:
+        models["drafter"] = {"path": None, "cached": False, "state": str(error)}
+    return models
