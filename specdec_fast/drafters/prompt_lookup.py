@@ -34,5 +34,7 @@ class PromptLookup:
             text = rows.tokens[row]
             self._index[row].extend(text[self._read[row] :])
             self._read[row] = len(text)
-            drafts.append(list(self._index[row].lookup(most)) if most else [])
+            draft = list(self._index[row].lookup(most)) if most else []
+            # A continuation that runs into the end of the text is a loop of that length: go round it again
+            drafts.append([draft[i % len(draft)] for i in range(most)] if draft else [])
         return Proposal.of_lists(drafts, self._device)
