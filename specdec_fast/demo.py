@@ -17,6 +17,7 @@ from specdec_fast.console import (
     Session,
     Settings,
     TextStream,
+    counted,
     figures,
     name_of,
     open_session,
@@ -108,7 +109,7 @@ def _timed(out: Console, session: Session, title: str, inputs: dict[str, Any], c
 
 def _describe(out: Console, session: Session, prompt: str) -> None:
     device, dtype = session.target.device, str(session.target.dtype).removeprefix("torch.")
-    where = f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = counted(torch.get_num_threads(), "thread") if device.type == "cpu" else torch.cuda.get_device_name(device)
     sampling = session.sampling()
     greedy = not sampling.pop("do_sample")
     manner = ", ".join(f"{name} {value}" for name, value in sampling.items()) + f", seed {session.settings.seed or 0}"
@@ -152,7 +153,7 @@ def _side_by_side(out: Console, session: Session, plain: _Decoded, fast: _Decode
 
 def _agreement(
     session: Session, inputs: dict[str, Any], plain: _Decoded, fast: _Decoded, statistics: Speculation
-) -> list[tuple[str, str]]:
+) -> list[tuple[str, str | Text]]:
     """Whether the two outputs are identical and, where rounding parted them, by how little."""
     if session.sampling()["do_sample"]:
         if statistics.verification != "match" and statistics.method != "autoregressive":
@@ -170,14 +171,13 @@ def _agreement(
     if plain.tokens == fast.tokens:
         return [("identical", Text("yes, token for token", style="bold green"))]
     where = _first_difference(plain.tokens, fast.tokens)
-    prefix = torch.cat([inputs["input_ids"][0], torch.tensor(plain.tokens[:where], device=session.target.device)])
-    margin = margin_at(session.target, prefix.unsqueeze(0))
+    common = torch.tensor([plain.tokens[:where]], dtype=torch.long, device=session.target.device)
+    margin = margin_at(session.target, torch.cat([inputs["input_ids"], common], 1))
     rivals = {tokens[where] for tokens in (plain.tokens, fast.tokens) if where < len(tokens)}
     pair = " or ".join(repr(session.decode([token])) for token in margin.tokens)
-    about = (
-        f"{margin.value:.3g} = {margin.value / margin.unit:.3g} {_dtype_name(session)} units between {pair}; "
-        f"two passes over this text differ by {margin.noise / margin.unit:.3g}"
-    )
+    apart = counted(margin.value / margin.unit, f"{_dtype_name(session)} unit")
+    noise = counted(margin.noise / margin.unit, "unit")
+    about = f"{margin.value:.3g}, or {apart}, between {pair}; two passes over this text differ by {noise}"
     if rivals <= set(margin.tokens) and margin.is_tie:
         verdict = f"a tie within {_dtype_name(session)} resolution; --dtype float32 decides it"
     else:
@@ -208,7 +208,7 @@ class Margin:
 
     @property
     def is_tie(self) -> bool:
-        """Rounding can decide: each of the two logits may move by the noise, and one unit is the least step there is."""
+        """Rounding can decide: either logit may move by the noise, and one unit is the least step there is."""
         return self.value <= max(self.unit, 2 * self.noise)
 
 

@@ -76,7 +76,6 @@ class Engine:
         self._in_order = self._manner is sampling.Manner.IN_ORDER or self.stops.in_order
         self._stop: list[int | None] = [None] * self.rows.batch  # columns of each row once it has ended
         self._streamed = self.rows.prompt_columns
-        self._hidden = [self.shift + n - len(text) for n, text in zip(self.rows.length, self.rows.tokens, strict=True)]
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]``."""
@@ -112,6 +111,7 @@ class Engine:
             self._manner,
             logits,
             lambda r, i: self.rows.ids[short[r] : short[r] + 1, : start[r] + i],
+            short,
             missing,
         )
         for r, row in enumerate(short):
@@ -129,12 +129,13 @@ class Engine:
         raw = logits.clone() if self.record.logits is not None else None
         start = [self.rows.length[row] for row in active]
         if self._manner is sampling.Manner.PREFIX:  # prefixes are read off the rows: put the drafts there
-            self._place(active, proposal)
+            self._place(active, proposal, logits.shape[-1])
         scores = sampling.process(
             self.processors,
             self._manner,
             logits,
             lambda r, i: self.rows.ids[active[r] : active[r] + 1, : start[r] + i],
+            active,
             [c + 1 for c in proposal.count],
         )
         verdict = self.rule.verify(scores, proposal, draws)
@@ -199,14 +200,14 @@ class Engine:
     def _draws(self, active: list[int]) -> Draws:
         device = self.rows.ids.device
         # Padding is not counted: a row draws the same numbers in whatever batch it stands
-        start = [self.shift + self.rows.length[row] - self._hidden[row] for row in active]
+        start = [self.shift + self.rows.length[row] - self.target.hidden[row] for row in active]
         return Draws(self.source, self.rows.seed[active], torch.tensor(start, device=device))
 
     def _draft(self, active: list[int], draws: Draws) -> Proposal:
         begin = time.perf_counter()
         limit = []
         for row in active:
-            room = self.rows.ids.shape[1] - self.rows.length[row] - 1  # the token behind the draft needs a column too
+            room = self.rows.capacity - self.rows.length[row] - 1  # the token behind the draft needs a column too
             limit.append(max(min(self.lookahead[row], room), 0) if self.embeds is None else 0)
         proposal = self.drafter.propose(self.rows, active, limit, draws)
         self.statistics.draft_seconds += time.perf_counter() - begin
@@ -225,11 +226,11 @@ class Engine:
         width = proposal.tokens.shape[1]
         lanes = [u + c for u, c in zip(unseen, proposal.count, strict=True)]
         if min(unseen) == max(unseen):
-            tokens = torch.cat([known, proposal.tokens.clamp(min=0)], 1)
+            tokens = torch.cat([known, proposal.tokens], 1)
         else:
             tokens = torch.nn.functional.pad(known, (0, width))
             for r, u in enumerate(unseen):
-                tokens[r, u : u + width] = proposal.tokens[r].clamp(min=0)
+                tokens[r, u : u + width] = proposal.tokens[r]
         logits = self.target.feed(rows, tokens[:, : max(lanes)], lanes, [c + 1 for c in proposal.count])
         # A copy in float32, as plain decoding takes it: processors write into it
         return logits.to(device=self.rows.ids.device, dtype=torch.float32, copy=True)
@@ -243,18 +244,22 @@ class Engine:
         index = torch.tensor(first, device=ids.device).unsqueeze(1) + torch.arange(max(count), device=ids.device)
         return ids[rows].gather(1, index.clamp(max=ids.shape[1] - 1))
 
-    def _place(self, active: list[int], proposal: Proposal) -> None:
+    def _place(self, active: list[int], proposal: Proposal, width: int) -> None:
+        """Writes drafts behind the rows' text; an id without a logit will be rejected, but processors look it up."""
+        drafts = proposal.tokens.clamp(0, width - 1)
         for r, row in enumerate(active):
             first, n = self.rows.length[row], proposal.count[r]
-            self.rows.ids[row, first : first + n] = proposal.tokens[r, :n]
+            self.rows.reserve(first + n)
+            self.rows.ids[row, first : first + n] = drafts[r, :n]
 
     # Commit ----------------------------------------------------------------------------------------------------------
 
     def _commit(self, row: int, block: list[int]) -> int:
         """Adds a block to a row, up to the token that ends it; returns how many tokens were added."""
         length = self.rows.length[row]
-        block = block[: self.rows.ids.shape[1] - length]
+        block = block[: self.rows.capacity - length]
         if self._stop[row] is None:
+            self.rows.reserve(length + len(block))
             self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.ids.device)
             index = self.stops.first(self.rows.ids[row : row + 1], length, block)
             if index is not None:
@@ -274,6 +279,7 @@ class Engine:
         if self.stops.pads:
             self.rows.done = [stop is not None for stop in self._stop]
             return
+        self.rows.done = [length >= self.rows.capacity for length in self.rows.length]
         if any(stop is None for stop in self._stop):
             return
         end = max(stop for stop in self._stop if stop is not None)
@@ -285,6 +291,7 @@ class Engine:
     def _truncate(self, row: int, end: int) -> None:
         dropped = self.rows.length[row] - end
         if dropped > 0:
+            self.statistics.committed -= dropped
             self.rows.length[row] = end
             del self.rows.tokens[row][-dropped:]
             self.rows.ids[row, end:] = self.pad
@@ -322,7 +329,7 @@ class Engine:
         running = [self.rows.length[row] for row in self.rows.active]
         ready = min(running) if running else max(self.rows.length)
         for column in range(self._streamed, ready):
-            self.streamer.put(self.rows.ids[:, column].cpu())
+            self.streamer.put(self.rows.ids[:, column].to("cpu", copy=True))
         self._streamed = max(self._streamed, ready)
 
 

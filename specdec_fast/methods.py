@@ -178,9 +178,9 @@ def build_drafter(
         for _ in range(rows)
     ]
     if plan.method == "slem":
+        proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         writer = ModelWriter(drafter, contexts, warpers=warpers, confidence=confidence)
-        lookbehind = options.target_lookbehind or LOOKBEHIND
-        return SlemDrafter(writer, TextProposer(options.tokenizer, target, own, lookbehind=lookbehind), device)
+        return SlemDrafter(writer, proposer, device)
     shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
     writer = ModelWriter(
         drafter,

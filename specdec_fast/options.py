@@ -20,7 +20,7 @@ VERIFICATIONS = ("auto", "match", "token")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
 LOOKBEHIND = 10
-_TRANSFORMERS_DEFAULTS = getattr(GenerationConfig, "_get_default_generation_params", dict)()
+_TRANSFORMERS_DEFAULTS: dict[str, Any] = getattr(GenerationConfig, "_get_default_generation_params", dict)()
 
 
 @dataclass
@@ -64,11 +64,26 @@ class Options:
                 "with AutoModelForCausalLM.from_pretrained"
             )
 
-    def completed_by(self, *configs: Any) -> Options:
+    @property
+    def given(self) -> set[str]:
+        """Names of the options that are not at their default."""
+        return {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+
+    @property
+    def speculate(self) -> bool:
+        """Whether the caller asked for more than plain decoding."""
+        return (
+            self.assistant_model is not None
+            or self.prompt_lookup_num_tokens is not None
+            or self.method not in ("auto", "autoregressive")
+        )
+
+    def completed_by(self, *configs: Any, prepared: bool = False) -> Options:
         """The same, with what was not given in the call taken from generation configs, the first that has it.
 
-        A config that ``generate`` has prepared holds Transformers' own defaults too (20 draft tokens, a confidence of
-        0.4); they are nobody's choice and do not count.
+        Args:
+            prepared: ``generate`` has prepared the configs. They then hold Transformers' own defaults too (20 draft
+                tokens, a confidence of 0.4), which are nobody's choice and do not count.
         """
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in (
@@ -82,7 +97,7 @@ class Options:
         ):
             for config in configs:
                 value = getattr(config, name, None)
-                if values[name] is None and value != _TRANSFORMERS_DEFAULTS.get(name):
+                if values[name] is None and not (prepared and value == _TRANSFORMERS_DEFAULTS.get(name)):
                     values[name] = value
         return Options(**values)
 

@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast.cache import RaggedCache, ragged_layers
 
-__all__ = ["Runner", "supports_ragged_batches"]
+__all__ = ["Runner", "supports_ragged_batches", "text_positions"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -57,6 +57,10 @@ class Runner:
         self.prefill_chunk = prefill_chunk
         self.head = head
         self._visible = None if visible is None or bool(visible.all()) else visible.to(model.device)
+        self.vocabulary: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
+        """How many ids the model can read, None where it does not say."""
+        self.hidden = [0] * rows if visible is None else (~visible).sum(1).tolist()
+        """How many columns of each row's prompt are padding."""
         self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
         layers = ragged_layers(model.config)
         if layers is None:
@@ -94,7 +98,8 @@ class Runner:
 
         Args:
             rows: ``R`` different row numbers, ascending.
-            tokens: ``[R, n]`` int64, left-aligned; lanes behind a row's count are ignored.
+            tokens: ``[R, n]`` int64, left-aligned; lanes behind a row's count are ignored. An id that the model does
+                not have (drafts of a wider drafter, text of a wider target, -1 for none) is read as another one.
             count: how many of its lanes each row appends.
             tail: the logits of how many last lanes each row wants, at most its count.
             embeds: ``[R, n, H]`` used instead of ``tokens`` (prompts given as embeddings).
@@ -104,6 +109,8 @@ class Runner:
             ``count[r] - tail[r] + j``.
         """
         tokens = tokens.to(self.model.device)
+        if self.vocabulary is not None:
+            tokens = tokens.clamp(0, self.vocabulary - 1)
         if not self.use_cache:
             tokens, count = self._with_history(rows, tokens, count)
         if self.prefill_chunk and tokens.shape[1] > self.prefill_chunk and embeds is None:
@@ -170,7 +177,9 @@ class Runner:
         arguments: dict[str, Any] = {"use_cache": True, "past_key_values": unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
         if _takes(self.model, "position_ids"):
-            arguments["position_ids"] = _positions(columns, visible)
+            # Lanes behind a row's count are ignored, but a learned position must exist for them too
+            used = torch.tensor(start, device=device) + torch.tensor(count, device=device)
+            arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
         arguments["attention_mask"] = (
             _level_mask(window.end, visible) if level else _ragged_masks(self.model, columns, window.end, visible)
         )
@@ -226,7 +235,7 @@ def _level_mask(end: int, visible: Tensor | None) -> Tensor | None:
     return torch.nn.functional.pad(visible.long(), (0, end - visible.shape[1]), value=1)
 
 
-def _positions(columns: Tensor, visible: Tensor | None) -> Tensor:
+def text_positions(columns: Tensor, visible: Tensor | None) -> Tensor:
     """Position ids ``[R, n]``: columns counted without the hidden ones; 0 for a hidden column."""
     if visible is None:
         return columns

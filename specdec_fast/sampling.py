@@ -10,12 +10,14 @@ The processors are Transformers' own, in the order ``generate`` built them. What
 
 from __future__ import annotations
 
+import copy
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 __all__ = ["Manner", "apply", "drafter_warpers", "holds_a_cache", "manner_of", "process"]
@@ -84,6 +86,7 @@ def process(
     manner: Manner,
     logits: Tensor,
     prefix: Callable[[int, int], Tensor],
+    rows: Sequence[int],
     valid: list[int],
 ) -> Tensor:
     """Scores of every drafted position, for the manners that need no order.
@@ -91,22 +94,34 @@ def process(
     Args:
         logits: ``[R, n, V]`` float32; may be overwritten.
         prefix: ``prefix(r, i)`` gives row r's ids before position i, ``[1, length]``.
+        rows: which rows of the batch these ``R`` are.
         valid: how many positions each row has.
 
     Returns:
         ``[R, n, V]`` float32; positions behind a row's own are whatever.
     """
-    rows, n, width = logits.shape
+    count, n, width = logits.shape
     if not processors:
         return logits
     if manner is Manner.POINTWISE:
-        ids = torch.zeros((rows * n, 1), dtype=torch.long, device=logits.device)
-        return apply(processors, ids, logits.reshape(rows * n, width)).view(rows, n, width)
+        ids = torch.zeros((count * n, 1), dtype=torch.long, device=logits.device)
+        return apply(processors, ids, logits.reshape(count * n, width)).view(count, n, width)
     result = torch.empty_like(logits)
-    for r in range(rows):
+    for r, row in enumerate(rows):
+        own = LogitsProcessorList([_of_row(processor, row) for processor in processors])
         for i in range(valid[r]):
-            result[r, i] = apply(processors, prefix(r, i), logits[r, i : i + 1])[0]
+            result[r, i] = apply(own, prefix(r, i), logits[r, i : i + 1])[0]
     return result
+
+
+def _of_row(processor: LogitsProcessor, row: int) -> LogitsProcessor:
+    """The processor as a batch of that row alone would have it."""
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(ignored, Tensor):
+        return processor
+    own: Any = copy.copy(processor)
+    own.prompt_ignore_length = ignored[row : row + 1]
+    return own
 
 
 def drafter_warpers(

@@ -7,6 +7,8 @@ from torch import Tensor
 
 __all__ = ["Rows"]
 
+GROWTH = 256  # columns added at least
+
 
 class Rows:
     """Committed tokens of ``B`` rows, column by column as ``sequences`` will show them.
@@ -15,7 +17,8 @@ class Rows:
         prompt: ``[B, P]`` int64.
         visible: ``[B, P]`` bool, False where a prompt column is padding; None: no padding.
         seed: ``[B]`` int64, one a row.
-        capacity: columns the result can have at most.
+        capacity: columns the result can have at most; one more than the prompt's where that is less, because plain
+            decoding looks at its limits after the first token.
         pad: id of padding.
     """
 
@@ -23,8 +26,10 @@ class Rows:
         batch, columns = prompt.shape
         self.prompt_columns = columns
         self.pad = pad
-        self.ids = torch.full((batch, max(capacity, columns)), pad, dtype=torch.long, device=prompt.device)
-        self.ids[:, :columns] = prompt
+        self.capacity = max(capacity, columns + 1)
+        self.ids = prompt.long().clone()
+        """``[B, C]``: the columns so far and room for more, filled with padding."""
+        self.reserve(columns + 1)
         self.seed = seed.to(prompt.device)
         self.length = [columns] * batch
         """Committed columns of each row."""
@@ -46,9 +51,17 @@ class Rows:
         """Rows that still want tokens."""
         return [row for row, done in enumerate(self.done) if not done]
 
+    def reserve(self, columns: int) -> None:
+        """Makes room. Not for ``capacity`` at once: callers who stop at an EOS allow millions of tokens."""
+        missing = columns - self.ids.shape[1]
+        if missing > 0:
+            missing = max(missing, self.ids.shape[1], GROWTH)
+            self.ids = torch.nn.functional.pad(self.ids, (0, missing), value=self.pad)
+
     def commit(self, row: int, tokens: list[int]) -> None:
         """Appends tokens to a row."""
         first = self.length[row]
+        self.reserve(first + len(tokens))
         self.ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.ids.device)
         self.length[row] += len(tokens)
         self.tokens[row].extend(tokens)

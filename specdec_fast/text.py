@@ -1,8 +1,8 @@
 """Text between two tokenizers, token by token: what a drafter reads, and what it wrote.
 
 `Reader` gives a row's text, written by one tokenizer, as another would have written it; `TextProposer`
-continues a row with text that another tokenizer wrote (SLEM, Timor et al. 2025, arXiv 2502.05202,
-algorithm 2). Both look back over a window of tokens and never encode a whole sequence again.
+continues a row with text that another tokenizer wrote (SLEM of Timor et al., arXiv 2502.05202). Both look
+back over a window of tokens and never encode a whole sequence again.
 
 Nothing here can make generation lossy: wrong text is only rejected more often. So odd input (bytes that
 are no text, tokenizers that lower-case or drop what they do not know) never raises.
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from specdec_fast.vocab import Vocabulary, match_specials
+from specdec_fast.vocab import Vocabulary, match_specials, shared_markers
 
 __all__ = ["Reader", "TextProposer", "retokenise"]
 
@@ -158,12 +158,11 @@ class Reader:
         lowest = max(self._first, latest - 3 * width)
         for at in range(latest, lowest, -1):
             data = table[self.ids[at]]
-            # A space and a letter: every pre-tokeniser, and every merge list, begins a token here.
-            if data is None or (data[:1] == b" " and data[1:2].isalpha()):
+            if data is None or _begins_word(data):
                 return at, True
         if lowest == self._first:
             return self._first, True
-        while latest > lowest and (table[self.ids[latest]] or b"")[:1] >= b"\x80":
+        while latest > lowest and b"\x80" <= (table[self.ids[latest]] or b"")[:1] < b"\xc0":
             latest -= 1  # not inside a character
         return latest, False
 
@@ -234,7 +233,7 @@ class TextProposer:
         self._target = target
         self._drafter = drafter
         self._lookbehind = max(1, lookbehind)
-        self._specials = match_specials(drafter, target)
+        self._markers = shared_markers(target, drafter)
 
     def propose(self, committed: Sequence[int], drafter_context: Sequence[int], drafted: Sequence[int]) -> list[int]:
         """Target ids that go on from ``committed`` with the text of ``drafted``.
@@ -248,12 +247,12 @@ class TextProposer:
         """
         tail = _after_special(self._target, committed, 4 * self._lookbehind)
         runs = _split(self._drafter, drafted)
-        first = self._new_text(tail, committed, drafter_context, runs[0][0])
+        first = self._new_text(tail, drafter_context, runs[0][0])
         if first is None:
             return []
         proposal = self._continue(tail, first) if tail else self._open(committed, first)
         for (_, special), (data, _) in pairwise(runs):
-            mapped = self._specials.get(special) if special is not None else None
+            mapped = self._markers.get(special) if special is not None else None
             if mapped is None:
                 break
             proposal.append(mapped)
@@ -264,9 +263,7 @@ class TextProposer:
             proposal += self._open(proposal, data)
         return proposal
 
-    def _new_text(
-        self, tail: Sequence[int], committed: Sequence[int], context: Sequence[int], data: bytes
-    ) -> bytes | None:
+    def _new_text(self, tail: Sequence[int], context: Sequence[int], data: bytes) -> bytes | None:
         """``data`` without what the committed text already has beyond the drafter's context."""
         drafter, target = self._drafter, self._target
         read_ids = _after_special(drafter, context, 4 * self._lookbehind)
@@ -275,14 +272,10 @@ class TextProposer:
             opens_row = len(context) <= len(drafter.encoder.opening if drafter.encoder else ())
             if drafter.prefix_space if opens_row else drafter.prefix_space_after_special:
                 data = data.removeprefix(b" ")
-        if len(tail) == len(committed) and target.prefix_space:
-            behind = behind.removeprefix(b" ")
         end = read[-16:] if len(read) >= 16 else read.removeprefix(b" ")
         at = behind.rfind(end) if end else -1
         missing = behind[at + len(end) :] if at >= 0 else _incomplete(behind)
-        if data.startswith(missing):
-            return data[len(missing) :]
-        return None
+        return data[len(missing) :] if data.startswith(missing) else None
 
     def _continue(self, tail: Sequence[int], data: bytes) -> list[int]:
         window = self._window(tail)
@@ -300,21 +293,21 @@ class TextProposer:
         table = self._target.token_bytes
         latest = max(0, len(tail) - self._lookbehind)
         for at in range(latest, -1, -1):
-            data = table[tail[at]] or b"" if at < len(tail) else b""
-            if data[:1] == b" " and data[1:2].isalpha():
+            if _begins_word(table[tail[at]]):
                 return tail[at:]
         while latest and b"\x80" <= (table[tail[latest]] or b"")[:1] < b"\xc0":
-            latest -= 1
+            latest -= 1  # not inside a character
         return tail[latest:]
 
     def _cut(self, ids: list[int], behind: int, total: int) -> list[int] | None:
         """The ids after the first ``behind`` bytes of ``total``, if a token ends there."""
-        table = self._target.token_bytes
+        table, specials = self._target.token_bytes, self._target.specials
         ends, end = [0], 0
         for i in ids:
-            end += len(table[i] or b"")
+            data = table[i]
+            end += len(specials[i].encode() if data is None else data)
             ends.append(end)
-        if end != total:  # the encoder changed the text (a text of its own marker counts as none)
+        if end != total:  # the encoder changed the text
             return None
         return ids[ends.index(behind) :] if behind in ends else None
 
@@ -341,6 +334,11 @@ class TextProposer:
             if ids[:1] == [before[-1]]:
                 return ids[1:]
         return self._target.encode(text)[0]
+
+
+def _begins_word(data: bytes | None) -> bool:
+    """A space and a letter: all pre-tokenisers, and all merge lists, begin a token there."""
+    return data is not None and data[:1] == b" " and data[1:2].isalpha()
 
 
 def _after_special(vocabulary: Vocabulary, ids: Sequence[int], most: int) -> Sequence[int]:

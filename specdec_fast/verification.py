@@ -141,8 +141,9 @@ class Match:
         tested = min(n, proposal.tokens.shape[1])
         if not tested:  # plain decoding: nothing to compare with
             return Verdict(torch.zeros_like(own[:, 0]), own[:, 0])
-        count = torch.tensor(proposal.count, device=scores.device)
-        equal = proposal.tokens[:, :tested] == own[:, :tested]
+        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
+        # -1 on both sides (neither law is defined there) is no agreement
+        equal = (proposal.tokens[:, :tested] == own[:, :tested]) & (own[:, :tested] >= 0)
         accepted = _leading(equal & _drafted(count, tested))
         token = own.gather(1, accepted.clamp(max=n - 1).unsqueeze(1)).squeeze(1)
         return Verdict(accepted, torch.where(accepted < n, token, -1))
@@ -157,7 +158,7 @@ class Token:
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         n = scores.shape[1]
         tested = min(n, proposal.tokens.shape[1])
-        count = torch.tensor(proposal.count, device=scores.device)
+        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
         if tested:
             tokens = proposal.tokens[:, :tested]
             log_p = reference.log_prob(scores[:, :tested], tokens)
@@ -173,12 +174,15 @@ class Token:
     def _next_token(scores: Tensor, law: Law, accepted: Tensor, rejected: Tensor, draws: Draws) -> Tensor:
         """Draws from the residual where a draft token was rejected, from p where none was left: ``[R]``."""
         rows = torch.arange(scores.shape[0], device=scores.device)
-        p = reference.masses(scores[rows, accepted.clamp(max=scores.shape[1] - 1)])
+        # Where an accepted token used up the scores, the draw below is void; its number is this position's own, so that
+        # the next position's stays undrawn
+        place = accepted.clamp(max=scores.shape[1] - 1)
+        p = reference.masses(scores[rows, place])
         if bool(rejected.any()):
             position = torch.where(rejected, accepted, 0)
             rest = reference.residual(p, law.subtract_from(p, position))
             p = torch.where(rejected.unsqueeze(1), rest, p)
-        return reference.draw(p, draws.residual(accepted))
+        return reference.draw(p, draws.residual(place))
 
 
 def rule_for(name: str, *, do_sample: bool) -> Rule:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from specdec_fast.encoder import Encoder
+from specdec_fast.pieces import backend_reading, guessed_reading, listed_pieces
 
-__all__ = ["Intersection", "Vocabulary", "intersection", "match_specials", "same_tokenizer"]
+__all__ = ["Intersection", "Vocabulary", "intersection", "match_specials", "same_tokenizer", "shared_markers"]
 
 _ROLES = ("bos", "eos", "pad", "unk")
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_METASPACE = "\u2581"
 
 
 class Vocabulary:
@@ -181,11 +178,11 @@ def _read(tokenizer: Any) -> Vocabulary:
     if encoder.fast:
         backend = tokenizer.backend_tokenizer
         pieces: dict[int, Any] = {i: piece for piece, i in backend.get_vocab(with_added_tokens=True).items()}
-        to_bytes = _reading_of(backend)
+        to_bytes = backend_reading(backend)
     else:
         size = max([len(tokenizer) - 1, *tokenizer.get_vocab().values(), *added]) + 1
-        pieces = dict(enumerate(_pieces_slow(tokenizer, size)))
-        to_bytes = _guess_reading(tokenizer, [piece for piece in pieces.values() if isinstance(piece, str)])
+        pieces = dict(enumerate(listed_pieces(tokenizer, size)))
+        to_bytes = guessed_reading(tokenizer, [piece for piece in pieces.values() if isinstance(piece, str)])
     roles = {role: getattr(tokenizer, f"{role}_token_id", None) for role in _ROLES}
     model_unk = getattr(tokenizer.backend_tokenizer.model, "unk_token", None) if encoder.fast else None
     unk = next((i for i, piece in pieces.items() if model_unk and piece == model_unk), None)
@@ -204,93 +201,6 @@ def _read(tokenizer: Any) -> Vocabulary:
     names = {i: added.get(i) or pieces.get(i) for i in special if i < len(table)}
     specials = {i: name for i, name in names.items() if isinstance(name, str)}
     return Vocabulary(table, specials=specials, roles=roles, added=added, encoder=encoder)
-
-
-def _pieces_slow(tokenizer: Any, size: int) -> list[Any]:
-    pieces: list[Any] = []
-    for i in range(size):
-        try:
-            pieces.append(tokenizer.convert_ids_to_tokens(i))
-        except Exception:  # whatever a tokenizer of the user's own raises for an id it does not have
-            pieces.append(None)
-    return pieces
-
-
-def _reading_of(backend: Any) -> Callable[[str], bytes]:
-    """How the backend's decoder reads a piece in mid-sentence."""
-    decoder = backend.decoder
-    kinds = _components(decoder if decoder is not None else backend.pre_tokenizer)
-    names = {part["type"] for part in kinds}
-    if "ByteLevel" in names:
-        return _read_byte_level
-    replaced = [part for part in kinds if part["type"] == "Replace" and "String" in part.get("pattern", {})]
-    metaspace = [part["replacement"] for part in kinds if part["type"] == "Metaspace"]
-    if metaspace or "ByteFallback" in names or replaced:
-        swaps = [(part["pattern"]["String"], part["content"]) for part in replaced]
-        swaps += [(mark, " ") for mark in metaspace]
-        fallback = "ByteFallback" in names or bool(getattr(backend.model, "byte_fallback", False))
-        return lambda piece: _read_sentencepiece(piece, swaps, fallback)
-    if decoder is None:
-        return lambda piece: f" {piece}".encode()  # what a backend without a decoder joins with
-    return lambda piece: _read_between(decoder, piece)
-
-
-def _guess_reading(tokenizer: Any, pieces: Sequence[str]) -> Callable[[str], bytes]:
-    """The same for a tokenizer that does not say: by the marks its pieces carry."""
-    starts = {mark: sum(piece.startswith(mark) for piece in pieces) for mark in ("\u0120", _METASPACE, "##")}
-    mark = max(starts, key=lambda key: starts[key])
-    if hasattr(tokenizer, "byte_decoder") or (starts[mark] and mark == "\u0120"):
-        return _read_byte_level
-    if starts[mark] and mark == "##":
-        return lambda piece: piece[2:].encode() if piece.startswith("##") else f" {piece}".encode()
-    if {chr(byte) for byte in range(256)}.issubset(pieces):  # one piece a byte (ByT5)
-        return lambda piece: piece.encode("latin-1" if len(piece) == 1 and piece < "\u0100" else "utf-8")
-    return lambda piece: _read_sentencepiece(piece, [(_METASPACE, " ")], True)
-
-
-def _components(part: Any) -> list[dict[str, Any]]:
-    """The component's own settings, a sequence flattened."""
-    if part is None:
-        return []
-
-    def flat(node: dict[str, Any]) -> list[dict[str, Any]]:
-        inner = node.get("decoders") or node.get("pretokenizers") or []
-        return [leaf for child in inner for leaf in flat(child)] if node["type"] == "Sequence" else [node]
-
-    return flat(json.loads(part.__getstate__()))
-
-
-def _byte_level_table() -> dict[int, int]:
-    """GPT-2's alphabet backwards: printable Latin-1 stands for itself, other bytes for U+0100 and up."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table = {0x100 + k: byte for k, byte in enumerate(hidden)}
-    return table | {byte: 0xFFFD for byte in hidden}  # no letters of the alphabet: make encoding them fail
-
-
-_BYTE_LEVEL = _byte_level_table()
-
-
-def _read_byte_level(piece: str) -> bytes:
-    try:
-        return piece.translate(_BYTE_LEVEL).encode("latin-1")
-    except UnicodeEncodeError:  # as the byte-level decoder does with a piece outside its alphabet
-        return piece.encode("utf-8", "replace")
-
-
-def _read_sentencepiece(piece: str, swaps: Sequence[tuple[str, str]], fallback: bool) -> bytes:
-    if fallback and (byte := _BYTE_TOKEN.fullmatch(piece)):
-        return bytes([int(byte[1], 16)])
-    for old, new in swaps:
-        piece = piece.replace(old, new)
-    return piece.encode("utf-8", "replace")
-
-
-def _read_between(decoder: Any, piece: str) -> bytes:
-    """What ``piece`` adds between two pieces: any decoder (WordPiece, BPE with suffixes) can be asked."""
-    before, after = decoder.decode(["a"]), decoder.decode(["a", "a"])[1:]
-    whole = decoder.decode(["a", piece, "a"])
-    return whole.removeprefix(before).removesuffix(after).encode("utf-8", "replace")
 
 
 def same_tokenizer(a: Vocabulary, b: Vocabulary, a_size: int | None = None, b_size: int | None = None) -> bool:
@@ -327,10 +237,10 @@ def _content(vocabulary: Vocabulary, i: int, used: int) -> bytes | None:
 
 
 def match_specials(source: Vocabulary, destination: Vocabulary) -> dict[int, int]:
-    """The destination's special for each of the source's that has one: by exact text, else by role.
+    """The destination's special that a reader is given for each of the source's: same text, else same role.
 
-    Exact text goes first because roles are set loosely: a chat model's opening marker is often declared
-    its bos token. The destination's unk is never given, nor its pad for anything but a pad.
+    Text goes first because roles are set loosely: a chat model's opening marker is often declared its bos.
+    The destination's unk is never given, nor its pad for anything but a pad or a marker of that text.
     """
     known = source._matched.get(destination)
     if known is not None:
@@ -365,8 +275,8 @@ def intersection(target: Vocabulary, drafter: Vocabulary, *, target_size: int, d
     """What both vocabularies can say: one pair of ids for each byte string, and one for each shared marker.
 
     Where several ids share bytes, the id the encoder yields stands for them (`Vocabulary.id_of`). Markers
-    are matched as in `match_specials`, each id once; unk and pad never (unless they are also the eos), nor
-    bos, which no model should write. Nothing in common gives K = 0.
+    are those of `shared_markers`, each id once: unk and pad never (unless they are also the eos), nor bos,
+    which no model should write. Nothing in common gives K = 0.
 
     Args:
         target, drafter: the vocabularies.
@@ -374,23 +284,23 @@ def intersection(target: Vocabulary, drafter: Vocabulary, *, target_size: int, d
     """
     shared = target._id_of.keys() & drafter._id_of.keys()
     pairs = {target._id_of[data]: drafter._id_of[data] for data in shared}
-    pairs.update(_markers(target, drafter))
+    for d, t in shared_markers(target, drafter).items():
+        pairs.setdefault(t, d)
     kept = sorted((t, d) for t, d in pairs.items() if t < target_size and d < drafter_size)
     table = torch.tensor(kept, dtype=torch.int64).reshape(-1, 2)
     return Intersection(table[:, 0].contiguous(), table[:, 1].contiguous())
 
 
-def _markers(target: Vocabulary, drafter: Vocabulary) -> dict[int, int]:
-    pairs: dict[int, int] = {}
-    matched = match_specials(drafter, target)
-    eos = drafter.roles["eos"]
-    # A marker with the same text goes before one with the same role, so that no target id is taken twice.
-    exact = [d for d, t in matched.items() if drafter.specials[d] == target.specials.get(t)]
-    for d in [*exact, *[d for d in matched if d == eos]]:
-        if _may_propose(drafter, d) and _may_propose(target, matched[d]):
-            pairs.setdefault(matched[d], d)
-    return pairs
+def shared_markers(target: Vocabulary, drafter: Vocabulary) -> dict[int, int]:
+    """The target's id for each special that a drafter may write: the same text, else eos for eos."""
+    by_text = {text: i for i, text in target.specials.items() if _may_write(target, i)}
+    written = {i: text for i, text in drafter.specials.items() if _may_write(drafter, i)}
+    markers = {i: by_text[text] for i, text in written.items() if text in by_text}
+    ends = target.roles["eos"], drafter.roles["eos"]
+    if ends[0] is not None and ends[1] is not None:
+        markers.setdefault(ends[1], ends[0])
+    return markers
 
 
-def _may_propose(vocabulary: Vocabulary, i: int) -> bool:
+def _may_write(vocabulary: Vocabulary, i: int) -> bool:
     return i == vocabulary.roles["eos"] or i not in (vocabulary.roles[role] for role in ("bos", "pad", "unk"))

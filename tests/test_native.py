@@ -107,6 +107,7 @@ def test_status_agrees_with_what_loads():
 
 
 def test_loading_happens_once(monkeypatch):
+    monkeypatch.delenv("SPECDEC_FAST_DISABLE_NATIVE", raising=False)
     monkeypatch.setattr(native, "_modules", {})
     calls = []
     monkeypatch.setattr(native, "_register_ops", lambda: calls.append(1))
@@ -147,7 +148,7 @@ def test_a_missing_or_broken_binary_is_silent_and_explained(tmp_path):
         "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)];"
         "from specdec_fast import native, randomness; print(json.dumps(native.status()))"
     )
-    done = run_python(script)
+    done = run_python(script, SPECDEC_FAST_DISABLE_NATIVE="0")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     status = json.loads(done.stdout)

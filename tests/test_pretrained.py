@@ -19,9 +19,7 @@ from specdec_fast import pretrained
 def saved(tmp_path_factory):
     """A tiny model with its tokenizer, as a folder."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    config = LlamaConfig(
-        vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
+    config = LlamaConfig(vocab_size=4, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2, "c": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,6 +54,16 @@ def test_load(folder, dtype):
 def test_a_missing_folder(path):
     with pytest.raises(FileNotFoundError, match=r"there is no folder") as error:
         pretrained.load(path, dtype=torch.float32)
+    assert one_line(error)
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub(monkeypatch):
+    def unknown(source, **options):
+        raise OSError("not found\nsecond line")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", unknown)
+    with pytest.raises(FileNotFoundError, match=r"cannot load mine: there is no such folder.* not found") as error:
+        pretrained.load("mine", dtype=torch.float32)
     assert one_line(error)
 
 

@@ -90,19 +90,13 @@ def test_broadcasting_and_strides(shapes):
         result = uniform(seed, position, offset, 1, 2)
         assert result.dtype == torch.float64
         assert torch.equal(result, expected)
-        flipped = uniform(
-            *(key.expand(expected.shape).transpose(0, -1) for key in (seed, position, offset)), 1, 2
-        )
+        flipped = uniform(*(key.expand(expected.shape).transpose(0, -1) for key in (seed, position, offset)), 1, 2)
         assert torch.equal(flipped, expected.transpose(0, -1))
 
 
 def test_distinct_keys_give_distinct_numbers():
-    seed, position, offset = torch.meshgrid(
-        torch.arange(8), torch.arange(40), torch.arange(10), indexing="ij"
-    )
-    streams = [
-        Philox().uniform(seed, position, offset, purpose, trial) for purpose in Purpose for trial in range(4)
-    ]
+    seed, position, offset = torch.meshgrid(torch.arange(8), torch.arange(40), torch.arange(10), indexing="ij")
+    streams = [Philox().uniform(seed, position, offset, purpose, trial) for purpose in Purpose for trial in range(4)]
     numbers = torch.stack(streams).flatten()
     assert numbers.unique().numel() == numbers.numel()
 
@@ -162,9 +156,7 @@ def test_fallback_draws_what_the_kernel_draws():
     output = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert output.returncode == 0, output.stderr
     k = torch.arange(50)
-    assert output.stdout.strip() == str(
-        Philox().uniform(row_seeds(3, 2)[:, None], k, k[:1], Purpose.DRAFT, 9).tolist()
-    )
+    assert output.stdout.strip() == str(Philox().uniform(row_seeds(3, 2)[:, None], k, k[:1], Purpose.DRAFT, 9).tolist())
 
 
 @pytest.mark.skipif(not native.load_ops(), reason="the CPU kernels are not built")
