@@ -5,9 +5,28 @@
 ...                        tokenizer=target_tokenizer, assistant_tokenizer=drafter_tokenizer)
 """
 
-from specdec_fast.api import decoding_loop, fast_generate
-from specdec_fast.stats import Speculation, last_speculation
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from specdec_fast.api import decoding_loop, fast_generate
+    from specdec_fast.stats import Speculation, last_speculation
 
 __all__ = ["Speculation", "__version__", "decoding_loop", "fast_generate", "last_speculation"]
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: the command line must not wait for torch and transformers
+_HOMES = {"decoding_loop": "api", "fast_generate": "api", "Speculation": "stats", "last_speculation": "stats"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"specdec_fast.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

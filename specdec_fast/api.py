@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,6 @@ def fast_generate(
         streamer=streamer,
         source=source,
     )
-    generate: Any = model.generate  # of a mixin that the model's type does not show
     settings = _Settings(model, generation_config, kwargs)
     common: dict[str, Any] = {
         "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
@@ -128,7 +127,11 @@ def fast_generate(
     }
     if "custom_generate" in kwargs:
         raise ValueError("custom_generate is what fast_generate sets itself: use specdec_fast.decoding_loop for it")
-    if strategy := settings.other_strategy():
+    strategy = settings.other_strategy()
+    if strategy is None:
+        methods.check_model(model, "model")
+    generate: Any = model.generate  # of a mixin that the model's type does not show
+    if strategy is not None:
         given = options.given - {"tokenizer", "streamer"}
         if given:
             names = ", ".join(sorted(given))
@@ -136,14 +139,21 @@ def fast_generate(
         extra = {} if tokenizer is None else {"tokenizer": tokenizer}
         extra |= {} if streamer is None else {"streamer": streamer}
         return generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
-    methods.check_model(model, "model")
     if synced_gpus:
         raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
     if settings.get("token_healing"):
         raise ValueError("token_healing is not supported: call model.heal_tokens on the prompt, then fast_generate")
+    cache = kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, Cache):
+        raise TypeError(f"past_key_values must be a Cache, such as DynamicCache, not {type(cache).__name__}")
     for name in _OTHER_SPECULATION:
         if kwargs.get(name) or getattr(generation_config, name, None):
             raise ValueError(f"{name} asks for an assisted decoding of Transformers' own: use model.generate for it")
+    # Here as well as in the loop, because `generate` runs a vision encoder before it
+    takes = inspect.signature(model.forward).parameters
+    _refuse_inputs(
+        name for name, value in kwargs.items() if name in takes and value is not None and not hasattr(_DEFAULTS, name)
+    )
     # The drafter's own config last: that is where Transformers' users had to put these knobs
     options = options.completed_by(
         generation_config, model.generation_config, getattr(assistant_model, "generation_config", None)
@@ -188,7 +198,7 @@ class _Settings:
     def __init__(self, model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]):
         self.config = config
         self.kwargs = dict(kwargs)
-        self._default = model.generation_config
+        self._default = getattr(model, "generation_config", None)
 
     def get(self, name: str) -> Any:
         if self.kwargs.get(name) is not None:
@@ -219,6 +229,7 @@ class _Settings:
         return "cache_implementation='paged'" if self.get("cache_implementation") == "paged" else None
 
 
+_DEFAULTS = GenerationConfig()
 _FORWARDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
 
 
@@ -337,8 +348,14 @@ def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} is not supported: leave it out, or use model.generate for it")
-    unknown = sorted(name for name, value in model_kwargs.items() if name not in _FORWARDED and value is not None)
-    if unknown:
+    # `generate` hands a multimodal model an empty dict where there is nothing but text
+    empty = [name for name, value in model_kwargs.items() if value is None or (isinstance(value, dict) and not value)]
+    _refuse_inputs(model_kwargs.keys() - set(empty))
+
+
+def _refuse_inputs(inputs: Iterable[str]) -> None:
+    """Refuses inputs of the model's forward pass that the loop does not hand on."""
+    if unknown := sorted(set(inputs) - {"input_ids", *_FORWARDED}):
         raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
 
 

@@ -392,7 +392,7 @@ def demo(
     allow_pickle: _PickleOption = False,
     method: _MethodOption = "auto",
     verification: _VerificationOption = "auto",
-    max_new_tokens: _MaxNewTokensOption = 192,
+    max_new_tokens: _MaxNewTokensOption = 256,
     num_assistant_tokens: _LookaheadOption = None,
     temperature: _TemperatureOption = None,
     top_p: _TopPOption = None,

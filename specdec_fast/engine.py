@@ -33,10 +33,11 @@ class Record:
 
     def add(self, row: int, scores: Tensor, logits: Tensor | None) -> None:
         """Keeps ``[n, V]`` of a row."""
+        # Copies: views would keep the scores of rejected tokens alive as well
         if self.scores is not None:
-            self.scores[row].extend(scores.unbind(0))
+            self.scores[row].extend(scores.clone().unbind(0))
         if self.logits is not None and logits is not None:
-            self.logits[row].extend(logits.unbind(0))
+            self.logits[row].extend(logits.clone().unbind(0))
 
 
 @dataclass

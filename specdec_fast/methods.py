@@ -43,8 +43,11 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
 
     Raises:
         ValueError: ``argument`` is encoder-only, encoder-decoder or keeps a recurrent state.
+        TypeError: it is no model.
     """
     name = type(model).__name__
+    if not hasattr(model, "config") or not hasattr(model, "can_generate"):
+        raise TypeError(f"{argument} must be a Transformers model, not {name}: load it with AutoModelForCausalLM")
     if model.config.is_encoder_decoder:
         raise ValueError(
             f"{argument}: {name} is an encoder-decoder model, which is not supported: use model.generate for it"

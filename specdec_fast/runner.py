@@ -100,7 +100,7 @@ class Runner:
             rows: ``R`` different row numbers, ascending.
             tokens: ``[R, n]`` int64, left-aligned; lanes behind a row's count are ignored. An id that the model does
                 not have (drafts of a wider drafter, text of a wider target, -1 for none) is read as another one.
-            count: how many of its lanes each row appends.
+            count: how many of its lanes each row appends; 0 for a row that only keeps its place, not for all.
             tail: the logits of how many last lanes each row wants, at most its count.
             embeds: ``[R, n, H]`` used instead of ``tokens`` (prompts given as embeddings).
 
@@ -139,14 +139,17 @@ class Runner:
         if len(self._units) == 1:
             return self._forward(self._units[0][1], list(rows), list(rows), tokens, count, tail, embeds)
         width = max(tail)
-        parts = []
+        parts: list[Tensor | None] = [None] * len(rows)
         for r, row in enumerate(rows):
+            if not count[r]:
+                continue
             lanes = slice(0, count[r])
             piece = None if embeds is None else embeds[r : r + 1, lanes]
             unit = self._units[row][1]
             logits = self._forward(unit, [row], [0], tokens[r : r + 1, lanes], [count[r]], [tail[r]], piece)
-            parts.append(torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1])))
-        return torch.cat(parts)
+            parts[r] = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+        some = next(part for part in parts if part is not None)
+        return torch.cat([torch.zeros_like(some) if part is None else part for part in parts])
 
     def _forward(
         self,
@@ -178,7 +181,7 @@ class Runner:
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
         if _takes(self.model, "position_ids"):
             # Lanes behind a row's count are ignored, but a learned position must exist for them too
-            used = torch.tensor(start, device=device) + torch.tensor(count, device=device)
+            used = (torch.tensor(start, device=device) + torch.tensor(count, device=device)).clamp(min=1)
             arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
         arguments["attention_mask"] = (
             _level_mask(window.end, visible) if level else _ragged_masks(self.model, columns, window.end, visible)
@@ -315,10 +318,11 @@ def _probe(model: PreTrainedModel) -> bool:
         runner = Runner(model, 2, visible=visible, joint=True)
         runner.feed([0, 1], ids[:, :5], [5, 3], [1, 1])
         last = runner.feed([0, 1], torch.stack([ids[0, 5:], ids[1, 3:5]]), [2, 2], [2, 2])
+        for row, text in enumerate([ids[:1], ids[1:, 1:5]]):
+            place = torch.arange(text.shape[1], device=ids.device).unsqueeze(0)
+            plain = model(input_ids=text, position_ids=place, use_cache=False).logits[0, -2:].float()
+            if (plain - last[row].float()).abs().mean() > 0.05 * plain.std():
+                return False
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return False
-    for row, text in enumerate([ids[:1], ids[1:, 1:5]]):
-        plain = model(input_ids=text, use_cache=False).logits[0, -2:].float()
-        if (plain - last[row].float()).abs().mean() > 0.05 * plain.std():
-            return False
     return True
