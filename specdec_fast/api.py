@@ -322,7 +322,7 @@ class _Loop:
             streamer=options.streamer,
         )
         if options.streamer is not None:
-            options.streamer.put(input_ids.cpu())
+            options.streamer.put(input_ids.to("cpu", copy=True))
         sequences = engine.run()
         if options.streamer is not None:
             options.streamer.end()

@@ -164,7 +164,8 @@ def read_cache(source: Any, target: RaggedCache) -> None:
     columns = int(source.get_seq_length())
     target.window.rows, target.window.columns = None, None
     target.window.start, target.window.end = 0, columns
-    for mine, theirs in zip(target.cache.layers, source.layers, strict=True):
+    layers: Any = target.cache.layers
+    for mine, theirs in zip(layers, source.layers, strict=True):
         if not theirs.is_initialized:
             continue
         # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,11 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
         )
     if not model.can_generate():
         raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
+    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{argument}: {name} has no key-value cache to roll back (its forward takes no past_key_values): use "
+            "model.generate for it"
+        )
     if getattr(model, "_is_stateful", False) or ragged_layers(model.config) is None:
         raise ValueError(
             f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: use "

@@ -117,7 +117,6 @@ class ModelWriter:
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
         most = max(count)
         logits = self._catch_up(active)
-        ones = [1] * len(active)
         drawn, kept_scores = [], []
         fed: list[Tensor] = []
         for step in range(most):
@@ -132,7 +131,8 @@ class ModelWriter:
                 break
             token = token.clamp(min=0)
             fed.append(token if self._choices is None else self._choices[token])
-            logits = self._runner.feed(active, fed[-1].unsqueeze(1), ones, ones)[:, 0]
+            going = [int(step + 1 < c) for c in count]  # a row that is through might have no position left
+            logits = self._runner.feed(active, fed[-1].unsqueeze(1), going, going)[:, 0]
         for r, row in enumerate(active):
             self._drafted[row] = [int(ids[r]) for ids in fed]
         law = None if self.warpers is None else torch.stack(kept_scores, 1)
