@@ -85,7 +85,8 @@ def fast_generate(
         verification: "auto", "match" (sample and compare) or "token" (rejection sampling; Leviathan et al.,
             arXiv 2211.17192). Both are lossless.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
-            in. None: from torch's global generator.
+            in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
+            None: from torch's global generator.
         num_assistant_tokens: lookahead, draft tokens a round (in target tokens).
         num_assistant_tokens_schedule: "constant" (default), "heuristic" or "heuristic_transient".
         assistant_confidence_threshold: end a draft behind a token less probable than this.
@@ -256,13 +257,13 @@ class _Loop:
         if options.assistant_model is not None:
             methods.check_model(options.assistant_model, "assistant_model")
         do_sample = bool(config.do_sample)
-        plan = methods.make_plan(model, options, logits_processor, do_sample)
+        stops = Stops(stopping_criteria)
+        plan = methods.make_plan(model, options, logits_processor, stops, do_sample)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
         _check_ids(input_ids, model)
         seeds = row_seeds(options.seed, batch)
-        stops = Stops(stopping_criteria)
         limit = stops.max_length if stops.max_length is not None else config.max_length
         pad = config._pad_token_tensor
         if stops.pads and pad is None:

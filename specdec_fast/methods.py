@@ -16,6 +16,7 @@ from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, S
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
+from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
@@ -55,14 +56,14 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
         )
     if not model.can_generate():
         raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
-        raise ValueError(
-            f"{argument}: {name} has no key-value cache to roll back (its forward takes no past_key_values): use "
-            "model.generate for it"
-        )
     if getattr(model, "_is_stateful", False) or ragged_layers(model.config) is None:
         raise ValueError(
             f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: use "
+            "model.generate for it"
+        )
+    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(
+            f"{argument}: {name} has no key-value cache to roll back (its forward takes no past_key_values): use "
             "model.generate for it"
         )
 
@@ -76,7 +77,9 @@ def logit_width(model: PreTrainedModel) -> int:
     return model.config.get_text_config(decoder=True).vocab_size
 
 
-def make_plan(model: PreTrainedModel, options: Options, processors: LogitsProcessorList, do_sample: bool) -> Plan:
+def make_plan(
+    model: PreTrainedModel, options: Options, processors: LogitsProcessorList, stops: Stops, do_sample: bool
+) -> Plan:
     """Resolves ``method`` and ``verification``.
 
     Raises:
@@ -85,7 +88,8 @@ def make_plan(model: PreTrainedModel, options: Options, processors: LogitsProces
     method, reason = _method(model, options, do_sample)
     if method != "autoregressive" and sampling.holds_a_cache(processors):
         method, reason = "autoregressive", "a guidance processor runs a model of its own at every token"
-    verification, why = _verification(options, method, do_sample)
+    in_order = stops.in_order or sampling.manner_of(processors) is sampling.Manner.IN_ORDER
+    verification, why = _verification(options, method, do_sample, in_order)
     lookahead = options.num_assistant_tokens or DEFAULT_LOOKAHEAD
     if method == "prompt_lookup":
         lookahead = options.prompt_lookup_num_tokens or options.num_assistant_tokens or 2 * DEFAULT_LOOKAHEAD
@@ -150,11 +154,14 @@ def _same_tokenizer(model: PreTrainedModel, options: Options) -> bool:
     )
 
 
-def _verification(options: Options, method: str, do_sample: bool) -> tuple[str, str]:
+def _verification(options: Options, method: str, do_sample: bool, in_order: bool) -> tuple[str, str]:
     if not do_sample:
         return "match", "greedy decoding keeps what equals the argmax"
     if options.verification != "auto":
         return options.verification, f"verification={options.verification!r} was asked for"
+    if in_order:
+        # Rows advance in step, so where a row's rounds begin, and with it rule token's numbers, hangs on the others
+        return "match", "a custom callable sees the whole batch, and the target's own draws do not depend on it"
     if method in ("model", "tli"):
         return "token", "the drafter's law is known"
     return "match", "the target's own draws need no law of the drafter"

@@ -133,8 +133,9 @@ class ModelWriter:
             fed.append(token if self._choices is None else self._choices[token])
             going = [int(step + 1 < c) for c in count]  # a row that is through might have no position left
             logits = self._runner.feed(active, fed[-1].unsqueeze(1), going, going)[:, 0]
-        for r, row in enumerate(active):
-            self._drafted[row] = [int(ids[r]) for ids in fed]
+        written = torch.stack(fed, 1).tolist() if fed else [[] for _ in active]
+        for row, ids in zip(active, written, strict=True):
+            self._drafted[row] = ids
         law = None if self.warpers is None else torch.stack(kept_scores, 1)
         return Written(torch.stack(drawn, 1), law, count)
 
