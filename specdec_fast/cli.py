@@ -9,7 +9,6 @@ import time
 import traceback
 from contextlib import nullcontext
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +16,7 @@ import typer
 from rich.text import Text
 from typer.core import TyperGroup
 
-from specdec_fast import __version__, console
+from specdec_fast import __version__, console, environment
 from specdec_fast.console import Session, Settings
 
 __all__ = ["app", "main"]
@@ -432,7 +431,7 @@ def env(
     show_traceback: _TracebackOption = False,
 ) -> None:
     """Show versions, devices, what is built (and if not, why) and where the default models are."""
-    report = _environment()
+    report = environment.report()
     if as_json:
         print(json.dumps(report, ensure_ascii=False))
         return
@@ -448,59 +447,6 @@ def env(
     out = console.output_console()
     for name, text in lines:
         out.print(Text.assemble((name.ljust(width), "dim"), "  ", text), soft_wrap=True)
-
-
-def _environment() -> dict[str, Any]:
-    from specdec_fast import native
-
-    versions: dict[str, str | None] = {"specdec_fast": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "tokenizers", "triton"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {
-        "versions": versions,
-        "devices": _devices(),
-        "native": native.status(),
-        "models": _models(),
-    }
-
-
-def _devices() -> list[dict[str, Any]]:
-    import torch
-
-    cpu = torch.device("cpu")
-    features = [torch.backends.cpu.get_cpu_capability(), console.counted(torch.get_num_threads(), "thread")]
-    features.append("bfloat16" if console.computes_bfloat16(cpu) else "no bfloat16 instructions")
-    found: list[dict[str, Any]] = [
-        {"name": "cpu", "about": ", ".join(features), "bfloat16": console.computes_bfloat16(cpu)}
-    ]
-    for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        about = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute capability {facts.major}.{facts.minor}"
-        device = torch.device("cuda", index)
-        found.append({"name": str(device), "about": about, "bfloat16": console.computes_bfloat16(device)})
-    return found
-
-
-def _models() -> dict[str, dict[str, Any]]:
-    from specdec_fast import pretrained
-
-    target = pretrained.cache_folder() / pretrained.TARGET_NAME
-    cached = target.is_dir()
-    models: dict[str, dict[str, Any]] = {
-        "target": {
-            "path": str(target),
-            "cached": cached,
-            "state": "cached" if cached else "not there yet: fetched when first used, 93 MB",
-        }
-    }
-    try:
-        models["drafter"] = {"path": str(pretrained.default_drafter()), "cached": True, "state": "in the package"}
-    except FileNotFoundError as error:
-        models["drafter"] = {"path": None, "cached": False, "state": str(error)}
-    return models
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from specdec_fast import __version__, cli, console, demo, options, pretrained
+from specdec_fast import __version__, cli, console, demo, environment, options, pretrained
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
 
@@ -312,7 +312,7 @@ def test_an_error_nobody_expected_says_its_type(monkeypatch):
     def fail():
         raise KeyError("x")
 
-    monkeypatch.setattr(cli, "_environment", fail)
+    monkeypatch.setattr(environment, "report", fail)
     assert refused("env", says="KeyError") == "error: KeyError: 'x' (--traceback shows where)"
 
 

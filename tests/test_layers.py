@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "specdec_fast"
 # there is no cycle. A new module needs a place here.
 LAYERS = (
     {"cli"},
-    {"demo", "console"},
+    {"demo", "environment"},
+    {"console"},
     {"__init__"},
     {"api"},
     {"methods", "engine"},
