@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec_fast import methods
 from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
-from specdec_fast.lookahead import Lookahead
+from specdec_fast.lookahead import lookahead_for
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
 from specdec_fast.runner import Runner, text_positions
@@ -87,8 +87,9 @@ def fast_generate(
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
             None: from torch's global generator.
-        num_assistant_tokens: lookahead, draft tokens a round (in target tokens).
-        num_assistant_tokens_schedule: "constant" (default), "heuristic" or "heuristic_transient".
+        num_assistant_tokens: lookahead, draft tokens a round (in target tokens); constant unless a schedule is given.
+        num_assistant_tokens_schedule: "adaptive" (default: from the acceptance so far and the models' sizes, none at
+            all where drafting does not pay), "constant", "heuristic" or "heuristic_transient" as in Transformers.
         assistant_confidence_threshold: end a draft behind a token less probable than this.
         assistant_temperature: the drafter's own temperature; None: the target's. 0: its argmax.
         prompt_lookup_num_tokens: draft from the text itself, this many tokens a round.
@@ -313,7 +314,7 @@ class _Loop:
             rule=rule_for(plan.verification, do_sample=do_sample),
             processors=logits_processor,
             stops=stops,
-            lookahead=Lookahead(batch, plan.lookahead, options.num_assistant_tokens_schedule or "constant"),
+            lookahead=lookahead_for(plan.schedule, batch, plan.lookahead, plan.draft_cost),
             source=options.source or Philox(),
             statistics=statistics,
             pad=rows.pad,

@@ -20,7 +20,10 @@ from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
-__all__ = ["Plan", "check_model", "logit_width", "make_plan"]
+__all__ = ["Plan", "build_drafter", "check_model", "logit_width", "make_plan"]
+
+LEAST_DRAFT_COST = 0.04  # launching a small model's layers costs something, however small they are
+MOST_DRAFT_COST = 0.5  # sizes are a guess at cost, and a guess alone must not rule a drafter out
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,17 @@ class Plan:
         method: resolved, never "auto".
         verification: resolved name of the rule.
         reason: one line for the statistics.
-        lookahead: draft tokens of the first round.
+        lookahead: draft tokens a round, or what the schedule starts from.
+        schedule: how the lookahead changes.
+        draft_cost: one draft token's cost in target passes, as far as their sizes tell.
     """
 
     method: str
     verification: str
     reason: str
     lookahead: int
+    schedule: str
+    draft_cost: float
 
 
 def check_model(model: PreTrainedModel, argument: str) -> None:
@@ -90,10 +97,16 @@ def make_plan(
         method, reason = "autoregressive", "a guidance processor runs a model of its own at every token"
     in_order = stops.in_order or sampling.manner_of(processors) is sampling.Manner.IN_ORDER
     verification, why = _verification(options, method, do_sample, in_order)
-    lookahead = options.num_assistant_tokens or DEFAULT_LOOKAHEAD
+    given = options.num_assistant_tokens
+    default, draft_cost = DEFAULT_LOOKAHEAD, 0.0
     if method == "prompt_lookup":
-        lookahead = options.prompt_lookup_num_tokens or options.num_assistant_tokens or 2 * DEFAULT_LOOKAHEAD
-    return Plan(method, verification, f"{reason}; {why}", lookahead)
+        given, default = options.prompt_lookup_num_tokens or given, 2 * DEFAULT_LOOKAHEAD
+    elif options.assistant_model is not None:
+        share = options.assistant_model.num_parameters() / max(model.num_parameters(), 1)
+        draft_cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
+    # A number that the caller chose is kept, unless the schedule was chosen as well
+    schedule = options.num_assistant_tokens_schedule or ("adaptive" if given is None else "constant")
+    return Plan(method, verification, f"{reason}; {why}", given or default, schedule, draft_cost)
 
 
 def _method(model: PreTrainedModel, options: Options, do_sample: bool) -> tuple[str, str]:

@@ -49,7 +49,7 @@ def test_match_repeats_plain_decoding(method, rows):
 def test_match_repeats_plain_decoding_in_every_manner(architecture, manner):
     target, inputs = model(architecture), prompts(3, padded=True)
     plain = sampled(target, inputs, {}, **MANNERS[manner])
-    options = {"assistant_model": noisy(architecture), "verification": "match"}
+    options = {"assistant_model": noisy(architecture), "verification": "match", "num_assistant_tokens": 5}
     assert torch.equal(sampled(target, inputs, options, **MANNERS[manner]), plain)
     assert last_speculation().accepted > 0
 
@@ -392,7 +392,7 @@ def drafted(**settings):
 def test_num_assistant_tokens_counts():
     assert drafted(num_assistant_tokens=2).drafted_per_position == [10, 10]
     assert drafted(num_assistant_tokens=9).drafted_per_position == [3] * 9
-    assert len(drafted().drafted_per_position) == 5
+    assert len(drafted(num_assistant_tokens_schedule="constant").drafted_per_position) == 5
     config = GenerationConfig(num_assistant_tokens=3, max_new_tokens=31, pad_token_id=PAD)
     assert len(drafted(generation_config=config).drafted_per_position) == 3
     assert len(drafted(generation_config=config, num_assistant_tokens=7).drafted_per_position) == 7
