@@ -1,5 +1,6 @@
 """The command line: what goes to stdout and stderr, what repeats, and one line for every mistake."""
 
+import functools
 import json
 import os
 import re
@@ -319,7 +320,9 @@ def test_an_error_nobody_expected_says_its_type(monkeypatch):
 @pytest.mark.skipif(os.name != "posix", reason="sends a POSIX signal")
 def test_ctrl_c_is_quiet(pair):
     command = [sys.executable, "-m", "specdec_fast.cli", "generate", "ships", *pair, "--max-new-tokens", "240"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A background job of a shell hands down an ignored SIGINT
+    attended = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=attended)
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("Loading the target"):

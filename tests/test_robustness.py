@@ -323,8 +323,9 @@ def test_the_loop_in_generate(method):
 
 def test_the_loop_reads_generates_own_knobs():
     loop = decoding_loop(assistant_model=model())
-    model().generate(**prompts(), custom_generate=loop, max_new_tokens=16)
-    assert len(last_speculation().drafted_per_position) == 5
+    schedule = {"num_assistant_tokens_schedule": "heuristic_transient"}
+    model().generate(**prompts(), custom_generate=loop, max_new_tokens=16, **schedule)
+    assert len(last_speculation().drafted_per_position) == 7  # 5, and 2 more for the second round
     model().generate(**prompts(), custom_generate=loop, max_new_tokens=16, num_assistant_tokens=3)
     assert len(last_speculation().drafted_per_position) == 3
     cache = DynamicCache()

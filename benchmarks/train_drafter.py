@@ -1,0 +1,641 @@
+"""Make the default drafter, a small Llama with a small vocabulary of its own, for one target.
+
+    python train_drafter.py sample    TARGET SAMPLES --prose TEXT... --exclude JSONL...
+    python train_drafter.py label     TARGET LABELLED --prose TEXT...
+    python train_drafter.py tokenizer TARGET DRAFTER SAMPLES LABELLED
+    python train_drafter.py train     TARGET DRAFTER SAMPLES LABELLED
+    python train_drafter.py evaluate  TARGET DRAFTER --humaneval JSONL --mtbench JSONL
+
+`sample` lets the target answer prompts and keeps its most probable next tokens beside every token it
+writes; `label` keeps the same for existing text. The vocabulary is a subset of the target's, closed
+under its merges, so both split most text at the same places. The loss at such a place is the cross
+entropy to the target's law, read in the drafter's tokens; it needs no common vocabulary.
+"""
+
+import argparse
+import json
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from drafter_prompts import Overlap, Prompt, read_paragraphs, standard_library, stream
+from drafter_sampler import Sample, sample_stream
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+# --- the target's text ---------------------------------------------------------------------------
+
+
+def evaluation_texts(paths: list[Path]) -> Iterator[str]:
+    """Every string of some JSON-lines files."""
+
+    def strings(value):
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, dict | list):
+            for inner in value.values() if isinstance(value, dict) else value:
+                yield from strings(inner)
+
+    for path in paths:
+        for line in path.read_text("utf-8").splitlines():
+            yield from strings(json.loads(line))
+
+
+def encode_prompt(tokenizer, prompt: Prompt) -> list[int]:
+    text = prompt.text
+    if prompt.chat:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def save_shard(path: Path, samples: list[Sample]) -> None:
+    np.savez(
+        path,
+        ids=np.concatenate([s.ids for s in samples]),
+        length=np.array([len(s.ids) for s in samples], np.int32),
+        prompt_length=np.array([s.prompt_length for s in samples], np.int32),
+        temperature=np.array([s.temperature for s in samples], np.float32),
+        top_ids=np.concatenate([s.top_ids for s in samples]),
+        top_probs=np.concatenate([s.top_probs for s in samples]),
+    )
+
+
+def load_shards(folders: list[Path], known: set[Path] | None = None) -> Iterator[Sample]:
+    """The samples of all shards, less those of `known` shards; what is read becomes known."""
+    known = set() if known is None else known
+    for path in sorted(p for folder in folders for p in folder.glob("*.npz") if p not in known):
+        known.add(path)
+        with np.load(path) as shard:
+            data = {name: shard[name] for name in shard.files}
+        at = top = 0
+        for n, m, t in zip(data["length"], data["prompt_length"], data["temperature"], strict=True):
+            ids, k = data["ids"][at : at + n], n - m
+            yield Sample(ids, int(m), float(t), data["top_ids"][top : top + k], data["top_probs"][top : top + k])
+            at, top = at + n, top + k
+
+
+def sample(args: argparse.Namespace) -> None:
+    """Write shards of the target's answers until the time is up."""
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rng = random.Random(args.seed)
+
+    def prompts() -> Iterator[tuple[list[int], float]]:
+        for prompt in stream(args.seed, read_paragraphs(args.prose), Overlap(evaluation_texts(args.exclude))):
+            yield encode_prompt(tokenizer, prompt), rng.choice([0.0, 0.0, 0.0, 0.0, 0.7, 0.7, 1.0, 1.0])
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, tokens, shard = time.time(), 0, []
+    samples = sample_stream(
+        model, prompts(), stop_id=tokenizer.eos_token_id, batch=args.batch, max_new_tokens=args.max_new_tokens,
+        top_k=args.top_k, seed=args.seed,
+    )  # fmt: skip
+    for count, item in enumerate(samples, 1):
+        shard.append(item)
+        tokens += len(item.ids) - item.prompt_length
+        if len(shard) == args.shard:
+            save_shard(args.out / f"seed{args.seed}-{count:06d}.npz", shard)
+            shard = []
+            print(f"{count} samples, {tokens} tokens, {tokens / (time.time() - start):.0f} tokens/s", flush=True)
+        if time.time() - start > 60 * args.minutes:
+            break
+
+
+@torch.inference_mode()
+def label(args: argparse.Namespace) -> None:
+    """Write shards of Python sources and prose with the target's next-token law beside every token."""
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rng = random.Random(args.seed)
+    excluded = Overlap(evaluation_texts(args.exclude))
+    pieces = []
+    for path in [*standard_library(), *args.prose]:
+        text = path.read_text("utf-8", errors="replace")
+        size = 1600  # characters, about 400 tokens
+        cut = [text[i : i + size] for i in range(0, len(text), size)]
+        keep = 40 if path.suffix != ".py" else len(cut)  # a few pieces of each long book
+        pieces += rng.sample(cut, min(keep, len(cut)))
+    rng.shuffle(pieces)
+    args.out.mkdir(parents=True, exist_ok=True)
+    start, tokens, shard = time.time(), 0, []
+    for count, text in enumerate(pieces, 1):
+        ids = tokenizer.encode(text, add_special_tokens=False)[: args.length]
+        if len(ids) < 32 or excluded(text):
+            continue
+        logits = model(torch.tensor([ids])).logits[0, :-1].float()
+        top, top_ids = logits.topk(args.top_k, -1)
+        top_probs = (top - logits.logsumexp(-1, keepdim=True)).exp()
+        shard.append(
+            Sample(
+                np.array(ids, np.uint16),
+                1,
+                1.0,
+                top_ids.numpy().astype(np.uint16),
+                top_probs.numpy().astype(np.float16),
+            )
+        )
+        tokens += len(ids)
+        if len(shard) == args.shard:
+            save_shard(args.out / f"text{args.seed}-{count:06d}.npz", shard)
+            shard = []
+            print(
+                f"{count}/{len(pieces)} texts, {tokens} tokens, {tokens / (time.time() - start):.0f} tokens/s",
+                flush=True,
+            )
+        if time.time() - start > 60 * args.minutes:
+            break
+
+
+# --- the vocabulary ------------------------------------------------------------------------------
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def choose_tokens(target: dict, mass: Counter[str], size: int) -> list[str]:
+    """The `size` tokens (less the specials) of most mass, closed under the target's merges, commonest first.
+
+    Closed means: with a token come the tokens that it is merged from. The merges left out never take
+    part in a text that has only chosen tokens, so both tokenizers then agree.
+    """
+    made_of = {a + b: (a, b) for a, b in reversed(target["model"]["merges"])}
+    alphabet = sorted({c for token in made_of for c in token} | byte_alphabet())
+    chosen = set(alphabet)
+
+    def needs(token: str) -> set[str]:
+        return set() if token in chosen or len(token) == 1 else {token}.union(*map(needs, made_of[token]))
+
+    for token, _ in mass.most_common():
+        if token in made_of and len(chosen) + len(needs(token)) + len(SPECIALS) <= size:
+            chosen |= needs(token)
+    return sorted(chosen, key=lambda token: (-mass[token], token))
+
+
+def byte_alphabet() -> set[str]:
+    """The 256 characters that stand for bytes in a byte-level vocabulary."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return {chr(b) for b in plain} | {chr(256 + i) for i in range(256 - len(plain))}
+
+
+def make_tokenizer(target: dict, tokens: list[str]) -> PreTrainedTokenizerFast:
+    vocab = {token: i for i, token in enumerate(SPECIALS + tokens)}
+    spec = {
+        name: target[name] for name in ("version", "truncation", "padding", "normalizer", "pre_tokenizer", "decoder")
+    }
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    spec["added_tokens"] = [{"id": i, "content": text, **special} for i, text in enumerate(SPECIALS)]
+    spec["post_processor"] = None
+    merges = [[a, b] for a, b in target["model"]["merges"] if a in vocab and b in vocab and a + b in vocab]
+    spec["model"] = target["model"] | {"vocab": vocab, "merges": merges}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(spec)), bos_token="<|im_start|>", eos_token="<|im_end|>",
+        pad_token="<|im_end|>", unk_token="<|endoftext|>", model_max_length=2048, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    """Choose the vocabulary by the target's own next-token mass on samples and text."""
+    target = json.loads((args.target / "tokenizer.json").read_text("utf-8"))
+    text = {i: token for token, i in target["model"]["vocab"].items()}
+    mass = np.zeros(max(text) + 1)
+    for item in load_shards(args.data):
+        np.add.at(mass, item.top_ids.ravel(), item.top_probs.ravel().astype(np.float64))
+    mass += args.prior / (1 + np.arange(len(mass)))
+    counts = Counter({text[i]: float(m) for i, m in enumerate(mass) if m > 0})
+    for size in sorted({2048, 4096, 6144, args.size, 12288, 16384}):
+        chosen = set(choose_tokens(target, counts, size)) | set(SPECIALS)
+        covered = sum(m for token, m in counts.items() if token in chosen)
+        print(f"{size} tokens: {covered / counts.total():.4f} of the target's mass")
+    made = make_tokenizer(target, choose_tokens(target, counts, args.size))
+    made.chat_template = AutoTokenizer.from_pretrained(args.target).chat_template
+    made.save_pretrained(args.out)
+    inside = sum(token in target["model"]["vocab"] for token in made.get_vocab())
+    print(f"{len(made)} tokens, {inside} of them in the target's vocabulary")
+
+
+# --- training data in the drafter's tokens -------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """A stream of drafter tokens `[N]` and, for each, the sparse law it was drawn from: `[N, K]` ids and weights."""
+
+    ids: np.ndarray
+    law_ids: np.ndarray
+    law_weights: np.ndarray
+
+
+class Translation:
+    """The target's tokens in the drafter's: `pieces` of each, its `first` piece, whether it is a `single` one."""
+
+    def __init__(self, target_folder: Path, drafter: PreTrainedTokenizerFast):
+        spec = json.loads((target_folder / "tokenizer.json").read_text("utf-8"))
+        vocab = drafter.get_vocab()
+        special = {t["id"]: t["content"] for t in spec["added_tokens"]}
+        texts = {i: token for token, i in spec["model"]["vocab"].items()} | special
+        backend = drafter.backend_tokenizer.model
+        self.pieces: list[list[int]] = []  # the drafter's tokens of each target token
+        for i in range(max(texts) + 1):
+            token = texts[i]
+            if token in vocab:
+                self.pieces.append([vocab[token]])
+            elif i in special:
+                self.pieces.append([vocab["<|endoftext|>"]])
+            else:
+                self.pieces.append([p.id for p in backend.tokenize(token)])
+        self.first = np.array([p[0] for p in self.pieces])
+        self.single = np.array([len(p) == 1 for p in self.pieces])
+
+    def __call__(self, item: Sample, prompt_weight: float) -> Tokens:
+        """Each target token becomes its pieces.
+
+        The law of a first piece is the target's law summed over the tokens that begin with that piece;
+        of a later piece, the same among the target tokens that begin with the pieces so far.
+        """
+        k = item.top_ids.shape[1]
+        n = item.prompt_length
+        probs = item.top_probs.astype(np.float32)
+        answer = item.ids[n:]
+        # What the top K leave goes to the emitted token, if it is not among them.
+        missed = (item.top_ids != answer[:, None]).all(1)
+        top_ids = item.top_ids.copy()
+        top_ids[missed, -1] = answer[missed]
+        probs[missed, -1] = np.maximum(0, 1 - probs[missed, :-1].sum(1))
+        probs /= probs.sum(1, keepdims=True)
+
+        ids: list[int] = []
+        law_ids: list[np.ndarray] = []
+        law_weights: list[np.ndarray] = []
+        for token in item.ids[:n]:
+            for piece in self.pieces[token]:
+                ids.append(piece)
+                law_ids.append(np.full(k, piece))
+                law_weights.append(np.full(k, prompt_weight / k))
+        first = self.first[top_ids]
+        for i, token in enumerate(answer):
+            pieces = self.pieces[token]
+            ids.append(pieces[0])
+            law_ids.append(first[i])
+            law_weights.append(probs[i])
+            for j in range(1, len(pieces)):
+                paths = [self.pieces[t] for t in top_ids[i]]
+                fits = [len(p) > j and p[:j] == pieces[:j] for p in paths]
+                weights = np.where(fits, probs[i], 0)
+                ids.append(pieces[j])
+                law_ids.append(np.array([p[j] if f else 0 for p, f in zip(paths, fits, strict=True)]))
+                law_weights.append(weights / max(weights.sum(), 1e-9))
+        return Tokens(
+            np.array(ids, np.int32), np.stack(law_ids).astype(np.int32), np.stack(law_weights).astype(np.float16)
+        )
+
+
+def plain_texts(
+    paths: list[Path], tokenizer: PreTrainedTokenizerFast, excluded: Overlap, k: int, length: int = 384
+) -> list[Tokens]:
+    """Pieces of files, each token its own law."""
+    found = []
+    for path in paths:
+        text = path.read_text("utf-8", errors="replace")
+        ids = np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
+        for piece in np.split(ids, range(length, len(ids), length)):
+            if len(piece) > 32 and not excluded(tokenizer.decode(piece)):
+                law_ids = np.repeat(piece[:, None], k, 1)
+                found.append(Tokens(piece, law_ids, np.full(law_ids.shape, 1 / k, np.float16)))
+    return found
+
+
+@dataclass
+class Batch:
+    """Items side by side, padded on the right: ids `[B, N]`, laws `[B, N, K]` (weight 0: nothing to learn)."""
+
+    ids: Tensor
+    law_ids: Tensor
+    law_weights: Tensor
+
+
+def join(items: list[Tokens]) -> Tokens:
+    return Tokens(*(np.concatenate([getattr(i, name) for i in items]) for name in ("ids", "law_ids", "law_weights")))
+
+
+def batches(items: list[Tokens], size: int, rng: random.Random, long_share: float = 0.1) -> Iterator[Batch]:
+    """Batches of about `size` tokens, items of like length together, for ever.
+
+    A share of the items is joined by fours, so that longer contexts occur as well.
+    """
+
+    def collate(group: list[Tokens]) -> Batch:
+        width, k = max(len(i.ids) for i in group), group[0].law_ids.shape[1]
+        ids = torch.zeros(len(group), width, dtype=torch.long)
+        law_ids = torch.zeros(len(group), width, k, dtype=torch.long)
+        law_weights = torch.zeros(len(group), width, k)
+        for row, item in enumerate(group):
+            n = len(item.ids)
+            ids[row, :n] = torch.from_numpy(item.ids)
+            law_ids[row, :n] = torch.from_numpy(item.law_ids)
+            law_weights[row, :n] = torch.from_numpy(item.law_weights)
+        return Batch(ids, law_ids, law_weights)
+
+    while True:
+        order = rng.sample(items, len(items))
+        cut = int(len(order) * long_share)
+        pool = [join(order[i : i + 4]) for i in range(0, cut, 4)] + order[cut:]
+        rng.shuffle(pool)
+        groups: list[list[Tokens]] = []
+        for start in range(0, len(pool), 512):
+            group: list[Tokens] = []
+            for item in sorted(pool[start : start + 512], key=lambda i: len(i.ids)):
+                if group and (len(group) + 1) * len(item.ids) > size:
+                    groups.append(group)
+                    group = []
+                group.append(item)
+            groups.append(group)
+        rng.shuffle(groups)
+        yield from map(collate, groups)
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+class SparseCrossEntropy(torch.autograd.Function):
+    """Sum of −w·log softmax(hidden @ weightᵀ)[ids] for hidden `[N, H]`, weight `[V, H]`, ids and w `[N, K]`.
+
+    The gradient is made on the way, a few rows at a time: only its bfloat16 form is ever `[N, V]`.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        grad = torch.empty(len(hidden), len(weight), dtype=hidden.dtype)
+        total = torch.zeros(())
+        for h, i, w, out in zip(*(x.split(64) for x in (hidden, ids, weights, grad)), strict=True):
+            log_q = (h @ weight.T).log_softmax(-1, dtype=torch.float32)
+            total -= (w * log_q.gather(1, i)).sum()
+            out.copy_(log_q.exp_().mul_(w.sum(-1, keepdim=True)).scatter_add_(1, i, -w))
+        ctx.save_for_backward(grad @ weight, grad.T @ hidden)
+        return total
+
+    @staticmethod
+    def backward(ctx, scale: Tensor):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * scale, grad_weight * scale, None, None
+
+
+def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    torch.manual_seed(args.seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=args.hidden, num_hidden_layers=args.layers,
+        intermediate_size=args.intermediate,
+        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=64, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def begin_with_target_embeddings(model: LlamaForCausalLM, target_folder: Path, translation: "Translation") -> None:
+    """The principal components of the target's embeddings, scaled to the usual size of fresh ones."""
+    table = AutoModelForCausalLM.from_pretrained(target_folder, dtype=torch.float32).get_input_embeddings().weight
+    whole = torch.from_numpy(np.flatnonzero(translation.single))
+    rows = table[whole] - table[whole].mean(0)
+    _, _, directions = torch.linalg.svd(rows, full_matrices=False)
+    weight = model.model.embed_tokens.weight
+    projected = rows @ directions[: weight.shape[1]].T
+    weight[torch.from_numpy(translation.first[whole.numpy()])] = projected * (
+        model.config.initializer_range / projected.std()
+    )
+
+
+def learning_rate(step: int, progress: float, args: argparse.Namespace) -> float:
+    """Linear warm-up, then a cosine down to a fiftieth."""
+    return args.lr * min(1.0, (step + 1) / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Summed cross entropy and summed weight of a batch."""
+    hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
+    weights = batch.law_weights[:, 1:]
+    learnt = weights.sum(-1) > 0
+    weights = weights[learnt]
+    total = SparseCrossEntropy.apply(hidden[learnt], model.lm_head.weight, batch.law_ids[:, 1:][learnt], weights)
+    return total, weights.sum()
+
+
+def train(args: argparse.Namespace) -> None:
+    """Train on samples and labelled text, a share of each; `--init` goes on from weights saved before."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    translation = Translation(args.target, tokenizer)
+    rng = random.Random(args.seed)
+    held_out: list[Tokens] = []
+    samples: list[Tokens] = []
+    texts: list[Tokens] = []
+    known: set[Path] = set()
+
+    def load() -> None:
+        for i, item in enumerate(load_shards([args.samples], known)):
+            (samples if i % 50 else held_out).append(translation(item, args.prompt_weight))
+        texts.extend(translation(item, 0.0) for item in load_shards([args.labelled], known))
+
+    load()
+    excluded = Overlap(evaluation_texts(args.exclude))
+    plain = plain_texts([*standard_library(), *args.prose], tokenizer, excluded, k=held_out[0].law_ids.shape[1])
+    named = {"samples": samples, "held out": held_out, "labelled texts": texts, "plain texts": plain}
+    for name, items in named.items():
+        print(f"{name}: {len(items)} items, {sum(len(i.ids) for i in items)} drafter tokens", flush=True)
+
+    model = new_model(args, tokenizer)
+    if args.init:
+        model.load_state_dict(torch.load(args.init))
+    else:
+        begin_with_target_embeddings(model, args.target, translation)
+    print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
+    # The optimizer's weights stay in float32; the model computes in bfloat16.
+    master = {name: p.detach().clone() for name, p in model.named_parameters()}
+    model.to(torch.bfloat16)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in master.values() if p.ndim > 1], "weight_decay": 0.05},
+            {"params": [p for p in master.values() if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        betas=(0.9, 0.98),
+        fused=True,
+    )
+    sources = [batches(items, args.batch, rng) for items in (samples, texts, plain)]
+    checks = list(islice(batches(held_out, args.batch, random.Random(0), 0.0), 8))
+    start, next_save = time.time(), args.save_every / args.minutes
+    step, tokens, running, running_weight = 0, 0, 0.0, 0.0
+    while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, progress, args)
+        share = args.text_share * (1 - progress)
+        batch = next(rng.choices(sources, [1 - share, share / 3, share * 2 / 3])[0])
+        total, weight = loss_of(model, batch)
+        (total / weight).backward()
+        for name, p in model.named_parameters():
+            master[name].grad, p.grad = p.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(list(master.values()), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(master[name])
+        step += 1
+        tokens += batch.ids.numel()
+        running, running_weight = running + total.item(), running_weight + weight.item()
+        if step % args.log == 0:
+            with torch.no_grad():
+                check, mass = (sum(x) for x in zip(*(loss_of(model, b) for b in checks), strict=True))
+            print(
+                f"step {step}, {tokens} tokens, {time.time() - start:.0f} s: loss {running / running_weight:.4f}, "
+                f"held-out samples {check / mass:.4f}", flush=True,
+            )  # fmt: skip
+            running = running_weight = 0.0
+        if progress > next_save:  # samples may still be arriving
+            model.save_pretrained(args.out)
+            load()
+            next_save += args.save_every / args.minutes
+    model.save_pretrained(args.out)
+    if args.keep:
+        torch.save(master | {"lm_head.weight": master["model.embed_tokens.weight"]}, args.keep)
+
+
+# --- evaluation ----------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(args: argparse.Namespace) -> None:
+    """Acceptance of the next token, position by position, along the target's own greedy and sampled answers."""
+    target = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
+    target_tokenizer = AutoTokenizer.from_pretrained(args.target)
+    drafter = AutoModelForCausalLM.from_pretrained(args.out, dtype=torch.float32).eval()
+    drafter_tokenizer = AutoTokenizer.from_pretrained(args.out)
+    translation = Translation(args.target, drafter_tokenizer)
+    common = np.flatnonzero(translation.single)
+    target_column, drafter_column = torch.from_numpy(common), torch.from_numpy(translation.first[common])
+    shared = torch.full((drafter.config.vocab_size,), float("-inf"))
+    shared[drafter_column] = 0.0
+
+    sets: dict[str, list[Prompt]] = {}
+    if args.humaneval:
+        problems = [json.loads(line)["prompt"] for line in args.humaneval.read_text("utf-8").splitlines()]
+        problems = problems[:: len(problems) // args.prompts][: args.prompts]
+        sets["HumanEval, chat"] = [Prompt(f"Complete this function:\n\n```python\n{p}```", True) for p in problems]
+        sets["HumanEval, plain"] = [Prompt(p, False) for p in problems]
+    if args.mtbench:
+        turns = [json.loads(line)["turns"][0] for line in args.mtbench.read_text("utf-8").splitlines()]
+        sets["MT-Bench, chat"] = [Prompt(t, True) for t in turns[:: len(turns) // args.prompts][: args.prompts]]
+    for name, prompts in sets.items():
+        asked = [(encode_prompt(target_tokenizer, p), t) for p in prompts for t in (0.0, 1.0)]
+        answers = sample_stream(
+            target, cycle(asked), stop_id=target_tokenizer.eos_token_id, batch=len(asked), refill=len(asked),
+            max_prompt=max(len(ids) for ids, _ in asked), max_new_tokens=args.new_tokens, seed=args.seed,
+        )  # fmt: skip
+        figures: dict[str, list[float]] = {
+            "greedy TLI": [],
+            "greedy text": [],
+            "sampled TLI": [],
+            "mass on common tokens": [],
+        }
+        for item in islice(answers, len(asked)):
+            ids, n = item.ids.tolist(), item.prompt_length
+            pieces = [translation.pieces[t] for t in ids]
+            logits = drafter(torch.tensor([[d for ps in pieces for d in ps]])).logits[0].float() + shared
+            q, best = logits.softmax(-1), logits.argmax(-1).tolist()
+            at = sum(map(len, pieces[:n])) - 1  # the drafter's row that predicts the next token
+            if item.temperature:
+                p = target(torch.tensor([ids])).logits[0].float().softmax(-1)
+            for j in range(n, len(ids)):
+                if item.temperature:
+                    p_common = p[j - 1, target_column]
+                    figures["sampled TLI"].append(torch.minimum(p_common, q[at, drafter_column]).sum().item())
+                    figures["mass on common tokens"].append(p_common.sum().item())
+                else:
+                    follows = best[at : at + len(pieces[j])] == pieces[j]
+                    figures["greedy text"].append(follows)
+                    figures["greedy TLI"].append(follows and len(pieces[j]) == 1)
+                at += len(pieces[j])
+        shown = ", ".join(f"{key} {np.mean(values):.3f}" for key, values in figures.items())
+        print(f"{name}: {shown} ({len(figures['greedy TLI'])} + {len(figures['sampled TLI'])} positions)", flush=True)
+
+    ids, cache = torch.tensor([[5]]), None
+    drafter = drafter.to(torch.bfloat16)
+    for step in range(300):
+        if step == 100:
+            start = time.process_time()
+        output = drafter(ids, past_key_values=cache, use_cache=True)
+        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+    cost = (time.process_time() - start) / 200 * 1e3
+    print(f"drafter: {cost:.2f} ms of CPU time a token, eager, bfloat16, {args.threads} thread(s)")
+
+
+# --- command line --------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+
+    def command(run) -> argparse.ArgumentParser:
+        p = commands.add_parser(run.__name__, help=run.__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        p.set_defaults(run=run)
+        p.add_argument("target", type=Path, help="the target's folder")
+        p.add_argument("out", type=Path, help="the folder to write (train, evaluate: the drafter's)")
+        p.add_argument("--seed", type=int, default=0)
+        p.add_argument("--threads", type=int, default=1)
+        return p
+
+    for p in (command(sample), command(label)):
+        p.add_argument("--prose", type=Path, nargs="*", default=[], help="text files")
+        p.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSON lines whose texts nothing may repeat")
+        p.add_argument("--minutes", type=float, default=60)
+        p.add_argument("--top-k", type=int, default=12)
+        p.add_argument("--shard", type=int, default=64, help="samples a file")
+        p.add_argument("--batch", type=int, default=96, help="rows sampled at once")
+        p.add_argument("--max-new-tokens", type=int, default=192)
+        p.add_argument("--length", type=int, default=512, help="longest labelled text")
+
+    p = command(tokenizer)
+    p.add_argument("data", type=Path, nargs="+", help="folders of shards")
+    p.add_argument("--size", type=int, default=8192)
+    p.add_argument("--prior", type=float, default=3000.0, help="this over the token's rank is added to its mass")
+
+    p = command(train)
+    p.add_argument("samples", type=Path)
+    p.add_argument("labelled", type=Path)
+    p.add_argument("--prose", type=Path, nargs="*", default=[], help="text files, beside the standard library")
+    p.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSON lines whose texts nothing may repeat")
+    p.add_argument("--save-every", type=float, default=6, help="minutes between saves; new shards are read as well")
+    p.add_argument("--init", type=Path, help="weights to go on from")
+    p.add_argument("--keep", type=Path, help="where to keep the float32 weights")
+    p.add_argument("--hidden", type=int, default=256)
+    p.add_argument("--layers", type=int, default=3)
+    p.add_argument("--heads", type=int, default=4)
+    p.add_argument("--kv-heads", type=int, default=4)
+    p.add_argument("--intermediate", type=int, default=768)
+    p.add_argument("--batch", type=int, default=3072, help="tokens of a batch")
+    p.add_argument("--minutes", type=float, default=60, help="the learning rate falls with the time used")
+    p.add_argument("--warmup", type=int, default=50)
+    p.add_argument("--lr", type=float, default=3e-3)
+    p.add_argument("--text-share", type=float, default=0.6, help="of other text than samples; falls to 0")
+    p.add_argument("--prompt-weight", type=float, default=0.0, help="of the prompts' tokens in the loss")
+    p.add_argument("--log", type=int, default=40)
+
+    p = command(evaluate)
+    p.add_argument("--humaneval", type=Path)
+    p.add_argument("--mtbench", type=Path)
+    p.add_argument("--prompts", type=int, default=8, help="of each set")
+    p.add_argument("--new-tokens", type=int, default=96)
+
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
