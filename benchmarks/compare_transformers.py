@@ -83,6 +83,8 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
 
     def ours(method: str, sample: bool) -> Run:
         speculative = {} if method == "autoregressive" else {"assistant_model": drafter, **both}
+        if method != "autoregressive" and lookahead:
+            speculative["num_assistant_tokens"] = lookahead
 
         def run(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
             return fast_generate(
@@ -91,7 +93,6 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
                 method=method,
                 do_sample=sample,
                 seed=seed,
-                num_assistant_tokens=lookahead,
                 **speculative,
                 **length,
             )

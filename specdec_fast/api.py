@@ -156,6 +156,10 @@ def fast_generate(
     _refuse_inputs(
         name for name, value in kwargs.items() if name in takes and value is not None and not hasattr(_DEFAULTS, name)
     )
+    if assistant_model is None and prompt_lookup_num_tokens is None and method in ("auto", "autoregressive"):
+        idle = sorted(options.given & _DRAFTER_KNOBS)
+        if idle:
+            warnings.warn(f"{', '.join(idle)} has no effect without a drafter", UserWarning, stacklevel=2)
     # The drafter's own config last: that is where Transformers' users had to put these knobs
     options = options.completed_by(
         generation_config, model.generation_config, getattr(assistant_model, "generation_config", None)
@@ -191,6 +195,16 @@ def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyO
     return _Loop(Options(**options))
 
 
+_DRAFTER_KNOBS = {
+    "assistant_confidence_threshold",
+    "assistant_lookbehind",
+    "assistant_temperature",
+    "assistant_tokenizer",
+    "max_matching_ngram_size",
+    "num_assistant_tokens",
+    "num_assistant_tokens_schedule",
+    "target_lookbehind",
+}
 _OTHER_SPECULATION = ("assistant_early_exit", "assistant_ensemble_weight", "speculation_type", "use_mtp")
 
 
@@ -285,7 +299,8 @@ class _Loop:
                 f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
         _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
-        drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample)
+        methods.check_length(model, shift + limit)
+        drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample, input_ids.device)
         target = Runner(
             model,
             batch,

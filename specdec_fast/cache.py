@@ -90,15 +90,16 @@ class RaggedLayer(CacheLayerMixin):
             if window.rows is None:
                 buffer[:, :, span] = states
             else:
-                buffer[window.rows, :, span] = states
+                buffer[window.rows.to(states.device), :, span] = states
         else:
-            rows = torch.arange(states.shape[0], device=states.device) if window.rows is None else window.rows
-            buffer[rows.unsqueeze(1), :, window.columns] = states.transpose(1, 2)
+            rows = torch.arange(states.shape[0]) if window.rows is None else window.rows
+            place = rows.to(states.device).unsqueeze(1), slice(None), window.columns.to(states.device)
+            buffer[place] = states.transpose(1, 2)
         return buffer
 
     def _read(self, buffer: Tensor) -> Tensor:
         seen = buffer[:, :, : self.window.end]
-        return seen if self.window.rows is None else seen[self.window.rows]
+        return seen if self.window.rows is None else seen[self.window.rows.to(seen.device)]
 
 
 @dataclass

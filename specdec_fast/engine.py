@@ -31,6 +31,11 @@ class Record:
     scores: list[list[Tensor]] | None = None
     logits: list[list[Tensor]] | None = None
 
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is kept."""
+        return self.scores is None and self.logits is None
+
     def add(self, row: int, scores: Tensor, logits: Tensor | None) -> None:
         """Keeps ``[n, V]`` of a row."""
         # Copies: views would keep the scores of rejected tokens alive as well
@@ -77,6 +82,7 @@ class Engine:
         self._in_order = self._manner is sampling.Manner.IN_ORDER or self.stops.in_order
         self._stop: list[int | None] = [None] * self.rows.batch  # columns of each row once it has ended
         self._streamed = self.rows.prompt_columns
+        self._history: list[Tensor] = []  # [B, V] scores of each step, for criteria called with the whole batch
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]``."""
@@ -105,6 +111,9 @@ class Engine:
         start = [self.rows.length[row] for row in short]
         missing = [end - n for n in start]
         tokens = self._lanes(self.rows.ids, short, [n - 1 for n in start], missing)
+        if self.record.empty:  # only the cache is wanted
+            self.target.feed(short, tokens, missing, [1] * len(short))
+            return
         logits = self.target.feed(short, tokens, missing, missing).float()
         raw = logits.clone()
         scores = sampling.process(
@@ -146,7 +155,7 @@ class Engine:
             _refuse_undefined(token[r][0], row)
             block = drafts[r][: accepted[r][0]] + token[r]
             kept = self._commit(row, block)
-            self._learn(row, proposal.count[r], accepted[r][0], kept)
+            self._learn(row, proposal.count[r], accepted[r][0], kept, proposal.count[r])
             self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
         self._settle()
 
@@ -169,7 +178,7 @@ class Engine:
         logits = self._score(list(range(batch)), Proposal(tokens, count, proposal.law))
         accepted = [0] * len(active)
         for i in range(width + 1):
-            raw = logits[:, i].clone()
+            raw = logits[:, i].clone() if self.record.logits is not None else None
             scores = sampling.apply(self.processors, self.rows.ids[:, : length + i], logits[:, i])
             verdict = self.rule.verify(scores[active].unsqueeze(1), proposal.at(i), draws.at(i))
             column = torch.full((batch,), self.pad, dtype=torch.long, device=tokens.device)
@@ -181,18 +190,19 @@ class Engine:
                 _refuse_undefined(token, row)
             self._append_column(column)
             for row in range(batch):
-                self.record.add(row, scores[row].unsqueeze(0), raw[row].unsqueeze(0))
-            history = (
-                None if self.record.scores is None else tuple(map(torch.stack, zip(*self.record.scores, strict=True)))
-            )
-            newly_done = self._ask_criteria(length + i + 1, history)
+                self.record.add(row, scores[row].unsqueeze(0), None if raw is None else raw[row].unsqueeze(0))
+            if self.record.scores is not None:
+                self._history.append(scores)
+            newly_done = self._ask_criteria(length + i + 1, tuple(self._history) if self._history else None)
             accepted = [a + k for a, (k,) in zip(accepted, kept_rows, strict=True)]
             if newly_done or min(accepted) == i:
                 break
         self.statistics.verify_seconds += time.perf_counter() - begin
         new = self.rows.length[0] - length
         for r, row in enumerate(active):
-            self._learn(row, proposal.count[r], accepted[r], new)
+            # A row cut short by another one has not rejected anything
+            tested = proposal.count[r] if accepted[r] < new else accepted[r]
+            self._learn(row, proposal.count[r], accepted[r], new, tested)
         for row in range(batch):
             self.target.rollback(row, self.shift + self.rows.length[row] - 1)
 
@@ -209,6 +219,9 @@ class Engine:
         limit = []
         for row in active:
             room = self.rows.capacity - self.rows.length[row] - 1  # the token behind the draft needs a column too
+            places = self.target.positions - (self.shift + self.rows.length[row] - self.target.hidden[row])
+            if places >= 0:  # beyond them rotary positions go on, and learned ones end plain decoding too
+                room = min(room, places)
             limit.append(max(min(self.lookahead[row], room), 0) if self.embeds is None else 0)
         proposal = self.drafter.propose(self.rows, active, limit, draws)
         self.statistics.draft_seconds += time.perf_counter() - begin
@@ -319,9 +332,10 @@ class Engine:
             self.rows.done = [True] * self.rows.batch
         return newly
 
-    def _learn(self, row: int, drafted: int, accepted: int, committed: int) -> None:
-        self.statistics.count(drafted, accepted, committed)
-        self.lookahead.update(row, drafted, accepted)
+    def _learn(self, row: int, drafted: int, accepted: int, committed: int, tested: int) -> None:
+        """Takes note of a round; what was accepted behind the token that ended the row does not count as output."""
+        self.statistics.count(drafted, min(accepted, committed), committed)
+        self.lookahead.update(row, tested, accepted)
 
     def _stream(self) -> None:
         """Hands over the columns that every row has reached."""

@@ -5,6 +5,7 @@ A row's lookahead depends on its own history alone, never on a clock or another 
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 __all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "lookahead_for"]
@@ -25,7 +26,7 @@ class Lookahead(Protocol):
 def lookahead_for(schedule: str, rows: int, initial: int, draft_cost: float) -> Lookahead:
     """The schedule of that name; see the classes for what the arguments mean."""
     if schedule == "adaptive":
-        return Adaptive(rows, 2 * initial, draft_cost)
+        return Adaptive(rows, min(2 * initial, Adaptive.MOST), draft_cost)
     # heuristic and heuristic_transient differ in what outlives a call, and here nothing does
     return Constant(initial) if schedule == "constant" else Heuristic(rows, initial)
 
@@ -73,6 +74,7 @@ class Adaptive:
     SCORE_COST = 0.015  # one more position in a target pass; a few percent of it on CPUs, less on GPUs
     FADING = 0.93  # weight of a round after the next one: a memory of about 14 rounds
     GUESS, WEIGHT = 0.6, 3.0
+    MOST = 64  # beyond it a draft hardly ever pays
     PROBE, LONGEST_WAIT = 2, 64  # tokens of a probe; rounds without speculation, doubled up to this
 
     def __init__(self, rows: int, most: int, draft_cost: float):
@@ -101,6 +103,7 @@ class Adaptive:
         self._waited[row] = 0
 
 
+@functools.cache
 def _best_lookahead(most: int, cost: float, steps: int = 100) -> list[int]:
     """The best lookahead for acceptance 0, 1/steps, ..., 1: a table, so that a round costs one look-up."""
     table = []

@@ -20,7 +20,7 @@ from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
-__all__ = ["Plan", "build_drafter", "check_model", "logit_width", "make_plan"]
+__all__ = ["Plan", "build_drafter", "check_length", "check_model", "logit_width", "make_plan"]
 
 LEAST_DRAFT_COST = 0.04  # launching a small model's layers costs something, however small they are
 MOST_DRAFT_COST = 0.5  # sizes are a guess at cost, and a guess alone must not rule a drafter out
@@ -73,6 +73,31 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
             f"{argument}: {name} has no key-value cache to roll back (its forward takes no past_key_values): use "
             "model.generate for it"
         )
+
+
+def check_length(model: PreTrainedModel, columns: int) -> None:
+    """Refuses texts on which the model's rotary frequencies change with the length.
+
+    Transformers then computes keys anew or keeps old ones, depending on the length of each single forward pass; a
+    pass that holds drafts has another length.
+
+    Raises:
+        ValueError: ``columns`` reach beyond the length up to which the frequencies are fixed.
+    """
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):
+        if kind.get("rope_type") not in ("dynamic", "longrope"):
+            continue
+        original = kind.get("original_max_position_embeddings") or getattr(
+            config, "original_max_position_embeddings", None
+        )
+        fixed = original or config.max_position_embeddings
+        if columns > fixed:
+            raise ValueError(
+                f"model: {type(model).__name__} with {kind['rope_type']} rotary scaling changes its frequencies beyond "
+                f"{fixed} tokens, and this call may reach {columns}: lower max_new_tokens, or use model.generate"
+            )
 
 
 def logit_width(model: PreTrainedModel) -> int:
@@ -187,9 +212,9 @@ def build_drafter(
     rows: int,
     processors: LogitsProcessorList,
     do_sample: bool,
+    device: torch.device,
 ) -> Drafter:
-    """The drafter of a plan, for ``rows`` rows."""
-    device = model.device
+    """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``."""
     if plan.method == "autoregressive":
         return NoDrafter(device)
     if plan.method == "prompt_lookup":

@@ -57,6 +57,9 @@ class Runner:
         self.prefill_chunk = prefill_chunk
         self.head = head
         self._visible = None if visible is None or bool(visible.all()) else visible.to(model.device)
+        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
+        """How many positions the model was made for."""
         self.vocabulary: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
         """How many ids the model can read, None where it does not say."""
         self.hidden = [0] * rows if visible is None else (~visible).sum(1).tolist()
@@ -286,7 +289,7 @@ def _windows(model: PreTrainedModel) -> dict[str, int | None]:
     return {"full_attention" if size is None else "sliding_attention": size for size in sizes}
 
 
-_probed: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()
 _probing = threading.Lock()
 
 
@@ -297,9 +300,11 @@ def supports_ragged_batches(model: PreTrainedModel) -> bool:
     under FlashAttention; two rows at different columns are therefore run once and compared with plain passes.
     """
     with _probing:
-        if model not in _probed:
-            _probed[model] = _probe(model)
-        return _probed[model]
+        found = _probed.setdefault(model, {})
+        implementation = str(model.config._attn_implementation)  # can be changed on a loaded model
+        if implementation not in found:
+            found[implementation] = _probe(model)
+        return found[implementation]
 
 
 @torch.no_grad()

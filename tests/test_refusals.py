@@ -313,3 +313,21 @@ def test_messages_name_the_way_out():
     with pytest.raises(ValueError) as error:
         fast_generate(model(), **prompts(), method="tli", max_new_tokens=4)
     assert re.search(r": pass assistant_model$", str(error.value))
+
+
+def test_rotary_frequencies_that_change_with_the_length_are_refused_where_they_do():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+    scaled = build_model("llama", rope_parameters=rope, max_position_embeddings=24)
+    inputs = {"input_ids": prompts()["input_ids"][:1, :9]}
+    with pytest.raises(ValueError, match=r"dynamic rotary scaling .* beyond 24 tokens.* lower max_new_tokens"):
+        fast_generate(scaled, **inputs, assistant_model=make_noisy(scaled), max_new_tokens=60)
+    expected = scaled.generate(**inputs, max_new_tokens=15, do_sample=False)
+    got = fast_generate(
+        scaled, **inputs, assistant_model=make_noisy(scaled), num_assistant_tokens=5, max_new_tokens=15, do_sample=False
+    )
+    assert torch.equal(got, expected)
+
+
+def test_knobs_without_a_drafter_are_not_passed_over_in_silence():
+    with pytest.warns(UserWarning, match="num_assistant_tokens has no effect without a drafter"):
+        fast_generate(model(), **prompts(), num_assistant_tokens=3, max_new_tokens=2)

@@ -338,3 +338,34 @@ def test_pads_of_any_id_stand_behind_an_eos():
     eos = int(model().generate(**inputs, max_new_tokens=3)[0, 11])
     for pad in (PAD, 7, VOCABULARY - 1):
         same(model(), inputs, {"assistant_model": noisy()}, max_new_tokens=12, eos_token_id=eos, pad_token_id=pad)
+
+
+def test_the_cache_is_filled_up_without_logits_of_every_padding_column():
+    """Rows that ended early are fed their padding; no scores were asked for, so none are computed."""
+    inputs = prompts(2)
+    eos = int(model().generate(**inputs, max_new_tokens=3)[0, 11])
+    widths = []
+    seen = model().register_forward_hook(lambda module, arguments, output: widths.append(output.logits.shape[1]))
+    try:
+        fast_generate(model(), **inputs, max_new_tokens=40, eos_token_id=eos, return_dict_in_generate=True)
+    finally:
+        seen.remove()
+    assert max(widths) == 1
+
+
+def test_tokens_behind_the_end_do_not_count_as_accepted():
+    inputs = prompts()
+    eos = int(model().generate(**inputs, max_new_tokens=3)[0, -1])
+    fast_generate(
+        model(), **inputs, assistant_model=model(), num_assistant_tokens=10, max_new_tokens=30, eos_token_id=eos
+    )
+    assert last_speculation().accepted <= last_speculation().committed <= 3
+
+
+def test_which_rows_share_a_pass_is_found_out_for_each_attention_implementation():
+    from specdec_fast.runner import supports_ragged_batches
+
+    own = build_model("llama")
+    assert supports_ragged_batches(own)
+    own.config._attn_implementation = "flash_attention_2"
+    assert not supports_ragged_batches(own)

@@ -262,3 +262,22 @@ def test_the_vocabulary_is_used_to_its_end():
     ids = torch.tensor([[VOCABULARY - 1, 0, VOCABULARY - 1, 0, 5]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     same(model(), inputs, {"prompt_lookup_num_tokens": 3}, max_new_tokens=8, pad_token_id=1)
+
+
+def test_drafts_stay_within_learned_positions_before_an_eos():
+    """The caller allows more tokens than the model has positions for, and the text ends in time."""
+    small = build_model("gpt2", n_positions=32)
+    inputs = {"input_ids": prompts()["input_ids"][:, :9]}
+    free = small.generate(**inputs, max_new_tokens=22, do_sample=False)
+    eos = int(free[0, 28])
+    expected = small.generate(**inputs, max_new_tokens=200, do_sample=False, eos_token_id=eos)
+    got = fast_generate(
+        small,
+        **inputs,
+        assistant_model=make_noisy(small, 0.0),
+        num_assistant_tokens=12,
+        max_new_tokens=200,
+        do_sample=False,
+        eos_token_id=eos,
+    )
+    assert torch.equal(got, expected)

@@ -31,7 +31,7 @@ def pruned_head(model: PreTrainedModel, ids: Tensor) -> Head | None:
     """
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
         return None
     if weight.numel() < SMALL or len(ids) > WORTHWHILE * weight.shape[0] or not len(ids):
         return None

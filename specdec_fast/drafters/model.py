@@ -89,8 +89,7 @@ class ModelWriter:
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
         self._first = [0] * len(contexts)
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self._positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
+        self._positions = self._runner.positions
 
     def read(self, rows: Rows, active: list[int]) -> None:
         """Takes note of what was committed since the last round."""
