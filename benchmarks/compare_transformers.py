@@ -7,12 +7,13 @@ repetitions, so that a machine that changes its speed changes it for all of them
 repetitions of (tokens written for all prompts / seconds spent on them); ratios are medians of ratios within a
 repetition.
 
-Three things to know when reading the table. The ratios are to Transformers' plain decoding and to its assisted
+Things to know when reading the table. The ratios are to Transformers' plain decoding and to its assisted
 generation at the same temperature, which is SLEM at T=0 and TLI at T=1 (it offers no choice); "auto" is this package
 with nothing but the drafter given. Transformers counts its lookahead in drafter tokens under SLEM, here it is
 counted in target tokens. And Transformers' sampled TLI draws from a wrong law (the scores of its pruned head are
 scattered in another order than they were taken in), which changes its acceptance and makes its output not the
-target's; its row is there for the speed alone.
+target's; its row is there for the speed alone. "tli-unpruned" is the same with that pruning switched off inside
+Transformers: the baseline that draws from the right law.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import torch
 import transformers
@@ -32,6 +34,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from transformers.generation import candidate_generator
 
 from specdec_fast import fast_generate, last_speculation
 from specdec_fast.pretrained import default_drafter, default_target, load
@@ -70,7 +73,7 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
 
         return run
 
-    def transformers_assisted(sample: bool) -> Run:
+    def transformers_assisted(sample: bool, tokenizer: Any = tokenizer, own: Any = own) -> Run:
         # Its TLI prunes the drafter for good, so each system has a drafter of its own
         mine = copy.deepcopy(drafter)
         mine.generation_config.num_assistant_tokens = lookahead
@@ -79,7 +82,8 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
 
         def run(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
             torch.manual_seed(seed)
-            return target.generate(**inputs, assistant_model=mine, do_sample=sample, **both, **length)
+            pair = {"tokenizer": tokenizer, "assistant_tokenizer": own}
+            return target.generate(**inputs, assistant_model=mine, do_sample=sample, **pair, **length)
 
         return run
 
@@ -101,6 +105,21 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
 
         return run
 
+    def transformers_unpruned() -> Run:
+        """Its TLI without the pruning that permutes q: the law is right then. Not offered by its interface."""
+        translators = candidate_generator.AssistantVocabTranslatorCache
+        run = transformers_assisted(True, copy.deepcopy(tokenizer), copy.deepcopy(own))  # it keeps a map a tokenizer
+        pruning = translators.get_translator
+
+        def whole(*arguments: Any, **named: Any) -> Any:
+            return pruning(*arguments, **{**named, "assistant_prune_lm_head": False})
+
+        def patched(inputs: dict[str, torch.Tensor], seed: int) -> torch.Tensor:
+            with mock.patch.object(translators, "get_translator", whole):
+                return run(inputs, seed)
+
+        return patched
+
     table: dict[str, Run] = {}
     for sample, law, method in ((False, "T=0", "slem"), (True, "T=1", "tli")):
         table[f"transformers plain {law}"] = transformers_plain(sample)
@@ -108,6 +127,7 @@ def systems(target: Any, drafter: Any, tokenizer: Any, own: Any, lookahead: int,
         table[f"transformers {method} {law}"] = transformers_assisted(sample)
         table[f"specdec_fast {method} {law}"] = ours(method, sample)
         table[f"specdec_fast auto {law}"] = ours("auto", sample)
+    table["transformers tli-unpruned T=1"] = transformers_unpruned()
     return table
 
 
@@ -164,6 +184,7 @@ def main(
     tokens: Annotated[int, typer.Option(help="new tokens a prompt")] = 96,
     lookahead: Annotated[int, typer.Option(help="num_assistant_tokens of every system")] = 5,
     repetitions: Annotated[int, typer.Option(help="interleaved repetitions")] = 5,
+    temperature: Annotated[float | None, typer.Option(help="only the systems of this temperature: 0 or 1")] = None,
     threads: Annotated[int, typer.Option(help="torch threads; 0: as torch likes")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here")] = None,
 ) -> None:
@@ -188,6 +209,8 @@ def main(
         for entry in texts
     ]
     compared = systems(model, small, tokenizer, own, lookahead, tokens)
+    if temperature is not None:
+        compared = {name: run for name, run in compared.items() if name.endswith(f"T={temperature:g}")}
     rates: dict[str, list[float]] = {name: [] for name in compared}
     efficiency: dict[str, list[float]] = {name: [] for name in compared}
     for run in compared.values():  # first calls build maps and caches
@@ -218,9 +241,10 @@ def main(
             "lookahead": lookahead,
             "repetitions": repetitions,
         }
+        only = "" if temperature is None else f" --temperature {temperature:g}"
         command = (
             f"python benchmarks/compare_transformers.py --tokens {tokens} --lookahead {lookahead} "
-            f"--repetitions {repetitions} --json FILE"
+            f"--repetitions {repetitions}{only} --json FILE"
         )
         note = (
             "Transformers' sampled TLI draws from a wrong law, which changes its acceptance: its row is for speed alone"
