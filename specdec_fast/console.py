@@ -321,7 +321,7 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} is not usable here: {str(error).partition(chr(10))[0]}") from error
     return device
 
