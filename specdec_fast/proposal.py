@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from specdec_fast import reference
+from specdec_fast.token_map import TokenMap
 
-__all__ = ["CompactLaw", "Law", "PointMass", "Proposal"]
+__all__ = ["CompactLaw", "DenseLaw", "Law", "LazyLaw", "Place", "PointMass", "ProjectedLaw", "Proposal", "SparseLaw"]
 
 
 class Law(Protocol):
-    """The law q of every draft token, given the tokens before it. ``R`` rows, ``G`` draft positions."""
+    """The law q of every draft token, given the tokens before it and what else has been revealed by then.
+
+    ``R`` rows, ``G`` draft positions.
+    """
 
     def log_q(self, tokens: Tensor) -> Tensor:
         """``log q`` of the tokens drafted, ``[R, G]`` float64."""
 
-    def subtract_from(self, p: Tensor, position: Tensor) -> Tensor:
-        """``p - q`` at one position a row; ``p`` is ``[R, V]`` float64, ``position`` ``[R]`` int64 in ``[0, G)``."""
-
     def at(self, position: int) -> Law:
         """The law of one position, ``G = 1`` (none left: ``G = 0``)."""
+
+
+class DenseLaw(Law, Protocol):
+    """A law that is known for the whole vocabulary."""
+
+    def subtract_from(self, p: Tensor, position: Tensor) -> Tensor:
+        """``p - q`` at one position a row; ``p`` is ``[R, V]`` float64, ``position`` ``[R]`` int64 in ``[0, G)``.
+
+        ``p`` need not sum to 1.
+        """
+
+    def at(self, position: int) -> DenseLaw: ...
+
+
+@runtime_checkable
+class LazyLaw(Law, Protocol):
+    """A law that costs work for each token it is asked about (string-level rejection sampling)."""
+
+    def mass(self, row: int, position: int, token: int) -> float:
+        """``q(token)`` at one position of one row, float64 in ``[0, 1]``, for any target id."""
+
+    def at(self, position: int) -> LazyLaw: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +67,7 @@ class PointMass:
         inside = (token >= 0) & (token < p.shape[1])
         return p.scatter_add(1, torch.where(inside, token, 0), -inside.double())
 
-    def at(self, position: int) -> Law:
+    def at(self, position: int) -> PointMass:
         return PointMass(self.tokens[:, position : position + 1])
 
 
@@ -73,9 +96,107 @@ class CompactLaw:
             q = q[:, : p.shape[1]]
         return reference.subtract_at(p, q, self.index)
 
-    def at(self, position: int) -> Law:
+    def at(self, position: int) -> CompactLaw:
         one = slice(position, position + 1)
         return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one])
+
+
+class Place(NamedTuple):
+    """Where a target token stands in a drafter token's text, and what had been revealed of that one by then.
+
+    Args:
+        lane: which drafter token it was, a row of :class:`ProjectedLaw` ``scores``.
+        level: how many target tokens of its text came before.
+        low, high: the entries that agree with those and have text left; all of them at level 0.
+    """
+
+    lane: int
+    level: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class ProjectedLaw:
+    """Softmax over drafter tokens, told as the target tokens of their text (projection, ``docs/projection.md``).
+
+    The law of a position: the drafter tokens that agree with what has been revealed, renormalised, each at the token
+    of its text that stands there.
+
+    Args:
+        scores: ``[N, K]`` float, after temperature and filters, of each drafter token drawn.
+        table: what the K drafter tokens stand for.
+        places: of each row's positions, lists on the host.
+        log_mass: ``[R, G]`` float64, of the tokens drafted.
+    """
+
+    scores: Tensor
+    table: TokenMap
+    places: list[list[Place]]
+    log_mass: Tensor
+
+    def log_q(self, tokens: Tensor) -> Tensor:
+        return self.log_mass
+
+    def subtract_from(self, p: Tensor, position: Tensor) -> Tensor:
+        result = p.clone()
+        rows, lanes = [], []
+        for row, i in enumerate(position.tolist()):
+            if i >= len(self.places[row]):  # behind a row's own draft
+                continue
+            lane, level, low, high = self.places[row][i]
+            if level:
+                q = reference.masses(self.scores[lane, low:high])
+                result[row] = p[row].index_add(0, self.table.column(low, high, level), q, alpha=-1)
+            else:
+                rows.append(row)
+                lanes.append(lane)
+        if rows:
+            q = self.table.head_masses(reference.masses(self.scores[lanes]))
+            result[rows] = reference.subtract_at(p[rows], q, self.table.heads)
+        return result
+
+    def at(self, position: int) -> ProjectedLaw:
+        one = slice(position, position + 1)
+        return ProjectedLaw(self.scores, self.table, [places[one] for places in self.places], self.log_mass[:, one])
+
+
+@dataclass(frozen=True)
+class SparseLaw:
+    """A law on a few target tokens, those it names.
+
+    Args:
+        ids: ``[R, G, N]`` int64, none twice at one position; -1: no token.
+        masses: ``[R, G, N]`` float64 their probabilities.
+    """
+
+    ids: Tensor
+    masses: Tensor
+
+    def log_q(self, tokens: Tensor) -> Tensor:
+        drawn = (self.ids == tokens.unsqueeze(-1)) & (self.ids >= 0)
+        return torch.where(drawn, self.masses, 0.0).sum(-1).log()
+
+    def subtract_from(self, p: Tensor, position: Tensor) -> Tensor:
+        rows = torch.arange(p.shape[0], device=p.device)
+        ids, masses = self.ids[rows, position], self.masses[rows, position]
+        inside = (ids >= 0) & (ids < p.shape[1])
+        return p.scatter_add(1, torch.where(inside, ids, 0), -torch.where(inside, masses, 0.0))
+
+    def at(self, position: int) -> SparseLaw:
+        one = slice(position, position + 1)
+        return SparseLaw(self.ids[:, one], self.masses[:, one])
+
+    @classmethod
+    def of_lists(cls, laws: list[list[dict[int, float]]], device: torch.device) -> SparseLaw:
+        """From one list a row of what each position's tokens weigh."""
+        shape = len(laws), max(map(len, laws), default=0), max((len(law) for row in laws for law in row), default=0)
+        ids, masses = torch.full(shape, -1, dtype=torch.long), torch.zeros(shape, dtype=torch.float64)
+        for r, row in enumerate(laws):
+            for g, law in enumerate(row):
+                ids[r, g, : len(law)] = torch.tensor(list(law))
+                masses[r, g, : len(law)] = torch.tensor(list(law.values()), dtype=torch.float64)
+        return cls(ids.to(device), masses.to(device))
 
 
 @dataclass(frozen=True)
@@ -85,12 +206,12 @@ class Proposal:
     Args:
         tokens: ``[R, G]`` int64 target ids; what lies behind a row's count is never looked at.
         count: ``[R]`` how many tokens each row drafted, on the host.
-        law: the law they were drawn from.
+        law: the law they were drawn from; one with a ``mass`` is verified lazily.
     """
 
     tokens: Tensor
     count: list[int]
-    law: Law
+    law: DenseLaw | LazyLaw
 
     def at(self, position: int) -> Proposal:
         """One drafted position, as a proposal of at most one token a row."""

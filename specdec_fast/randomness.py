@@ -40,6 +40,8 @@ class Purpose(enum.IntEnum):
     RESIDUAL = 2
     TARGET = 3
     REVEAL = 4
+    CANDIDATE = 5
+    THINNING = 6
 
 
 class UniformSource(Protocol):

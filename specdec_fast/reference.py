@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accept", "draw", "log_prob", "masses", "residual", "subtract_at"]
+__all__ = ["accept", "block_chance", "block_weights", "draw", "log_prob", "masses", "residual", "subtract_at"]
 
 
 def masses(scores: Tensor) -> Tensor:
@@ -62,6 +62,38 @@ def accept(log_p: Tensor, log_q: Tensor, u: Tensor) -> Tensor:
         ``[...]`` bool.
     """
     return (log_p > u.log() + log_q) & (log_q > -torch.inf)
+
+
+def block_weights(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """The weights of block verification (Sun et al., arXiv 2403.10444): ``p_0 = 1, p_i = min(1, p_{i-1} p/q)``.
+
+    A token with ``p = 0``, one with ``q = 0`` (it cannot have been drawn) and one whose law is not defined (NaN) has
+    weight 0, and so has everything behind it.
+
+    Args:
+        log_p, log_q: ``[N, G]`` float64, of the tokens drafted.
+
+    Returns:
+        ``[N, G + 1]`` float64 in ``[0, 1]``.
+    """
+    log_ratio = torch.where(log_q > -torch.inf, log_p - log_q, -torch.inf).nan_to_num(nan=-torch.inf)
+    weights = [torch.ones_like(log_ratio[:, 0])]
+    log_weight = torch.zeros_like(weights[0])
+    for step in log_ratio.unbind(1):
+        log_weight = (log_weight + step).clamp(max=0)
+        weights.append(log_weight.exp())
+    return torch.stack(weights, 1)
+
+
+def block_chance(weight: Tensor, rest: Tensor) -> Tensor:
+    """How likely block verification stops at a position once it is asked (the same): ``R / (R + 1 - p_i)``; 0/0 is 1.
+
+    Args:
+        weight: ``[N]`` float64, ``p_i``.
+        rest: ``[N]`` float64, ``R = sum max(0, p_i p - q)``.
+    """
+    whole = rest + (1 - weight)
+    return torch.where(whole > 0, rest / whole, 1.0)
 
 
 def subtract_at(p: Tensor, q: Tensor, index: Tensor | None) -> Tensor:

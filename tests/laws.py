@@ -38,10 +38,13 @@ __all__ = [
     "Problem",
     "Reading",
     "Recorder",
+    "block_ways",
     "cells",
     "chi_square",
     "inside",
     "joint_law",
+    "lazy_block_ways",
+    "lazy_token_ways",
     "match_ways",
     "model",
     "pair_counts",
@@ -248,15 +251,26 @@ class Problem:
     def clip(self, tokens):
         return tuple(min(t, self.width - 1) for t in tokens)
 
-    def rest(self, tokens, position):
-        """max(0, p - q) behind ``tokens[:position]``."""
-        prefix = self.clip(tokens[:position])
-        rest = self.p_mass[position][prefix].tolist()
-        for k, mass in enumerate(self.q_mass[position][prefix].tolist()):
+    def rest(self, tokens, position, weight=1.0):
+        """max(0, weight * p - q) behind ``tokens[:position]``."""
+        p = self.p_mass[position][self.clip(tokens[:position])].tolist()
+        return [max(0.0, weight * x - y) for x, y in zip(p, self.mass(tokens, position), strict=True)]
+
+    def mass(self, tokens, position):
+        """ψ of every target token behind ``tokens[:position]``."""
+        psi = [0.0] * self.width
+        for k, mass in enumerate(self.q_mass[position][self.clip(tokens[:position])].tolist()):
             token = k if self.index is None else int(self.index[k])
             if token < self.width:
-                rest[token] -= mass
-        return [max(0.0, x) for x in rest]
+                psi[token] = mass
+        return psi
+
+    def ratio(self, tokens, position):
+        """p/q of the token drafted at a position."""
+        column = tokens[position] if self.index is None else self.index.tolist().index(tokens[position])
+        prefix = self.clip(tokens[:position])
+        p = float(self.p_mass[position][prefix][tokens[position]]) if tokens[position] < self.width else 0.0
+        return p / float(self.q_mass[position][prefix][column])
 
     def joint(self):
         law = {}
@@ -297,10 +311,7 @@ def token_ways(problem, tokens, count):
     """The ways a draft can fare under rule *token*: numbers that lead there and the probability."""
     spans, chance = [], 1.0
     for i in range(count):
-        prefix = problem.clip(tokens[:i])
-        column = tokens[i] if problem.index is None else problem.index.tolist().index(tokens[i])
-        p = float(problem.p_mass[i][prefix][tokens[i]]) if tokens[i] < problem.width else 0.0
-        ratio = min(1.0, p / float(problem.q_mass[i][prefix][column]))
+        ratio = min(1.0, problem.ratio(tokens, i))
         if ratio < 1 - 1e-13:
             coin = (Purpose.ACCEPT, i, (ratio, 1.0))
             for _, low, high in cells(problem.rest(tokens, i)):
@@ -311,6 +322,92 @@ def token_ways(problem, tokens, count):
         chance *= ratio
     for _, low, high in cells(problem.p_mass[count][problem.clip(tokens[:count])].tolist()):
         yield [*spans, (Purpose.RESIDUAL, count, (low, high))], chance * (high - low)
+
+
+def block_weights(problem, tokens, count):
+    weights = [1.0]
+    for i in range(count):
+        weights.append(min(1.0, weights[-1] * problem.ratio(tokens, i)))
+    return weights
+
+
+def block_ways(problem, tokens, count):
+    """The same for rule *block*: the last position whose coin wins, and what comes behind it."""
+    weights = block_weights(problem, tokens, count)
+    spans, chance = [], 1.0
+    for i in range(count, -1, -1):
+        if i == count:
+            rest, wins = problem.p_mass[i][problem.clip(tokens[:i])].tolist(), weights[i]
+        else:
+            rest = problem.rest(tokens, i, weights[i])
+            whole = sum(rest) + 1 - weights[i]
+            wins = sum(rest) / whole if i and whole else 1.0
+        if wins > 1e-13:
+            coin = [(Purpose.ACCEPT, i - 1, (0.0, wins))] if i else []
+            for _, low, high in cells(rest):
+                yield [*spans, *coin, (Purpose.RESIDUAL, i, (low, high))], chance * wins * (high - low)
+        if wins > 1 - 1e-13:
+            return
+        spans.append((Purpose.ACCEPT, i - 1, (wins, 1.0)))
+        chance *= 1 - wins
+
+
+def race_ways(weight, p, psi, seen, offset, trial=0):
+    """The ways a race of :mod:`specdec_fast.thinning` can go: numbers, probability, winner (None: lost)."""
+    rest = [max(0.0, weight * x - y) for x, y in zip(p, psi, strict=True)]
+    bound = [rest[t] if t in seen else weight * x for t, x in enumerate(p)]
+    for t, low, high in cells([*bound, 1 - weight]):
+        candidate, chance = (Purpose.CANDIDATE, offset, (low, high), trial), high - low
+        if t == len(p) or t in seen:
+            yield [candidate], chance, None if t == len(p) else t
+            continue
+        kept = rest[t] / bound[t]
+        if kept > 1e-13:
+            yield [candidate, (Purpose.THINNING, offset, (0.0, kept), trial)], chance * kept, t
+        if kept < 1 - 1e-13:
+            for spans, more, winner in race_ways(weight, p, psi, {*seen, t}, offset, trial + 1):
+                coin = (Purpose.THINNING, offset, (kept, 1.0), trial)
+                yield [candidate, coin, *spans], chance * (1 - kept) * more, winner
+
+
+def _races(problem, tokens, weights, position):
+    """From a position downwards, until a race is won."""
+    p = problem.p_mass[position][problem.clip(tokens[:position])].tolist()
+    for spans, chance, winner in race_ways(
+        weights[position], p, problem.mass(tokens, position), {tokens[position]}, position
+    ):
+        if winner is not None:
+            yield spans, chance
+            continue
+        for further, more in _races(problem, tokens, weights, position - 1):
+            yield [*spans, *further], chance * more
+
+
+def lazy_token_ways(problem, tokens, count):
+    """Rule *token* where the law is asked token by token."""
+    rejections = {}
+    for spans, chance in token_ways(problem, tokens, count):
+        if spans[-1][1] == count:
+            yield spans, chance
+        else:  # a rejection: what its residual draw had is shared out anew among the ways of a race
+            coins, whole = rejections.get(spans[-1][1], (spans[:-1], 0.0))
+            rejections[spans[-1][1]] = coins, whole + chance
+    for position, (coins, whole) in rejections.items():
+        for spans, chance in _races(problem, tokens, [1.0] * (position + 1), position):
+            yield [*coins, *spans], whole * chance
+
+
+def lazy_block_ways(problem, tokens, count):
+    """Rule *block* where the law is asked token by token."""
+    weights = block_weights(problem, tokens, count)
+    last = [(Purpose.ACCEPT, count - 1, (0.0, weights[-1]))] if count else []
+    if weights[-1] > 1e-13:
+        for _, low, high in cells(problem.p_mass[count][problem.clip(tokens[:count])].tolist()):
+            yield [*last, (Purpose.RESIDUAL, count, (low, high))], weights[-1] * (high - low)
+    if weights[-1] < 1 - 1e-13:
+        coin = (Purpose.ACCEPT, count - 1, (weights[-1], 1.0))
+        for spans, chance in _races(problem, tokens, weights, count - 1):
+            yield [coin, *spans], (1 - weights[-1]) * chance
 
 
 def match_ways(problem, tokens, count):

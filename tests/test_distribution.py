@@ -15,6 +15,7 @@ from laws import (
     TARGET_PIECES,
     Problem,
     Reading,
+    block_ways,
     cells,
     chi_square,
     joint_law,
@@ -141,7 +142,7 @@ def first_round(method, sampling):
 
 def enumerated(problem, method, rule, sampling):
     """Blocks of the first round and their weights, each way it can go being a row of one call."""
-    ways = {"token": token_ways, "match": match_ways}[rule]
+    ways = {"token": token_ways, "match": match_ways, "block": block_ways}[rule]
     plan = []
     for chosen, tokens, weight, count in problem.drafts():
         drafts = []
@@ -176,7 +177,7 @@ def enumerated(problem, method, rule, sampling):
     return blocks
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("method", ["model", "tli"])
 def test_the_first_round_has_exactly_the_targets_law(method, sampling, rule):
@@ -185,7 +186,7 @@ def test_the_first_round_has_exactly_the_targets_law(method, sampling, rule):
     assert total_variation(problem.completed(blocks), problem.joint()) < 1e-6
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("method", METHODS)
 def test_the_output_has_the_targets_law(method, sampling, rule):
@@ -198,7 +199,7 @@ def test_the_output_has_the_targets_law(method, sampling, rule):
     assert min(p_values(tokens, law)) > SOUND
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize(
     "method, arguments",
     [
@@ -216,7 +217,7 @@ def test_no_knob_of_the_drafter_changes_the_law(method, arguments, rule):
     assert min(p_values(tokens, exact_law())) > SOUND
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", ["model", "tli", "slem"])
 def test_rows_of_different_prompts(method, rule):
     """Left-padded: each prompt's rows have that prompt's own law."""
@@ -238,7 +239,9 @@ class Lean(LogitsProcessor):
         return scores + 1.5 * lean
 
 
-@pytest.mark.parametrize("method, rule", [("model", "match"), ("model", "token"), ("tli", "token"), ("slem", "match")])
+@pytest.mark.parametrize(
+    "method, rule", [("model", "match"), ("model", "token"), ("model", "block"), ("tli", "block"), ("slem", "match")]
+)
 def test_processors_that_read_the_text(method, rule):
     penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(3.0)])
     tokens = generate(method, rule, logits_processor=penalty)
@@ -325,6 +328,7 @@ def fault_no_residual(patch):
 
 def fault_law_over_the_whole_vocabulary(patch):
     """TLI: verified with the drafter's law over D, though it drew from the one over the intersection."""
+    patch.setattr("specdec_fast.drafters.model.lean_model", lambda model: None)  # it would leave out the other logits
     shares = []
     scores_of, propose = ModelWriter._scores, CompactDrafter.propose
 
@@ -409,12 +413,20 @@ CONFIDENT = {"assistant_confidence_threshold": 0.3}
         (fault_law_over_the_whole_vocabulary, "tli", "token", {}),
         (fault_dropped_after_a_look, "model", "token", CONFIDENT),
         (fault_dropped_after_a_look, "tli", "token", CONFIDENT),
+        (fault_rolled_law, "tli", "block", {}),
+        (fault_warped_twice, "model", "block", {}),
+        (fault_law_of_another_position, "tli", "block", {}),
+        (fault_no_residual, "tli", "block", {}),
+        (fault_law_over_the_whole_vocabulary, "tli", "block", {}),
+        (fault_dropped_after_a_look, "model", "block", CONFIDENT),
         (fault_match_keeps_one_more, "model", "match", {}),
         (fault_match_keeps_one_more, "slem", "match", {}),
         (fault_match_takes_the_row_before, "tli", "match", {}),
         ({RESIDUAL: ACCEPT}, "model", "token", {}),
         ({RESIDUAL: DRAFT}, "model", "token", {}),
         ({ACCEPT: DRAFT}, "tli", "token", {}),
+        ({RESIDUAL: ACCEPT}, "model", "block", {}),
+        ({ACCEPT: DRAFT}, "tli", "block", {}),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -441,6 +453,10 @@ def test_a_planted_fault_is_seen(fault, method, rule, arguments, monkeypatch):
         (fault_swapped_laws, "token"),
         (fault_no_residual, "token"),
         (fault_law_over_the_whole_vocabulary, "token"),
+        (fault_rolled_law, "block"),
+        (fault_rolled_map, "block"),
+        (fault_warped_twice, "block"),
+        (fault_law_over_the_whole_vocabulary, "block"),
         (fault_match_keeps_one_more, "match"),
         (fault_match_takes_the_row_before, "match"),
     ],

@@ -4,6 +4,8 @@ Only the target's own draws (rule *match*, plain decoding) are keyed by absolute
 later round: of those, each is looked at for one committed token alone, so they are checked against the output instead.
 """
 
+import itertools
+
 import pytest
 import torch
 from laws import DRAFTER_PIECES, TARGET_PIECES, Recorder, model, tokenizer
@@ -75,9 +77,14 @@ CALLS = {
 METHODS = ("autoregressive", "model", "tli", "slem", "prompt_lookup")
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("rule", ["match", "token"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method, rule, call",
+    [
+        (method, rule, call)
+        for method, rule, call in itertools.product(METHODS, ("match", "token", "block"), CALLS)
+        if rule != "block" or "in order" not in call  # refused: it judges a whole draft at once
+    ],
+)
 def test_no_key_is_drawn_twice(method, rule, call):
     source = Recorder()
     generate(method, rule, source=source, **CALLS[call])
@@ -86,18 +93,19 @@ def test_no_key_is_drawn_twice(method, rule, call):
     own = {Purpose.TARGET} if rule == "match" else {Purpose.RESIDUAL}
     if method == "autoregressive":
         assert drawn == own
-    if rule == "token" and method in ("model", "tli"):
+    if rule != "match" and method in ("model", "tli"):
         assert drawn == {Purpose.DRAFT, Purpose.ACCEPT, Purpose.RESIDUAL}
     assert own <= drawn
-    if rule == "token":
+    if rule != "match":
         assert Purpose.TARGET not in drawn
 
 
+@pytest.mark.parametrize("rule", ["token", "block"])
 @pytest.mark.parametrize("method", ["model", "tli"])
-def test_keys_by_position_alone_are_seen(method):
+def test_keys_by_position_alone_are_seen(method, rule):
     """A planted fault: a later round would get the numbers that this one has looked at."""
     source = Recorder(forget_round=True)
-    generate(method, "token", source=source)
+    generate(method, rule, source=source)
     assert source.repeated(but=Purpose.TARGET)
 
 
@@ -129,7 +137,7 @@ def test_each_token_is_drawn_with_the_number_of_its_position():
         assert reference.draw(reference.masses(scores[place - 1 : place]), u).item() == output[place]
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_row_does_not_depend_on_its_batch(method, rule):
     seeds = [11, 22, 33]
@@ -140,7 +148,7 @@ def test_a_row_does_not_depend_on_its_batch(method, rule):
         assert alone[0, len(text) :].tolist() == batch[row, 7:].tolist()
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", METHODS)
 def test_seeds(method, rule):
     rows = {"num_return_sequences": 4}

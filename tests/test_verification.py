@@ -1,242 +1,50 @@
-"""The verification rules, enumerated: one round's law computed, not sampled, by replaying the production code.
-
-A number a rule asks for falls into one of finitely many cells, cut at acceptance ratios and at cumulative sums.
-Each combination of cells is a row here, weighted by its size; its numbers come from a source that looks them up.
-A block of accepted tokens and the next one, continued by the target alone to γ+1 tokens, must have the target's law.
-"""
+"""The verification rules: one round's law computed, not sampled, planted faults, and pinned outcomes."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import Problem, Recorder, inside, match_ways, token_ways, total_variation
+from laws import Recorder, block_ways, match_ways, token_ways
+from replay import (
+    EXACT,
+    INF,
+    NAN,
+    PROBLEMS,
+    compact_proposal,
+    confident_stop,
+    distance,
+    philox_draws,
+    random_problem,
+    random_supports,
+)
 
 from specdec_fast import reference
 from specdec_fast.proposal import CompactLaw, PointMass, Proposal
-from specdec_fast.randomness import Philox, Purpose
-from specdec_fast.verification import Draws, Match, Token, greedy_choice, rule_for, sampled_choice
+from specdec_fast.verification import Block, Draws, Match, Token, greedy_choice, rule_for, sampled_choice
 
-INF = float("inf")
-NAN = float("nan")
-EXACT = 1e-8  # what moving a number into its cell by a billionth of the cell costs, with a margin
-
-
-class Lookup:
-    """Numbers read from a table by row (its seed) and offset; a number nobody laid out is NaN."""
-
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def uniform(self, seed, position, offset, purpose, trial=0):
-        assert trial == 0
-        seed, place = torch.broadcast_tensors(seed, position + offset)
-        return self.numbers[purpose][seed, place]
-
-
-def draws_of(source, rows):
-    return Draws(source, torch.arange(rows), torch.zeros(rows, dtype=torch.long))
-
-
-def replay(problem, rule, ways):
-    """Runs a rule on every way every draft can fare, all in one batch; returns blocks and their weights."""
-    plan = [
-        (chosen, tokens, count, spans, weight * chance)
-        for chosen, tokens, weight, count in problem.drafts()
-        for spans, chance in ways(problem, tokens, count)
-    ]
-    gamma, rows = problem.gamma, 3 * len(plan)
-    scores = torch.zeros(rows, gamma + 1, problem.width)
-    laws = torch.zeros(rows, gamma, problem.q[0].shape[-1] if gamma else 1)
-    drawn = torch.zeros(rows, gamma, dtype=torch.long)
-    tokens = torch.zeros(rows, gamma, dtype=torch.long)
-    count, weights = [], []
-    numbers = {purpose: torch.full((rows, gamma + 2), NAN, dtype=torch.float64) for purpose in Purpose}
-    unread = torch.rand(rows, gamma + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for purpose in (Purpose.ACCEPT, Purpose.TARGET):  # drawn for all positions at once, whether or not they are reached
-        numbers[purpose][:] = unread
-    for n, (chosen, drafted, stop, spans, weight) in enumerate(plan):
-        for where in range(3):
-            row = 3 * n + where
-            for i in range(gamma + 1):
-                scores[row, i] = problem.p[i][problem.clip(drafted[:i])]
-                if i < gamma:
-                    laws[row, i] = problem.q[i][problem.clip(drafted[:i])]
-            if gamma:
-                drawn[row] = torch.tensor(chosen)
-                tokens[row] = torch.tensor(drafted)
-            for purpose, offset, span in spans:
-                numbers[purpose][row, offset] = inside(span, where)
-            count.append(stop)
-            weights.append(weight / 3)
-    law = CompactLaw(laws, problem.index, drawn) if gamma else PointMass(tokens)
-    verdict = rule.verify(scores, Proposal(tokens, count, law), draws_of(Lookup(numbers), rows))
-    blocks = {}
-    for row, weight in enumerate(weights):
-        accepted, token = int(verdict.accepted[row]), int(verdict.token[row])
-        assert 0 <= accepted <= count[row] and 0 <= token < problem.width
-        block = (*plan[row // 3][1][:accepted], token)
-        blocks[block] = blocks.get(block, 0.0) + weight
-    return blocks
-
-
-RULES = {"token": (Token(), token_ways), "match": (Match(sampled_choice), match_ways)}
-
-
-def distance(problem, name, rule=None):
-    """Total variation of a round, continued by the target, from the target's own law."""
-    production, ways = RULES[name]
-    return total_variation(problem.completed(replay(problem, rule or production, ways)), problem.joint())
-
-
-def tables(width, columns, gamma, seed, *, spread=1.5):
-    generator = torch.Generator().manual_seed(seed)
-    p = [torch.randn(*[width] * (i + 1), generator=generator) * spread for i in range(gamma + 1)]
-    q = [torch.randn(*[width] * i, columns, generator=generator) * spread for i in range(gamma)]
-    return p, q
-
-
-def one_hot(shape, generator):
-    scores = torch.full(shape, -INF)
-    place = torch.randint(shape[-1], shape[:-1], generator=generator)
-    return scores.scatter_(-1, place.unsqueeze(-1), 0.0)
-
-
-def random_problem(width=4, gamma=2, seed=0):
-    return Problem(*tables(width, width, gamma, seed))
-
-
-def same_law():
-    p, _ = tables(4, 4, 2, 1)
-    return Problem(p, p[:2])
-
-
-def disjoint_supports():
-    p, q = tables(4, 4, 2, 2)
-    for scores in p:
-        scores[..., :2] = -INF
-    for scores in q:
-        scores[..., 2:] = -INF
-    return Problem(p, q)
-
-
-def certain_drafter():
-    p, _ = tables(4, 4, 2, 3)
-    generator = torch.Generator().manual_seed(3)
-    return Problem(p, [one_hot((4,), generator), one_hot((4, 4), generator)])
-
-
-def certain_target():
-    _, q = tables(4, 4, 2, 4)
-    generator = torch.Generator().manual_seed(4)
-    return Problem([one_hot((4,) * (i + 1), generator) for i in range(3)], q)
-
-
-def target_with_gaps():
-    """p(x) = 0 under q(x) > 0, and the other way round, at every position."""
-    p, q = tables(4, 4, 2, 5)
-    for scores in p:
-        scores[..., 1] = -INF
-    for scores in q:
-        scores[..., 2] = -INF
-    return Problem(p, q)
-
-
-def one_entry_left():
-    """q = p but for mass taken from one token: the residual has a single entry."""
-    p, _ = tables(4, 4, 2, 6)
-    q = [scores.clone() for scores in p[:2]]
-    for scores in q:
-        scores[..., 0] = -INF
-    return Problem(p, q)
-
-
-def compact():
-    """An index map that skips target tokens (TLI)."""
-    return Problem(*tables(6, 3, 2, 7), index=torch.tensor([0, 3, 4]))
-
-
-def compact_one():
-    return Problem(*tables(5, 1, 2, 8), index=torch.tensor([4]))
-
-
-def narrower_drafter():
-    return Problem(*tables(5, 3, 2, 9))
-
-
-def wider_drafter():
-    """A padded drafter head: ids the target does not have are drawn and rejected."""
-    return Problem(*tables(3, 5, 2, 10))
-
-
-def long_draft():
-    return Problem(*tables(3, 3, 3, 11))
-
-
-def confident_stop():
-    """A draft ends behind an improbable token, which stays."""
-    return Problem(*tables(4, 4, 3, 12), stop=lambda prefix, mass: mass < 0.3)
-
-
-def stop_by_text():
-    """Ragged counts that depend on the tokens drawn, all of which stay."""
-    return Problem(*tables(4, 4, 2, 13), stop=lambda prefix, mass: prefix[-1] >= 2)
-
-
-def no_draft():
-    return Problem(*tables(4, 4, 0, 14))
-
-
-def large_scores():
-    return Problem(*tables(4, 4, 2, 15, spread=25.0))
-
-
-PROBLEMS = (
-    random_problem,
-    same_law,
-    disjoint_supports,
-    certain_drafter,
-    certain_target,
-    target_with_gaps,
-    one_entry_left,
-    compact,
-    compact_one,
-    narrower_drafter,
-    wider_drafter,
-    long_draft,
-    confident_stop,
-    stop_by_text,
-    no_draft,
-    large_scores,
-)
+RULES = {"token": (Token(), token_ways), "match": (Match(sampled_choice), match_ways), "block": (Block(), block_ways)}
+EVERY = (Token(), Block(), Match(sampled_choice), Match(greedy_choice))
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("make", PROBLEMS)
 def test_a_round_has_the_targets_law(make, name):
-    assert distance(make(), name) < EXACT
+    assert distance(make(), *RULES[name]) < EXACT
 
 
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("width, gamma", [(3, 1), (5, 1), (6, 2), (3, 3)])
 @pytest.mark.parametrize("seed", [20, 21])
 def test_random_tables(width, gamma, seed, name):
-    assert distance(random_problem(width, gamma, seed), name) < EXACT
+    assert distance(random_problem(width, gamma, seed), *RULES[name]) < EXACT
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 5), st.integers(1, 2), st.booleans())
-def test_random_supports(seed, width, gamma, compacted):
-    """Laws with holes anywhere, on part of the vocabulary or all of it."""
-    generator = torch.Generator().manual_seed(seed)
-    columns = 1 + int(torch.randint(width, (), generator=generator)) if compacted else width
-    p, q = tables(width, columns, gamma, seed)
-    for scores in (*p, *q):
-        holes = torch.rand(scores.shape, generator=generator) < 0.4
-        holes.scatter_(-1, torch.randint(scores.shape[-1], (*scores.shape[:-1], 1), generator=generator), False)
-        scores[holes] = -INF
-    index = torch.randperm(width, generator=generator)[:columns].sort().values if compacted else None
-    for name in RULES:
-        assert distance(Problem(p, q, index), name) < EXACT
+def test_laws_with_holes(seed, width, gamma, compacted):
+    problem = random_supports(seed, width, gamma, compacted)
+    for rule, ways in RULES.values():
+        assert distance(problem, rule, ways) < EXACT
 
 
 # Planted faults: the enumeration must see each of them
@@ -257,16 +65,16 @@ class SharperLaw(CompactLaw):
         return reference.log_prob(self.scores / 0.7, self.drawn)
 
 
-class WithLaw(Token):
-    """Rule *token* with another law than was drawn from."""
+class WithLaw:
+    """A rule with another law than was drawn from."""
 
-    def __init__(self, kind):
-        object.__setattr__(self, "kind", kind)
+    def __init__(self, rule, kind):
+        self.rule, self.kind = rule, kind
 
     def verify(self, scores, proposal, draws):
         law = proposal.law
         law = self.kind(law.scores, law.index, law.drawn)
-        return super().verify(scores, Proposal(proposal.tokens, proposal.count, law), draws)
+        return self.rule.verify(scores, Proposal(proposal.tokens, proposal.count, law), draws)
 
 
 class BonusOfTheRowBefore(Token):
@@ -299,30 +107,33 @@ class KeepsOneMore(Match):
 
 @pytest.mark.parametrize("kind", [OwnTokenOfTheRowBefore, KeepsOneMore])
 def test_a_planted_match_is_seen(kind):
-    assert distance(random_problem(), "match", kind(sampled_choice)) > 0.01
+    assert distance(random_problem(), kind(sampled_choice), match_ways) > 0.01
 
 
+@pytest.mark.parametrize("name", ["token", "block"])
 @pytest.mark.parametrize("kind", [RolledLaw, LawOfTheNextPosition, SharperLaw])
-def test_a_planted_law_is_seen(kind):
-    assert distance(random_problem(), "token", WithLaw(kind)) > 0.01
+def test_a_planted_law_is_seen(kind, name):
+    rule, ways = RULES[name]
+    assert distance(random_problem(), WithLaw(rule, kind), ways) > 0.01
 
 
 def test_a_planted_bonus_row_is_seen():
-    assert distance(random_problem(), "token", BonusOfTheRowBefore()) > 0.01
+    assert distance(random_problem(), BonusOfTheRowBefore(), token_ways) > 0.01
 
 
 def test_swapped_laws_are_seen(monkeypatch):
     accept = reference.accept
     monkeypatch.setattr(reference, "accept", lambda log_p, log_q, u: accept(log_q, log_p, u))
-    assert distance(random_problem(), "token") > 0.01
+    assert distance(random_problem(), *RULES["token"]) > 0.01
 
 
 def test_a_missing_residual_is_seen(monkeypatch):
     monkeypatch.setattr(reference, "residual", lambda p, difference: p)
-    assert distance(random_problem(), "token") > 0.01
+    assert distance(random_problem(), *RULES["token"]) > 0.01
 
 
-def test_dropping_a_token_after_a_look_at_it_is_seen():
+@pytest.mark.parametrize("name", ["token", "block"])
+def test_dropping_a_token_after_a_look_at_it_is_seen(name):
     problem = confident_stop()
     drafts = problem.drafts
     # The improbable token that ended the draft goes, as if it had never been drawn
@@ -330,7 +141,7 @@ def test_dropping_a_token_after_a_look_at_it_is_seen():
         (chosen, tokens, weight, count - problem.stop(tokens[:count], _mass_of(problem, tokens, count)))
         for chosen, tokens, weight, count in drafts()
     )
-    assert distance(problem, "token") > 0.01
+    assert distance(problem, *RULES[name]) > 0.01
 
 
 def _mass_of(problem, tokens, count):
@@ -340,20 +151,7 @@ def _mass_of(problem, tokens, count):
 # Pinned outcomes
 
 
-def philox_draws(rows, start=0):
-    return Draws(Philox(), torch.arange(rows), torch.full((rows,), start))
-
-
-def compact_proposal(scores, index=None, count=None, seed=1):
-    rows, gamma, _ = scores.shape
-    drawn = torch.stack(
-        [reference.draw(reference.masses(scores[:, i]), philox_draws(rows, seed).draft(i)) for i in range(gamma)], 1
-    )
-    tokens = drawn if index is None else index[drawn]
-    return Proposal(tokens, count or [gamma] * rows, CompactLaw(scores, index, drawn))
-
-
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice), Match(greedy_choice)])
+@pytest.mark.parametrize("rule", EVERY)
 def test_certain_and_equal_accepts_everything(rule):
     tokens = torch.tensor([[2, 0, 4], [1, 1, 1]])
     scores = torch.full((2, 4, 5), -INF).scatter_(2, torch.cat([tokens, torch.tensor([[3], [0]])], 1).unsqueeze(2), 7.0)
@@ -364,14 +162,15 @@ def test_certain_and_equal_accepts_everything(rule):
         assert verdict.token.tolist() == [3, 0]
 
 
-def test_the_same_law_accepts_everything():
+@pytest.mark.parametrize("rule", [Token(), Block()])
+def test_the_same_law_accepts_everything(rule):
     rows = 3000
     scores = torch.randn(1, 3, 50, generator=torch.Generator().manual_seed(0)).expand(rows, -1, -1)
-    verdict = Token().verify(scores, compact_proposal(scores[:, :2]), philox_draws(rows))
+    verdict = rule.verify(scores, compact_proposal(scores[:, :2]), philox_draws(rows))
     assert verdict.accepted.min() == 2
 
 
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice)])
+@pytest.mark.parametrize("rule", [Token(), Block(), Match(sampled_choice)])
 def test_disjoint_supports_reject_at_once(rule):
     rows = 500
     generator = torch.Generator().manual_seed(0)
@@ -382,17 +181,18 @@ def test_disjoint_supports_reject_at_once(rule):
     assert (verdict.token % 2 == 1).all()
 
 
-def test_a_residual_with_one_entry_leaves_no_choice():
+@pytest.mark.parametrize("rule", [Token(), Block()])
+def test_a_residual_with_one_entry_leaves_no_choice(rule):
     rows = 2000
     scores = torch.tensor([0.1, 0.2, 0.7]).log().expand(rows, 2, 3)
     laws = torch.tensor([0.3, 0.3, 0.4]).log().expand(rows, 1, 3)
-    verdict = Token().verify(scores, compact_proposal(laws), philox_draws(rows))
+    verdict = rule.verify(scores, compact_proposal(laws), philox_draws(rows))
     rejected = verdict.accepted == 0
     assert 0 < rejected.sum() < rows
     assert (verdict.token[rejected] == 2).all()
 
 
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice), Match(greedy_choice)])
+@pytest.mark.parametrize("rule", EVERY)
 def test_no_rows_and_no_drafts(rule):
     empty = Proposal.of_lists([], torch.device("cpu"))
     verdict = rule.verify(torch.zeros(0, 1, 4), empty, philox_draws(0))
@@ -402,7 +202,7 @@ def test_no_rows_and_no_drafts(rule):
     assert (verdict.accepted.tolist(), verdict.token.tolist()) == ([0, 0], [0, 1])
 
 
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice), Match(greedy_choice)])
+@pytest.mark.parametrize("rule", EVERY)
 def test_what_lies_behind_a_rows_count_is_not_looked_at(rule):
     generator = torch.Generator().manual_seed(1)
     rows, gamma, width = 200, 3, 5
@@ -424,7 +224,7 @@ def test_what_lies_behind_a_rows_count_is_not_looked_at(rule):
         assert torch.equal(dirty.token, verdict.token)
 
 
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice), Match(greedy_choice)])
+@pytest.mark.parametrize("rule", EVERY)
 def test_a_row_does_not_depend_on_the_batch(rule):
     generator = torch.Generator().manual_seed(2)
     scores, laws = torch.randn(7, 4, 9, generator=generator), torch.randn(7, 3, 9, generator=generator)
@@ -452,18 +252,19 @@ def test_a_draft_that_is_no_token_is_rejected():
         Proposal(torch.full((rows, 1), 9), [1] * rows, PointMass(torch.full((rows, 1), 9))),
         Proposal(torch.full((rows, 1), 9), [1] * rows, beyond),
     ):
-        for rule in (Token(), Match(sampled_choice), Match(greedy_choice)):
+        for rule in EVERY:
             verdict = rule.verify(scores, proposal, philox_draws(rows))
             assert verdict.accepted.max() == 0
             assert verdict.token.min() >= 0 and verdict.token.max() < 4
     # No mass lies on a token of the target's: nothing to subtract, the next token comes from p itself
     own = reference.draw(reference.masses(scores[:, 0]), philox_draws(rows).residual(torch.zeros_like(tokens[:, 0])))
     for draft, law in ((-1, undefined), (-1, PointMass(tokens)), (9, PointMass(torch.full_like(tokens, 9)))):
-        plain = Token().verify(scores, Proposal(torch.full_like(tokens, draft), [1] * rows, law), philox_draws(rows))
-        assert torch.equal(plain.token, own)
+        for rule in (Token(), Block()):
+            plain = rule.verify(scores, Proposal(torch.full_like(tokens, draft), [1] * rows, law), philox_draws(rows))
+            assert torch.equal(plain.token, own)
 
 
-@pytest.mark.parametrize("rule", [Token(), Match(sampled_choice), Match(greedy_choice)])
+@pytest.mark.parametrize("rule", EVERY)
 @pytest.mark.parametrize("row", [[NAN, 0.0, 0.0], [-INF, -INF, -INF]])
 def test_undefined_target_scores_are_reported_and_spoil_no_other_row(rule, row):
     scores = torch.zeros(3, 2, 3)
@@ -481,7 +282,7 @@ def test_types_mix(dtype):
     generator = torch.Generator().manual_seed(4)
     scores = torch.randn(50, 3, 9, generator=generator).to(dtype)
     laws = torch.randn(50, 2, 9, generator=generator).bfloat16()
-    for rule in (Token(), Match(sampled_choice), Match(greedy_choice)):
+    for rule in EVERY:
         mixed = rule.verify(scores, compact_proposal(laws), philox_draws(50))
         plain = rule.verify(scores.double(), compact_proposal(laws.double()), philox_draws(50))
         assert torch.equal(mixed.accepted, plain.accepted)
@@ -528,6 +329,7 @@ def test_greedy_takes_the_lowest_id_of_a_tie():
 
 def test_rules_by_name():
     assert isinstance(rule_for("token", do_sample=True), Token)
+    assert isinstance(rule_for("block", do_sample=True), Block)
     assert rule_for("match", do_sample=True).choose is sampled_choice
-    for name in ("match", "token"):
+    for name in ("match", "token", "block"):
         assert rule_for(name, do_sample=False).choose is greedy_choice
