@@ -94,8 +94,8 @@ setup(
     packages=[*find_packages(include=[f"{PACKAGE}*"]), f"{PACKAGE}.triton_kernels"],
     package_dir={f"{PACKAGE}.triton_kernels": "kernels/triton"},
     ext_modules=[
-        Extension(f"{PACKAGE}.{name}", [source], language="c++", extra_compile_args=["-O3", "-g0"])
-        for name, source in (("_ops_cpu", "csrc/ops.cpp"), ("_text", "csrc/text.cpp"))
+        Extension(f"{PACKAGE}.{name}", sources, language="c++", extra_compile_args=["-O3", "-g0"])
+        for name, sources in (("_ops_cpu", ["csrc/ops.cpp", "csrc/llama.cpp"]), ("_text", ["csrc/text.cpp"]))
     ],
     cmdclass={"build_ext": BestEffortBuild},
 )

@@ -74,6 +74,21 @@ class RaggedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         raise RuntimeError("a ragged cache is rolled back through its rows' lengths")
 
+    def reserve(self, end: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes room for the columns below ``end``, for a pass that writes into the buffers itself."""
+        if not self.is_initialized:
+            none = torch.empty((0, heads, 0, dim), dtype=dtype, device=device)
+            self.lazy_initialization(none, none)
+        assert self.keys is not None and self.values is not None
+        self.keys, self.values = self._grown(self.keys, end), self._grown(self.values, end)
+
+    def _grown(self, buffer: Tensor, end: int) -> Tensor:
+        if end <= buffer.shape[2]:
+            return buffer
+        grown = self._empty(buffer, max(end, buffer.shape[2] * 3 // 2) + GROWTH)
+        grown[:, :, : buffer.shape[2]] = buffer
+        return grown
+
     def _empty(self, states: Tensor, columns: int) -> Tensor:
         # Zeros, not garbage: a column nobody wrote is masked, but 0 * NaN in the attention's sum would still be NaN
         _, heads, _, dim = states.shape
@@ -81,10 +96,7 @@ class RaggedLayer(CacheLayerMixin):
 
     def _write(self, buffer: Tensor, states: Tensor) -> Tensor:
         window = self.window
-        if window.end > buffer.shape[2]:
-            grown = self._empty(states, max(window.end, buffer.shape[2] * 3 // 2) + GROWTH)
-            grown[:, :, : buffer.shape[2]] = buffer
-            buffer = grown
+        buffer = self._grown(buffer, window.end)
         if window.columns is None:
             span = slice(window.start, window.start + states.shape[2])
             if window.rows is None:
@@ -110,10 +122,12 @@ class RaggedCache:
     layer_count: int
     window: Window = field(default_factory=Window)
     cache: Cache = field(init=False)
+    ragged: list[RaggedLayer] = field(init=False)
 
     def __post_init__(self) -> None:
         self.window.total_rows = self.rows
-        self.cache = Cache(layers=[RaggedLayer(self.window) for _ in range(self.layer_count)])
+        self.ragged = [RaggedLayer(self.window) for _ in range(self.layer_count)]
+        self.cache = Cache(layers=list(self.ragged))
 
 
 def ragged_layers(config: Any) -> int | None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.lean import LeanModel
 
 __all__ = ["Runner", "supports_ragged_batches", "text_positions"]
 
@@ -36,6 +37,7 @@ class Runner:
         prefill_chunk: feed long inputs in pieces of this many columns.
         head: replaces the model's LM head: maps ``[.., H]`` final hidden states to logits.
         joint: whether rows share a forward pass; None: find out.
+        lean: takes the model's place in short passes, where padding is on the left; its logits are those of ``head``.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Runner:
         prefill_chunk: int | None = None,
         head: Head | None = None,
         joint: bool | None = None,
+        lean: LeanModel | None = None,
     ):
         self.model = model
         self.rows = rows
@@ -62,6 +65,8 @@ class Runner:
         """How many positions the model was made for."""
         self.vocabulary: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
         """How many ids the model can read, None where it does not say."""
+        padded_left = visible is None or bool((visible.long().diff(dim=1) >= 0).all())
+        self._lean = lean if padded_left and use_cache else None
         self.hidden = [0] * rows if visible is None else (~visible).sum(1).tolist()
         """How many columns of each row's prompt are padding."""
         self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
@@ -139,18 +144,26 @@ class Runner:
     def _feed(
         self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], embeds: Tensor | None
     ) -> Tensor:
-        if len(self._units) == 1:
-            return self._forward(self._units[0][1], list(rows), list(rows), tokens, count, tail, embeds)
+        takes = [False] * len(rows) if self._lean is None or embeds is not None else self._lean.takes(count)
+        if len(self._units) == 1 and len(set(takes)) == 1:
+            return self._forward(self._units[0][1], list(rows), list(rows), tokens, count, tail, embeds, takes[0])
         width = max(tail)
         parts: list[Tensor | None] = [None] * len(rows)
-        for r, row in enumerate(rows):
-            if not count[r]:
-                continue
-            lanes = slice(0, count[r])
-            piece = None if embeds is None else embeds[r : r + 1, lanes]
-            unit = self._units[row][1]
-            logits = self._forward(unit, [row], [0], tokens[r : r + 1, lanes], [count[r]], [tail[r]], piece)
-            parts[r] = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+        if len(self._units) == 1:
+            groups = [[r for r, taken in enumerate(takes) if taken is lean and count[r]] for lean in (True, False)]
+        else:
+            groups = [[r] for r in range(len(rows)) if count[r]]
+        for group in filter(None, groups):
+            own = [rows[r] for r in group]
+            unit, places = (self._units[0][1], own) if len(self._units) == 1 else (self._units[own[0]][1], [0])
+            lanes, wanted = [count[r] for r in group], [tail[r] for r in group]
+            piece = None if embeds is None else embeds[group, : max(lanes)]
+            logits = self._forward(
+                unit, own, places, tokens[group, : max(lanes)], lanes, wanted, piece, takes[group[0]]
+            )
+            logits = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+            for r, part in zip(group, logits.split(1), strict=True):
+                parts[r] = part.float() if len(set(takes)) > 1 else part
         some = next(part for part in parts if part is not None)
         return torch.cat([torch.zeros_like(some) if part is None else part for part in parts])
 
@@ -163,6 +176,7 @@ class Runner:
         count: list[int],
         tail: list[int],
         embeds: Tensor | None,
+        lean: bool,
     ) -> Tensor:
         """One forward pass of rows that share a cache; ``places`` are their rows in that cache."""
         device = tokens.device
@@ -179,6 +193,29 @@ class Runner:
         else:
             columns = torch.tensor(start, device=device).unsqueeze(1) + torch.arange(n, device=device)
             window.columns = columns
+        lanes = sorted({c - t + j for c, t in zip(count, tail, strict=True) for j in range(t)})
+        if lean and self._lean is not None:
+            logits = self._lean(tokens, columns, [self.hidden[row] for row in rows], unit, lanes)
+        else:
+            logits = self._model_forward(rows, tokens, columns, count, unit, embeds, lanes)
+        for row, advance in zip(rows, count, strict=True):
+            self.length[row] += advance
+        return _left_align(logits, lanes, count, tail)
+
+    def _model_forward(
+        self,
+        rows: list[int],
+        tokens: Tensor,
+        columns: Tensor,
+        count: list[int],
+        unit: RaggedCache,
+        embeds: Tensor | None,
+        lanes: list[int],
+    ) -> Tensor:
+        """Logits of some lanes, ``[R, len(lanes), V]``, by the model's own forward."""
+        device, n = tokens.device, tokens.shape[1]
+        level = unit.window.columns is None
+        start = [self.length[row] for row in rows]
         visible = None if self._visible is None else self._visible[rows]
         arguments: dict[str, Any] = {"use_cache": True, "past_key_values": unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
@@ -187,13 +224,11 @@ class Runner:
             used = (torch.tensor(start, device=device) + torch.tensor(count, device=device)).clamp(min=1)
             arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
         arguments["attention_mask"] = (
-            _level_mask(window.end, visible) if level else _ragged_masks(self.model, columns, window.end, visible)
+            _level_mask(unit.window.end, visible)
+            if level
+            else _ragged_masks(self.model, columns, unit.window.end, visible)
         )
-        lanes = sorted({c - t + j for c, t in zip(count, tail, strict=True) for j in range(t)})
-        logits = self._logits(arguments, lanes, n)
-        for row, advance in zip(rows, count, strict=True):
-            self.length[row] += advance
-        return _left_align(logits, lanes, count, tail)
+        return self._logits(arguments, lanes, n)
 
     def _logits(self, arguments: dict[str, Any], lanes: list[int], n: int) -> Tensor:
         """Logits of some lanes, ``[R, len(lanes), V]``."""

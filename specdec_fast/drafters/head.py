@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from specdec_fast.runner import Head
 
-__all__ = ["pruned_head"]
+__all__ = ["dense_head", "pruned_head"]
 
 WORTHWHILE = 0.75  # above this share of the rows a copy saves less than it costs in memory
 SMALL = 4 << 20  # entries of a head that is read in well under a millisecond anyway
@@ -42,6 +43,17 @@ def pruned_head(model: PreTrainedModel, ids: Tensor) -> Head | None:
             kept.clear()
             kept[key] = _copy(model, weight, getattr(head, "bias", None), ids.to(weight.device))
         return kept[key]
+
+
+def dense_head(model: PreTrainedModel, ids: Tensor) -> Head:
+    """Logits of ``ids [K]`` out of the whole head's, without a copy: for a plain linear head and rare passes."""
+    head: Any = model.get_output_embeddings()
+    ids = ids.to(head.weight.device)
+
+    def logits(hidden: Tensor) -> Tensor:
+        return torch.nn.functional.linear(hidden, head.weight, head.bias)[..., ids]
+
+    return logits
 
 
 @torch.no_grad()

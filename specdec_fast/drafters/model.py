@@ -23,8 +23,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
-from specdec_fast.proposal import CompactLaw, Law, PointMass, Proposal
-from specdec_fast.runner import Head, Runner
+from specdec_fast.drafters.head import dense_head, pruned_head
+from specdec_fast.lean import lean_model
+from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
+from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws
@@ -62,10 +64,10 @@ class ModelWriter:
         model: the drafter.
         contexts: one a row.
         warpers: the drafter's sampling; None: its argmax.
-        choices: ``[K]`` int64 ids of the drafter it may draw, None: all. Scores and draws are in terms of this list.
+        choices: ``[K]`` int64 ids of the drafter it may draw, None: all. Scores and draws are in terms of this list,
+            and where that pays no others are computed.
         confidence: stop a row's draft behind a token whose probability is below this; 0: never. The token itself
             stays: dropping it after having looked at it would change the output's law.
-        head: a copy of the LM head that yields the scores of ``choices`` alone.
     """
 
     def __init__(
@@ -76,13 +78,18 @@ class ModelWriter:
         warpers: LogitsProcessorList | None,
         choices: Tensor | None = None,
         confidence: float = 0.0,
-        head: Head | None = None,
     ):
         self.contexts = contexts
         self.device = model.device
         self.warpers = warpers
         self.translate_seconds = 0.0
-        self._runner = Runner(model, len(contexts), head=head)
+        lean, head = lean_model(model), None
+        if choices is not None:
+            if lean is None:
+                head = pruned_head(model, choices)
+            else:
+                lean, head = lean.restricted(choices), dense_head(model, choices)
+        self._runner = Runner(model, len(contexts), head=head, lean=lean)
         self._choices = None if choices is None else choices.to(model.device)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
@@ -230,7 +237,7 @@ class CompactDrafter:
         written = self._writer.write(active, limit, draws)
         drawn = written.drawn.to(self._device)
         tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
-        law: Law = (
+        law: DenseLaw = (
             PointMass(tokens)
             if written.scores is None
             else CompactLaw(written.scores.to(self._device), self._index, drawn)

@@ -1,0 +1,252 @@
+"""A model's forward pass at a few positions as one native call (``csrc/llama.cpp``).
+
+On a CPU a pass at a few positions takes as long as its weights take to be read and its modules to be called. Models
+built like Llama (RMSNorm before attention and before a gated SiLU MLP, rotary positions) are therefore run by one fused
+operation. Each model is compared with its own forward pass once; where they differ, or the structure is another, the
+model runs as it is; so do long passes, prompts above all.
+
+A target is run on its own weights, in their precision, with float32 in between. A drafter is run on weights rounded to
+8 bits: a draft token is verified against the very scores it was drawn from, so this changes the drafter's law a little
+and the output's law not at all.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from specdec_fast import native
+from specdec_fast.cache import RaggedCache, ragged_layers
+
+__all__ = ["LeanModel", "lean_model"]
+
+LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
+MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
+# Root mean square of the difference in standard deviations of the logits: another model is above 1
+ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class LeanModel:
+    """The forward pass of a Llama-like model over a :class:`RaggedCache`.
+
+    Args:
+        model: of a structure that :func:`lean_model` has found to be right.
+        rounded: run on copies of the weights in 8 bits.
+
+    Raises:
+        AttributeError, TypeError, ValueError: the model is built differently.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, rounded: bool):
+        body: Any = model.base_model
+        layers = list(body.layers)
+        attention = layers[0].self_attn
+        rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            raise ValueError("frequencies that change with the length")
+        self._dtype = model.dtype
+        self._rounded = rounded
+        self._dim = int(attention.head_dim)
+        self._heads = attention.q_proj.out_features // self._dim
+        self._kv_heads = attention.k_proj.out_features // self._dim
+        self._scaling = float(attention.scaling)
+        self._epsilon = float(body.norm.variance_epsilon)
+        self._rotary = weakref.ref(body.rotary_emb)
+        self._rotations = torch.empty((0, 2, self._dim))
+        self._restrictions: dict[bytes, LeanModel] = {}
+        self._embedding = _plain(body.embed_tokens, nn.Embedding).weight.detach().contiguous()
+        cache = DynamicCache(config=model.config)
+        self._windows = [int(getattr(layer, "sliding_window", None) or 0) for layer in cache.layers]
+        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        self._norms = torch.stack([self._norm(norm) for norm in [*norms, body.norm]])
+        self._head_norms = torch.empty(0)
+        if getattr(attention, "q_norm", None) is not None:
+            pairs = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
+            self._head_norms = torch.stack([torch.stack([self._norm(q), self._norm(k)]) for q, k in pairs])
+        linears = [linear for layer in layers for linear in _linears(layer)]
+        matrices = [_matrix(linear, rounded) for linear in [*linears, model.get_output_embeddings()]]
+        self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
+
+    @property
+    def bytes(self) -> int:
+        """Memory taken beside the model's own."""
+        copies = [*self._scales, *self._offsets, self._norms, self._head_norms]
+        return sum(t.nbytes for t in copies + (self._weights if self._rounded else []))
+
+    def restricted(self, ids: Tensor) -> LeanModel:
+        """The same with logits of ``ids [K]`` alone, in their order."""
+        place = ids.cpu()
+        key = place.numpy().tobytes()
+        if key not in self._restrictions:
+            other = copy.copy(self)
+            for name in ("_weights", "_scales", "_offsets"):
+                parts = list(getattr(self, name))
+                parts[-1] = parts[-1][place] if len(parts[-1]) else parts[-1]
+                setattr(other, name, parts)
+            self._restrictions.clear()
+            self._restrictions[key] = other
+        return self._restrictions[key]
+
+    def takes(self, count: list[int]) -> list[bool]:
+        """Which rows of a pass to run here, given their numbers of lanes.
+
+        A drafter's scores must not hang on what shares a row's pass, so each row is judged by itself; a target's differ
+        by float32 rounding alone, and the whole pass is judged by what is faster.
+        """
+        if self._rounded:
+            return [lanes <= MOST_LANES for lanes in count]
+        most = MOST_LANES if self._dtype == torch.float32 else MOST_LANES // 2
+        return [len(count) * max(count) <= most] * len(count)
+
+    def __call__(
+        self, tokens: Tensor, columns: Tensor, hidden: list[int], cache: RaggedCache, lanes: list[int]
+    ) -> Tensor:
+        """Runs tokens through the model and writes their keys and values into the cache.
+
+        Args:
+            tokens: ``[R, n]`` int64.
+            columns: ``[R, n]`` int64, where each stands.
+            hidden: ``[R]`` how many columns at the start of each row are padding; positions count from there.
+            cache: the rows of its window take part.
+            lanes: those whose logits are wanted.
+
+        Returns:
+            ``[R, len(lanes), V]`` float32.
+        """
+        rows, n = tokens.shape
+        window = cache.window
+        places = torch.arange(rows) if window.rows is None else window.rows
+        for layer in cache.ragged:
+            layer.reserve(window.end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
+        if self._rotations.shape[0] < window.end:
+            self._rotations = self._turns(2 * window.end)
+        wanted = torch.arange(rows).unsqueeze(1) * n + torch.tensor(lanes)
+        padding = torch.tensor(hidden)
+        indices = (tokens, places.repeat_interleave(n), columns, padding.repeat_interleave(n), wanted)
+        logits = torch.ops.specdec_fast.llama_forward(
+            *(index.reshape(-1).contiguous() for index in indices),
+            self._embedding,
+            self._weights,
+            self._scales,
+            self._offsets,
+            self._norms,
+            self._head_norms,
+            self._rotations,
+            [layer.keys for layer in cache.ragged],
+            [layer.values for layer in cache.ragged],
+            self._windows,
+            self._heads,
+            self._kv_heads,
+            self._scaling,
+            self._epsilon,
+        )
+        return logits.view(rows, len(lanes), -1)
+
+    def _turns(self, positions: int) -> Tensor:
+        """Cosine and sine of every position, ``[P, 2, dim]`` float32."""
+        rotary = self._rotary()
+        assert rotary is not None, "the model is gone"
+        cos, sin = rotary(torch.empty(0, dtype=torch.float32), torch.arange(positions).unsqueeze(0))
+        if cos.shape[-1] != self._dim:
+            raise ValueError("only part of each head turns")
+        return torch.stack([cos[0], sin[0]], 1).contiguous()
+
+    def _norm(self, module: Any) -> Tensor:
+        if not type(module).__name__.endswith("RMSNorm"):
+            raise TypeError(f"{type(module).__name__} is no RMSNorm")
+        if module.variance_epsilon != self._epsilon:
+            raise ValueError("the norms differ")
+        return module.weight.detach().float()
+
+
+def _linears(layer: Any) -> list[Any]:
+    attention, mlp = layer.self_attn, layer.mlp
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        raise TypeError(f"{type(mlp.act_fn).__name__} is no SiLU")
+    inner = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    return [*inner, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def _plain(module: Any, kind: type) -> Any:
+    """The module, where it is exactly of this kind."""
+    if type(module) is not kind:
+        raise TypeError(f"{type(module).__name__} is no plain {kind.__name__}")
+    return module
+
+
+def _matrix(module: Any, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear map: weights ``[N, K]``, float32 scales ``[N]`` (or none) and offsets ``[N]`` (or none)."""
+    linear = _plain(module, nn.Linear)
+    weights = linear.weight.detach()
+    offsets = torch.empty(0) if linear.bias is None else linear.bias.detach().float()
+    if not rounded:
+        return weights.contiguous(), torch.empty(0), offsets
+    scales = weights.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    return (weights.float() / scales.unsqueeze(1)).round_().to(torch.int8), scales, offsets
+
+
+_Kept = dict[bool, tuple[object, LeanModel | None]]
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, _Kept] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | None:
+    """The model's lean form, made once; made again where its weights have changed since.
+
+    Args:
+        rounded: weights of 8 bits, for a drafter.
+
+    Returns:
+        None where the native code is missing, the model is elsewhere than on the CPU, something hooks into its modules,
+        or it is built so that the lean form does not give its logits.
+    """
+    if model.device.type != "cpu" or not native.load_ops():
+        return None
+    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
+        return None  # they may come and go between calls
+    with _lock:
+        state = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
+        forms = _kept.setdefault(model, {})
+        if rounded not in forms or forms[rounded][0] != state:
+            forms[rounded] = (state, _made(model, rounded))
+        return forms[rounded][1]
+
+
+@torch.no_grad()
+def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | None:
+    config = model.config.get_text_config(decoder=True)
+    if {parameter.dtype for parameter in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
+        return None
+    if rounded and model.num_parameters() > LARGEST:
+        return None
+    try:
+        lean = LeanModel(model, rounded=rounded)
+        tokens = (torch.arange(1, 13) * 997).remainder(config.vocab_size).unsqueeze(0)
+        columns = torch.arange(12).unsqueeze(0)
+        cache = RaggedCache(1, ragged_layers(model.config) or 0)
+        parts = []
+        for first, end in ((0, 8), (8, 12)):
+            cache.window.start, cache.window.end = first, end
+            parts.append(lean(tokens[:, first:end], columns[:, first:end], [0], cache, list(range(end - first))))
+        own = torch.cat(parts, 1)
+        whole = model(input_ids=tokens, use_cache=False).logits.float()
+    except (AttributeError, TypeError, RuntimeError, ValueError):
+        return None
+    tolerance = ROUNDED if rounded else EXACT[model.dtype]
+    return lean if bool((own - whole).square().mean().sqrt() <= tolerance * whole.std()) else None
+
+
+_library = torch.library.Library("specdec_fast", "FRAGMENT")
+_library.define(
+    "llama_forward(Tensor tokens, Tensor rows, Tensor columns, Tensor hidden_columns, Tensor wanted, Tensor embedding, "
+    "Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, Tensor head_norms, Tensor rotations, "
+    "Tensor(a!)[] keys, Tensor(b!)[] values, int[] windows, int heads, int kv_heads, float scaling, float epsilon) "
+    "-> Tensor"
+)

@@ -1,0 +1,151 @@
+"""A small drafter's pass in one native call: the model's own logits up to 8-bit weights, or the model as it is."""
+
+import pytest
+import torch
+from tiny import model as tiny_model
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from specdec_fast import native
+from specdec_fast.lean import lean_model
+from specdec_fast.runner import Runner
+
+pytestmark = pytest.mark.skipif(not native.load_ops(), reason="needs the native ops")
+
+SHAPE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+FAMILIES = {
+    "llama": LlamaConfig(**SHAPE),
+    "llama_bias": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3),
+    "odd_heads": LlamaConfig(**SHAPE, head_dim=6),
+    "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=16),
+    "mistral_window": MistralConfig(**SHAPE, head_dim=12, sliding_window=4),
+}
+
+
+def made(config, dtype=torch.float32):
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.data.normal_(0.0, 0.3)
+    return model.to(dtype)
+
+
+def rounded(model):
+    """The same model with its matrices rounded to 8 bits a row, the embedding left as it is."""
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            step = module.weight.data.abs().amax(1, keepdim=True) / 127
+            module.weight.data = (module.weight.data / step).round() * step
+    return model
+
+
+def feed(runner, ids):
+    """Rows advance by different counts, roll back, and leave."""
+    parts = [runner.feed([0, 1], ids[:, :4], [4, 3], [2, 3])]
+    parts.append(runner.feed([0, 1], torch.stack([ids[0, 4:7], ids[1, 3:6]]), [3, 1], [3, 1])[:, :1])
+    runner.rollback(0, 5)
+    parts.append(runner.feed([0], ids[:1, 5:8], [3], [1]))
+    return torch.cat([part.reshape(-1, part.shape[-1])[:2] for part in parts])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_the_rounded_weights(family):
+    model = made(FAMILIES[family])
+    lean = lean_model(model)
+    assert lean is not None
+    ids = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(0))
+    own = feed(Runner(model, 2, lean=lean), ids)
+    assert torch.allclose(own, feed(Runner(rounded(model), 2), ids), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_targets_logits_are_its_own(family, padded):
+    model = made(FAMILIES[family])
+    visible = torch.tensor([[False, False, True], [True, True, True]]) if padded else None
+    ids = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(0))
+    lean = lean_model(model, rounded=False)
+    assert lean is not None
+    own = feed(Runner(model, 2, lean=lean, visible=visible), ids)
+    assert torch.allclose(own, feed(Runner(model, 2, visible=visible), ids), atol=1e-4, rtol=1e-4)
+
+
+def test_a_position_gets_the_same_bits_whatever_shares_its_pass():
+    model = made(FAMILIES["llama"], torch.bfloat16)
+    lean = lean_model(model, rounded=False)
+    ids = torch.randint(97, (1, 7), generator=torch.Generator().manual_seed(2))
+    together, apart = Runner(model, 1, lean=lean), Runner(model, 1, lean=lean)
+    whole = together.feed([0], ids, [7], [7])[0]
+    steps = torch.cat([apart.feed([0], ids[:, i : i + 1], [1], [1])[0] for i in range(7)])
+    assert torch.equal(whole, steps)
+
+
+def test_bfloat16_models_keep_a_bfloat16_cache():
+    model = made(FAMILIES["llama"], torch.bfloat16)
+    runner = Runner(model, 1, lean=lean_model(model))
+    ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
+    runner.feed([0], ids[:, :30], [30], [1])  # by the model itself
+    own = runner.feed([0], ids[:, 30:], [10], [10])[0]
+    assert runner.caches[0][1].ragged[0].keys.dtype == torch.bfloat16
+    whole = model(input_ids=ids, use_cache=False).logits[0, 30:].float()
+    assert (own - whole).square().mean().sqrt() < 0.05 * whole.std()
+
+
+def test_a_restricted_head_gives_the_same_numbers():
+    model = made(FAMILIES["qwen2"])
+    lean = lean_model(model)
+    ids, wanted = torch.tensor([[5, 6, 7]]), torch.tensor([3, 96, 10])
+    whole = Runner(model, 1, lean=lean).feed([0], ids, [3], [1])
+    some = Runner(model, 1, lean=lean.restricted(wanted)).feed([0], ids, [3], [1])
+    assert torch.allclose(some, whole[..., wanted], rtol=1e-5, atol=1e-5)
+
+
+def test_changed_weights_are_read_again():
+    model = made(FAMILIES["llama"])
+    before = lean_model(model)
+    assert lean_model(model) is before
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2.0)
+    after = lean_model(model)
+    ids = torch.tensor([[1, 2]])
+    logits = [Runner(model, 1, lean=lean).feed([0], ids, [2], [1]) for lean in (before, after)]
+    assert torch.allclose(2 * logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+def test_other_structures_run_as_they_are():
+    for family in ("gpt2", "gemma3"):
+        assert lean_model(tiny_model(family)) is None
+    hooked = made(FAMILIES["llama"])
+    hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output + 1)
+    assert lean_model(hooked) is None
+    scaled = made(FAMILIES["llama"])
+    scaled.forward = lambda *args, **kwargs: type(scaled).forward(scaled, *args, **kwargs).__class__(
+        logits=type(scaled).forward(scaled, *args, **kwargs).logits.flip(-1)
+    )
+    assert lean_model(scaled) is None
+
+
+def test_what_is_out_of_range_is_an_error_and_no_crash():
+    model = made(FAMILIES["llama"])
+    lean = lean_model(model)
+    runner = Runner(model, 1, lean=lean)
+    logits = runner.feed([0], torch.tensor([[5000]]), [1], [1])  # read as another id, as everywhere
+    assert logits.isfinite().all()
+    cache = runner.caches[0][1]
+    cache.window.start, cache.window.end = 1, 2
+    with pytest.raises(RuntimeError, match="out of range"):
+        lean(torch.tensor([[-1]]), torch.tensor([[1]]), [0], cache, [0])
