@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec_fast import methods
 from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
+from specdec_fast.lean import lean_model
 from specdec_fast.lookahead import lookahead_for
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
@@ -66,6 +67,7 @@ def fast_generate(
     max_matching_ngram_size: int | None = None,
     target_lookbehind: int | None = None,
     assistant_lookbehind: int | None = None,
+    compile: str = "auto",  # the field's name for it, and nobody calls the builtin here
     source: UniformSource | None = None,
     **kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -81,9 +83,14 @@ def fast_generate(
         inputs: prompt ids ``[B, P]``, left-padded where lengths differ (or ``input_ids=``).
         assistant_model: the drafter. None: no drafter, or prompt lookup.
         tokenizer, assistant_tokenizer: of target and drafter; needed where their vocabularies differ.
-        method: "auto", "autoregressive", "model" (same tokenizer), "tli", "slem" or "prompt_lookup".
-        verification: "auto", "match" (sample and compare) or "token" (rejection sampling; Leviathan et al.,
-            arXiv 2211.17192). Both are lossless.
+        method: "auto", "autoregressive", "model" (same tokenizer), "tli", "projection", "slem", "slrs" (string-level
+            rejection sampling), "slrs_literal" or "prompt_lookup". "slrs_literal" runs the drafter on every text it can
+            write and is refused where those are too many: an oracle for vocabularies of a few tokens.
+        verification: "auto", "match" (sample and compare), "token" (rejection sampling; Leviathan et al., arXiv
+            2211.17192) or "block" (the whole draft at once, never fewer accepted tokens than "token" on average; Sun
+            et al., arXiv 2403.10444). All are lossless. "auto" takes "block" where the drafter's law is known, else
+            "match"; so it does, and "block" is refused, beside a custom processor or criterion, which must see each
+            token in order.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
             None: from torch's global generator.
@@ -95,6 +102,8 @@ def fast_generate(
         prompt_lookup_num_tokens: draft from the text itself, this many tokens a round.
         max_matching_ngram_size: longest suffix that prompt lookup compares.
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
+        compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
+            with float32 in between. "off", or ``disable_compile`` of the generation config: the model's own forward.
         source: where random numbers come from; None: Philox, keyed by seed and position.
         **kwargs: everything else of ``model.generate``.
 
@@ -116,6 +125,7 @@ def fast_generate(
         max_matching_ngram_size=max_matching_ngram_size,
         target_lookbehind=target_lookbehind,
         assistant_lookbehind=assistant_lookbehind,
+        compile=compile,
         streamer=streamer,
         source=source,
     )
@@ -301,12 +311,15 @@ class _Loop:
         _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
         drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample, input_ids.device)
+        compiled = options.compile == "auto" and not config.disable_compile
+        lean = lean_model(model, rounded=False) if compiled else None
         target = Runner(
             model,
             batch,
             visible=visible,
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
+            lean=lean,
         )
         if past:
             _load(target, cache, past)
@@ -321,7 +334,9 @@ class _Loop:
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
             logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
         )
-        statistics = Speculation(plan.method, plan.verification, plan.reason)
+        statistics = Speculation(
+            plan.method, plan.verification, plan.reason, forward="eager" if lean is None else "native"
+        )
         engine = Engine(
             rows=rows,
             target=target,

@@ -11,19 +11,27 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import sampling
 from specdec_fast.cache import ragged_layers
 from specdec_fast.drafters.base import Drafter
-from specdec_fast.drafters.head import pruned_head
+from specdec_fast.drafters.literal import LiteralSlrsDrafter
 from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter
 from specdec_fast.drafters.none import NoDrafter
+from specdec_fast.drafters.projection import ProjectionDrafter, ProjectionWriter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
+from specdec_fast.drafters.slrs import SlrsDrafter
+from specdec_fast.lean import lean_model
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
+from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
+from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
 __all__ = ["Plan", "build_drafter", "check_length", "check_model", "logit_width", "make_plan"]
 
+# Methods that say by what law they drew; what the others propose is certain
+LAW_KNOWN = ("model", "tli", "projection", "slrs", "slrs_literal")
 LEAST_DRAFT_COST = 0.04  # launching a small model's layers costs something, however small they are
 MOST_DRAFT_COST = 0.5  # sizes are a guess at cost, and a guess alone must not rule a drafter out
+LEAN_SCORE_COST = 0.04  # another position in a pass that is quick to read its weights: it is no longer free
 
 
 @dataclass(frozen=True)
@@ -128,7 +136,12 @@ def make_plan(
         given, default = options.prompt_lookup_num_tokens or given, 2 * DEFAULT_LOOKAHEAD
     elif options.assistant_model is not None:
         share = options.assistant_model.num_parameters() / max(model.num_parameters(), 1)
-        draft_cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
+        if lean_model(options.assistant_model) is not None:  # a byte a weight, where the target reads two or four
+            draft_cost = min(max(share / 2, LEAST_DRAFT_COST / 2), MOST_DRAFT_COST)
+        else:
+            draft_cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
+        if options.compile == "auto" and lean_model(model, rounded=False) is not None:
+            draft_cost += LEAN_SCORE_COST
     # A number that the caller chose is kept, unless the schedule was chosen as well
     schedule = options.num_assistant_tokens_schedule or ("adaptive" if given is None else "constant")
     return Plan(method, verification, f"{reason}; {why}", given or default, schedule, draft_cost)
@@ -136,7 +149,7 @@ def make_plan(
 
 def _method(model: PreTrainedModel, options: Options, do_sample: bool) -> tuple[str, str]:
     wanted, drafter = options.method, options.assistant_model
-    if wanted in ("model", "tli", "slem"):
+    if wanted in ("model", "tli", "projection", "slem", "slrs", "slrs_literal"):
         if drafter is None:
             raise ValueError(f"method={wanted!r} needs a drafter: pass assistant_model")
         if wanted != "model":
@@ -195,13 +208,19 @@ def _same_tokenizer(model: PreTrainedModel, options: Options) -> bool:
 def _verification(options: Options, method: str, do_sample: bool, in_order: bool) -> tuple[str, str]:
     if not do_sample:
         return "match", "greedy decoding keeps what equals the argmax"
+    if options.verification == "block" and in_order and method != "autoregressive":
+        raise ValueError(
+            "verification='block' judges a whole draft at once, but a custom logits processor or stopping "
+            "criterion must see each token before the next one is scored: use verification='token' or "
+            "'match', or leave it out"
+        )
     if options.verification != "auto":
         return options.verification, f"verification={options.verification!r} was asked for"
     if in_order:
-        # Rows advance in step, so where a row's rounds begin, and with it rule token's numbers, hangs on the others
+        # Rows advance in step, so where a row's rounds begin, and with it its numbers, hangs on the others
         return "match", "a custom callable sees the whole batch, and the target's own draws do not depend on it"
-    if method in ("model", "tli"):
-        return "token", "the drafter's law is known"
+    if method in LAW_KNOWN:
+        return "block", "the drafter's law is known"
     return "match", "the target's own draws need no law of the drafter"
 
 
@@ -231,17 +250,45 @@ def build_drafter(
         Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
         for _ in range(rows)
     ]
-    if plan.method == "slem":
+    if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
-        writer = ModelWriter(drafter, contexts, warpers=warpers, confidence=confidence)
-        return SlemDrafter(writer, proposer, device)
-    shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
+        if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass
+            writer = ModelWriter(drafter, contexts, warpers=warpers, confidence=confidence)
+            return SlemDrafter(writer, proposer, device)
+        return LiteralSlrsDrafter(
+            drafter,
+            contexts,
+            proposer,
+            warpers=warpers,
+            confidence=confidence,
+            eos=own.roles["eos"],
+            width=logit_width(drafter),
+            lookahead=plan.lookahead,
+            device=device,
+        )
+    widths = {"target_size": logit_width(model), "drafter_size": logit_width(drafter)}
+    if plan.method == "projection":
+        table = token_map(target, own, **widths)
+        projecting = ProjectionWriter(
+            drafter, contexts, warpers=warpers, choices=table.drafter_ids, confidence=confidence
+        )
+        return ProjectionDrafter(projecting, table, device)
+    if plan.method == "slrs":
+        return SlrsDrafter(
+            drafter,
+            contexts,
+            spelling(target, own, **widths),
+            target,
+            warpers=warpers,
+            confidence=confidence,
+            device=device,
+        )
+    shared = intersection(target, own, **widths)
     writer = ModelWriter(
         drafter,
         contexts,
         warpers=warpers,
         choices=shared.drafter_ids,
         confidence=confidence,
-        head=pruned_head(drafter, shared.drafter_ids),
     )
     return CompactDrafter(writer, shared.target_ids, device)

@@ -15,8 +15,9 @@ from specdec_fast.randomness import UniformSource
 
 __all__ = ["METHODS", "VERIFICATIONS", "Options"]
 
-METHODS = ("auto", "autoregressive", "model", "tli", "slem", "prompt_lookup")
-VERIFICATIONS = ("auto", "match", "token")
+METHODS = ("auto", "autoregressive", "model", "tli", "projection", "slem", "slrs", "slrs_literal", "prompt_lookup")
+VERIFICATIONS = ("auto", "match", "token", "block")
+COMPILES = ("auto", "off")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
 LOOKBEHIND = 10
@@ -44,12 +45,14 @@ class Options:
     max_matching_ngram_size: int | None = None
     target_lookbehind: int | None = None
     assistant_lookbehind: int | None = None
+    compile: str = "auto"
     streamer: BaseStreamer | None = None
     source: UniformSource | None = None
 
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("verification", self.verification, VERIFICATIONS)
+        _one_of("compile", self.compile, COMPILES)
         if self.num_assistant_tokens_schedule is not None:
             _one_of("num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, SCHEDULES)
         for name in ("num_assistant_tokens", "prompt_lookup_num_tokens", "max_matching_ngram_size"):

@@ -17,11 +17,13 @@ class Speculation:
     """
 
     method: str
-    """The drafter that ran: autoregressive, model, tli, slem or prompt_lookup."""
+    """The method that ran, as the argument names it."""
     verification: str
-    """The rule that ran: match or token."""
+    """The rule that ran: match, token or block."""
     reason: str
     """Why these two."""
+    forward: str = "eager"
+    """How short passes of the target ran: native (one operation a pass) or eager (the model's own forward)."""
     rounds: int = 0
     row_rounds: int = 0
     """Rounds summed over the rows that took part in each."""

@@ -7,11 +7,11 @@ import torch
 from tiny import ARCHITECTURES, PAD, drafters, model, noisy, prompts, same, taught, taught_prompts
 from transformers import DynamicCache, StaticCache
 
-from specdec_fast import fast_generate, last_speculation
+from specdec_fast import fast_generate, last_speculation, native
 from specdec_fast.runner import supports_ragged_batches
 
 METHODS = ("autoregressive", "model", "tli", "slem", "prompt_lookup")
-RULES = ("match", "token")
+RULES = ("match", "token", "block")
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["level", "padded"])
@@ -45,6 +45,16 @@ def test_every_architecture(architecture, rows, padded):
     inputs = prompts(rows, padded=padded)
     statistics = same(model(architecture), inputs, options, max_new_tokens=24)
     assert 0 < statistics.accepted <= statistics.drafted - (rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_models_own_forward_gives_the_same(method, rows):
+    target, _ = taught()
+    options = {**drafters()[method], "compile": "off"}
+    assert same(target, taught_prompts(rows, padded=True), options, max_new_tokens=30).forward == "eager"
+    if native.load_ops():
+        assert same(target, taught_prompts(rows), drafters()[method], max_new_tokens=5).forward == "native"
 
 
 def test_which_rows_share_a_forward_pass():

@@ -61,7 +61,7 @@ def test_greedy_equals_generate(pair, plain, method):
 
 
 def test_the_drafter_pays_for_itself_when_sampling(pair, plain):
-    """Rule token on the intersection's law: real text accepts a good part of what this drafter proposes."""
+    """Rule block on the intersection's law: real text accepts a good part of what this drafter proposes."""
     target, tokenizer, drafter, own = pair
     inputs, _ = plain
     fast_generate(
@@ -75,5 +75,5 @@ def test_the_drafter_pays_for_itself_when_sampling(pair, plain):
         seed=0,
         max_new_tokens=16,
     )
-    assert last_speculation().verification == "token"
+    assert last_speculation().verification == "block"
     assert last_speculation().acceptance_rate > 0.2

@@ -54,7 +54,7 @@ def test_match_repeats_plain_decoding_in_every_manner(architecture, manner):
     assert last_speculation().accepted > 0
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 def test_sampled_results_repeat_and_depend_on_the_seed(rule):
     options = {"assistant_model": noisy(), "verification": rule}
     first = sampled(model(), prompts(2), options)
@@ -68,7 +68,7 @@ def test_sampled_results_repeat_and_depend_on_the_seed(rule):
 
 
 @pytest.mark.parametrize("method", DRAFTERS)
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 def test_a_row_does_not_depend_on_batch_slot_or_padding(method, rule):
     target, _ = taught()
     options = {**drafters()[method], "verification": rule, "temperature": 0.8}
@@ -98,7 +98,7 @@ def test_num_return_sequences_gives_each_its_own_draws():
         sampled(model(), inputs, options, num_return_sequences=3, seed=[1, 2])
 
 
-@pytest.mark.parametrize("rule", ["match", "token"])
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", DRAFTERS)
 def test_filters_hold_under_speculation(method, rule):
     """A token that the target's filters forbid never comes out, whoever proposed it."""
@@ -119,7 +119,7 @@ def test_filters_hold_under_speculation(method, rule):
 
 def test_near_zero_temperature_is_greedy():
     greedy = fast_generate(model(), **prompts(2), max_new_tokens=16)
-    for rule in ("match", "token"):
+    for rule in ("match", "token", "block"):
         got = sampled(
             model(), prompts(2), {"assistant_model": noisy(), "verification": rule}, temperature=1e-4, max_new_tokens=16
         )
@@ -132,7 +132,7 @@ def test_the_law_of_the_first_token_is_the_targets():
     drafter = make_noisy(target, 0.6)
     inputs = {name: tensor.repeat(3000, 1) for name, tensor in prompts(1, length=5).items()}
     p = target(**prompts(1, length=5)).logits[0, -1].softmax(-1)
-    for rule in ("match", "token"):
+    for rule in ("match", "token", "block"):
         got = fast_generate(
             target,
             **inputs,
