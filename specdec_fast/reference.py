@@ -112,7 +112,7 @@ def subtract_at(p: Tensor, q: Tensor, index: Tensor | None) -> Tensor:
     if index is None:
         result[:, : q.shape[1]] -= q
     else:
-        result.index_add_(1, index, q, alpha=-1)
+        result.scatter_add_(1, index.expand(q.shape), -q)  # many times faster on a CPU than index_add_
     return result
 
 
