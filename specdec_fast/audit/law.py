@@ -1,0 +1,274 @@
+"""The target's own law, from forward passes of the target and Transformers' own processors alone.
+
+Nothing of the engine takes part, so that the audit does not share its mistakes. A law of the first few tokens over a
+real vocabulary has too many outcomes to count, so they are put into *cells* that the law itself decides: the tree of
+texts is unfolded along its probable branches, a branch with at least the least mass is a cell, and what is left of
+each node is a cell of its own or part of the common rest.
+
+In low precision a law depends on how many positions a forward pass scores. Each is therefore computed in three shapes:
+one position at a time, as plain decoding does; the last of γ+1 positions behind a cache, and one position of a single
+pass over the text and γ more tokens, as speculative decoding does, the last two in batches.
+"""
+
+from __future__ import annotations
+
+import copy
+import heapq
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+__all__ = ["SHAPES", "Cells", "Scorer", "cells_of"]
+
+SHAPES = ("one position", "γ+1 positions", "whole text")
+ROWS = 16  # of a pass in a batch: more change nothing but its cost
+
+
+class Scorer:
+    """Scores of the target behind a prompt, processed as ``model.generate`` would.
+
+    Args:
+        model: the target.
+        prompt: ``[1, P]``.
+        sampling: ``do_sample`` and what else ``model.generate`` takes to choose a law.
+        tokens: how many are generated; some processors ask.
+        positions: γ+1.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, prompt: Tensor, sampling: dict[str, Any], *, tokens: int, positions: int
+    ):
+        self._model: Any = model
+        self._prompt = prompt
+        self._positions = positions
+        self._processors, self.ends = _prepared(model, prompt, sampling, tokens)
+        self._steps: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def scores(self, prefixes: Sequence[tuple[int, ...]], shape: str) -> Tensor:
+        """Processed scores behind prefixes of one length: ``[n, V]`` float32."""
+        logits = {
+            SHAPES[0]: lambda: torch.cat([self._step(prefix)[1] for prefix in prefixes]),
+            SHAPES[1]: lambda: self._behind_a_cache(prefixes),
+            SHAPES[2]: lambda: self._in_one_pass(prefixes),
+        }[shape]()
+        processors: Any = self._processors
+        return processors(self._texts(prefixes), logits.float())
+
+    @torch.no_grad()
+    def plain_scores(self, prefix: tuple[int, ...]) -> Tensor:
+        """Processed scores behind one prefix, token by token as in plain decoding: ``[V]`` float32."""
+        output = self._forward(1, input_ids=self._prompt, use_cache=True)
+        for token in prefix:
+            ids = torch.tensor([[token]], dtype=torch.long, device=self._prompt.device)
+            output = self._forward(1, input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+        processors: Any = self._processors
+        return processors(self._texts([prefix]), output.logits[:, -1].float())[0]
+
+    def law(self, prefixes: Sequence[tuple[int, ...]], shape: str) -> Tensor:
+        """The laws behind prefixes of one length: ``[n, V]`` float64 on the CPU."""
+        return self.scores(prefixes, shape).cpu().double().softmax(-1)
+
+    def forget(self) -> None:
+        """Frees the caches of the texts scored token by token."""
+        self._steps.clear()
+
+    def _texts(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        new = torch.tensor(list(prefixes), dtype=torch.long, device=self._prompt.device).view(len(prefixes), -1)
+        return torch.cat([self._prompt.expand(len(prefixes), -1), new], 1)
+
+    @torch.no_grad()
+    def _step(self, prefix: tuple[int, ...]) -> tuple[Any, Tensor]:
+        """Cache and logits ``[1, V]`` behind a prefix, from the prompt in one pass and then token by token."""
+        known = self._steps.get(prefix)
+        if known is None:
+            arguments: dict[str, Any] = {"input_ids": self._prompt}
+            if prefix:
+                # A copy, because a cache cannot be rolled back in every model
+                past = copy.deepcopy(self._step(prefix[:-1])[0])
+                ids = torch.tensor([prefix[-1:]], dtype=torch.long, device=self._prompt.device)
+                arguments = {"input_ids": ids, "past_key_values": past}
+            output = self._forward(1, use_cache=True, **arguments)
+            known = self._steps[prefix] = (output.past_key_values, output.logits[:, -1])
+        return known
+
+    @torch.no_grad()
+    def _behind_a_cache(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        texts = _rows(self._texts(prefixes))
+        first = max(texts.shape[1] - self._positions, 0)
+        arguments: dict[str, Any] = {}
+        if first:
+            arguments["past_key_values"] = self._forward(1, input_ids=texts[:, :first], use_cache=True).past_key_values
+        output = self._forward(1, input_ids=texts[:, first:], use_cache=True, **arguments)
+        return output.logits[: len(prefixes), -1]
+
+    @torch.no_grad()
+    def _in_one_pass(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
+        texts = _rows(self._texts(prefixes))
+        behind = texts[:, -1:].expand(-1, self._positions - 1)  # whatever stands there is not seen from before it
+        output = self._forward(self._positions, input_ids=torch.cat([texts, behind], 1), use_cache=False)
+        return output.logits[: len(prefixes), -self._positions]
+
+    def _forward(self, keep: int, **arguments: Any) -> Any:
+        if self._keeps:
+            arguments["logits_to_keep"] = keep
+        return self._model(**arguments, return_dict=True)
+
+
+def _rows(texts: Tensor) -> Tensor:
+    return texts.repeat(-(-ROWS // len(texts)), 1) if len(texts) < ROWS else texts
+
+
+def _prepared(
+    model: PreTrainedModel, prompt: Tensor, sampling: dict[str, Any], tokens: int
+) -> tuple[LogitsProcessorList, frozenset[int]]:
+    """The processors and the ids that end a text, as ``model.generate`` prepares them."""
+    found: dict[str, Any] = {}
+
+    def look(
+        model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, generation_config: Any, **_: Any
+    ) -> Tensor:
+        found.update(processors=logits_processor, config=generation_config)
+        return input_ids
+
+    generate: Any = model.generate
+    generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, custom_generate=look, **sampling)
+    ends = found["config"].eos_token_id
+    return found["processors"], frozenset([ends] if isinstance(ends, int) else ends or ())
+
+
+@dataclass
+class Cells:
+    """A partition of the first tokens behind one prompt, and its masses."""
+
+    masses: dict[str, np.ndarray]
+    """``[C]`` of each shape."""
+    split: list[float]
+    """How much of the law is told apart at each position: the mass of the texts whose next token is looked at."""
+    _children: dict[tuple[int, ...], dict[int, int]] = field(repr=False)
+    """Cell of each branch that is one, by prefix."""
+    _others: dict[tuple[int, ...], int] = field(repr=False)
+    """Cell of a prefix's other branches."""
+    _possible: dict[tuple[int, ...], set[int]] = field(repr=False)
+    """Tokens that have any mass in one of the shapes, by prefix."""
+
+    @property
+    def count(self) -> int:
+        return len(self.centre)
+
+    @property
+    def centre(self) -> np.ndarray:
+        """The mean of the measured laws, which the samples are compared with."""
+        return np.mean(list(self.masses.values()), axis=0)
+
+    @property
+    def spread(self) -> float:
+        """Total variation of the law between scoring one position and several, over the cells."""
+        plain, *others = self.masses.values()
+        return max(float(np.abs(plain - other).sum() / 2) for other in others)
+
+    @property
+    def noncentrality(self) -> float:
+        """What one of the measured laws adds to the statistic for each sample, at most."""
+        centre = self.centre
+        used = centre > 0
+        return max(float(((law - centre)[used] ** 2 / centre[used]).sum()) for law in self.masses.values())
+
+    def place(self, tokens: Sequence[int]) -> tuple[int, bool]:
+        """The cell of a sample, and whether the law gives all its tokens, as far as they were looked at, any mass."""
+        prefix: tuple[int, ...] = ()
+        while True:
+            token = tokens[len(prefix)]
+            possible = token in self._possible[prefix]
+            inner = (*prefix, token)
+            if possible and inner in self._others:
+                prefix = inner
+                continue
+            return self._children[prefix].get(token, self._others[prefix]), possible
+
+
+def cells_of(scorer: Scorer, tokens: int, least: float) -> Cells:
+    """Unfolds the law of the first ``tokens`` tokens into cells of at least the mass ``least``."""
+    laws: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    leaves: dict[tuple[int, ...], float] = {}
+    queue: list[tuple[float, tuple[int, ...]]] = [(-1.0, ())]
+    while queue:
+        negative, prefix = heapq.heappop(queue)
+        law = scorer.law([prefix], SHAPES[0])[0]
+        laws[prefix] = {SHAPES[0]: law}
+        branches = -negative * law
+        for token in branches.ge(least).nonzero().flatten().tolist():
+            inner, mass = (*prefix, token), float(branches[token])
+            if len(inner) < tokens and token not in scorer.ends and mass >= 2 * least:
+                heapq.heappush(queue, (-mass, inner))
+            else:
+                leaves[inner] = mass
+    scorer.forget()
+    for length in range(tokens):
+        level = [prefix for prefix in laws if len(prefix) == length]
+        for shape in SHAPES[1:] if level else ():
+            for prefix, law in zip(level, scorer.law(level, shape), strict=True):
+                laws[prefix][shape] = law
+    return _partition(laws, leaves, tokens, least)
+
+
+def _partition(
+    laws: dict[tuple[int, ...], dict[str, Tensor]],
+    leaves: dict[tuple[int, ...], float],
+    tokens: int,
+    least: float,
+) -> Cells:
+    """Numbers the cells and adds up their masses."""
+    reach: dict[str, dict[tuple[int, ...], float]] = {shape: {(): 1.0} for shape in SHAPES}
+    for shape in SHAPES:
+        for prefix in sorted([*laws, *leaves], key=len):
+            if prefix:
+                reach[shape][prefix] = reach[shape][prefix[:-1]] * float(laws[prefix[:-1]][shape][prefix[-1]])
+    kept: dict[tuple[int, ...], list[tuple[int, ...]]] = {prefix: [] for prefix in laws}
+    for inner in sorted([*laws, *leaves]):
+        if inner:
+            kept[inner[:-1]].append(inner)
+
+    def other(prefix: tuple[int, ...], shape: str) -> float:
+        return max(0.0, reach[shape][prefix] - sum(reach[shape][inner] for inner in kept[prefix]))
+
+    # A list of columns, one mass a shape; what is too light to be a cell goes into the last one
+    columns: list[list[float]] = []
+    children: dict[tuple[int, ...], dict[int, int]] = {prefix: {} for prefix in laws}
+    others: dict[tuple[int, ...], int] = {}
+    light: list[tuple[int, ...]] = []
+    for prefix in laws:
+        for inner in kept[prefix]:
+            if inner in leaves:
+                children[prefix][inner[-1]] = len(columns)
+                columns.append([reach[shape][inner] for shape in SHAPES])
+        if other(prefix, SHAPES[0]) >= least:
+            others[prefix] = len(columns)
+            columns.append([other(prefix, shape) for shape in SHAPES])
+        else:
+            light.append(prefix)
+    rest = [sum(other(prefix, shape) for prefix in light) for shape in SHAPES]
+    if rest[0] >= least or not columns:
+        place = len(columns)
+        columns.append(rest)
+    else:
+        place = min(range(len(columns)), key=lambda cell: columns[cell][0])
+        columns[place] = [own + more for own, more in zip(columns[place], rest, strict=True)]
+    others.update(dict.fromkeys(light, place))
+    table = np.array(columns, dtype=np.float64)
+    return Cells(
+        masses={shape: table[:, i] / table[:, i].sum() for i, shape in enumerate(SHAPES)},
+        split=[sum(reach[SHAPES[0]][prefix] for prefix in laws if len(prefix) == i) for i in range(tokens)],
+        _children=children,
+        _others=others,
+        _possible={
+            prefix: set(torch.stack(list(own.values())).amax(0).gt(0).nonzero().flatten().tolist())
+            for prefix, own in laws.items()
+        },
+    )
