@@ -1,4 +1,4 @@
-"""The command line: ``specdec-fast generate``, ``demo``, ``verify`` and ``env``."""
+"""The command line: ``specdec-fast generate``, ``demo``, ``verify``, ``bench`` and ``env``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from specdec_fast import __version__, console, environment
+from specdec_fast.cli_bench import bench
 from specdec_fast.cli_options import (
     DECODING,
     OUTPUT,
@@ -324,6 +325,7 @@ def demo(
 
 
 app.command()(verify)
+app.add_typer(bench)
 
 
 @app.command()
