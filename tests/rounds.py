@@ -1,4 +1,4 @@
-"""Settings of the enumeration tests: a method, a rule, sampling, vocabularies; and how far a law is from the target's."""
+"""What the enumeration tests run (method, rule, sampling, vocabularies), and how far a law is from the target's."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from specdec_fast.engine import Engine
 from specdec_fast.options import METHODS, VERIFICATIONS
 from specdec_fast.randomness import UniformSource
 
-__all__ = ["CERTAIN", "COMBINATIONS", "SAMPLINGS", "TEXT", "Setting", "distance", "prompts"]
+__all__ = ["CERTAIN", "COMBINATIONS", "SAMPLINGS", "SLOW", "TEXT", "Setting", "distance", "prompts"]
 
 SAMPLINGS = {"plain": {}, "top_p": {"temperature": 1.3, "top_p": 0.9}, "top_k": {"top_k": 2}}
-COMBINATIONS = [
-    (method, rule) for method in METHODS if method != "auto" for rule in VERIFICATIONS if rule != "auto"
-]
+COMBINATIONS = [(method, rule) for method in METHODS if method != "auto" for rule in VERIFICATIONS if rule != "auto"]
 TEXT = {method for method, _ in COMBINATIONS} - {"autoregressive", "model", "prompt_lookup"}
 """Methods that need two tokenizers."""
 CERTAIN = {"autoregressive", "slem", "prompt_lookup"}
 """Methods that draft nothing, or text without a law."""
+SLOW = "slrs"
+"""A method that walks and races token by token, row by row."""
 LETTERS = ("a", "b", "c", "d", "e", "f")
 
 
