@@ -24,6 +24,9 @@ except Exception as error:  # a broken torch fails in ways other than ImportErro
 PACKAGE = "specdec_fast"
 STRICT = os.environ.get("SPECDEC_FAST_STRICT_BUILD", "0") not in ("", "0")
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest supported
+OPS = ["ops", "sample", "verify", "residual", "filter", "rows", "maps", "chunk_plain", "chunk_avx2", "chunk_avx512"]
+OPS += ["llama"]
+FLAGS = ["-O3", "-g0"]
 
 
 def configure_ops(ext):
@@ -94,8 +97,8 @@ setup(
     packages=[*find_packages(include=[f"{PACKAGE}*"]), f"{PACKAGE}.triton_kernels"],
     package_dir={f"{PACKAGE}.triton_kernels": "kernels/triton"},
     ext_modules=[
-        Extension(f"{PACKAGE}.{name}", sources, language="c++", extra_compile_args=["-O3", "-g0"])
-        for name, sources in (("_ops_cpu", ["csrc/ops.cpp", "csrc/llama.cpp"]), ("_text", ["csrc/text.cpp"]))
+        Extension(f"{PACKAGE}.{name}", [f"csrc/{part}.cpp" for part in parts], language="c++", extra_compile_args=FLAGS)
+        for name, parts in (("_ops_cpu", OPS), ("_text", ["text"]))
     ],
     cmdclass={"build_ext": BestEffortBuild},
 )

@@ -343,6 +343,7 @@ def env(
     for name, part in report["native"].items():
         if name != "build":
             lines.append((name, f"loaded from {part['path']}" if part["loaded"] else f"not loaded: {part['reason']}"))
+    lines += [(f"backend {name}", _backend_line(part)) for name, part in report["backends"].items()]
     for name, place in report["models"].items():
         lines.append((f"default {name}", f"{place['path']} ({place['state']})" if place["path"] else place["state"]))
     # Not a table: a path that is cut or wrapped cannot be copied
@@ -350,6 +351,13 @@ def env(
     out = console.output_console()
     for name, text in lines:
         out.print(Text.assemble((name.ljust(width), "dim"), "  ", text), soft_wrap=True)
+
+
+def _backend_line(part: dict[str, Any]) -> str:
+    ops = ", ".join(part["ops"])
+    if "capability" in part:
+        ops += f" ({part['capability']})"
+    return f"{ops}; not the rest: {part['reason']}" if ops and part["reason"] else ops or f"none: {part['reason']}"
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ __all__ = ["report"]
 
 
 def report() -> dict[str, Any]:
-    """Versions, devices, native parts and default models, ready for JSON."""
-    from specdec_fast import native
+    """Versions, devices, native parts, backends of the ops and default models, ready for JSON."""
+    from specdec_fast import native, ops
 
     versions: dict[str, str | None] = {"specdec_fast": __version__, "python": sys.version.split()[0]}
     for name in ("torch", "transformers", "tokenizers", "triton"):
@@ -25,6 +25,7 @@ def report() -> dict[str, Any]:
         "versions": versions,
         "devices": _devices(),
         "native": native.status(),
+        "backends": ops.status(),
         "models": _models(),
     }
 

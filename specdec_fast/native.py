@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["load_ops", "load_text", "status"]
+__all__ = ["disabled", "load_ops", "load_text", "status"]
 
 DISABLE = "SPECDEC_FAST_DISABLE_NATIVE"
 
@@ -24,6 +24,11 @@ _PACKAGE = Path(__file__).parent
 _lock = threading.Lock()
 _modules: dict[str, ModuleType | None] = {}
 _reasons: dict[str, str] = {}
+
+
+def disabled() -> bool:
+    """Whether the user chose to run without compiled parts."""
+    return os.environ.get(DISABLE, "0") not in ("", "0")
 
 
 def load_ops() -> bool:
@@ -60,7 +65,7 @@ def _load(name: str, load: Any) -> ModuleType | None:
     with _lock:
         if name not in _modules:
             _modules[name] = None
-            if os.environ.get(DISABLE, "0") not in ("", "0"):
+            if disabled():
                 _reasons[name] = f"disabled by {DISABLE}"
             else:
                 try:

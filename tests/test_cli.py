@@ -340,7 +340,7 @@ def test_env_json(tmp_path):
     result = run("env", "--json", SPECDEC_FAST_CACHE=str(tmp_path))
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert report.keys() == {"versions", "devices", "native", "models"}
+    assert report.keys() == {"versions", "devices", "native", "backends", "models"}
     assert report["versions"]["specdec_fast"] == __version__
     assert report["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "tokenizers", "triton"} <= report["versions"].keys()

@@ -1,0 +1,119 @@
+"""Which backend runs an op, and why another does not.
+
+A backend that is missing costs speed, never a feature: ``auto`` goes on to the next one and says so once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_fast import native
+
+__all__ = ["BACKENDS", "CAPABILITIES", "OPS", "VARIABLE", "overload", "status", "triton_kernel", "why_not"]
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+OPS = ("sample", "verify", "softmax", "project", "range_sums")
+CAPABILITIES = ("plain", "avx2", "avx512")  # what SPECDEC_FAST_CPU_CAPABILITY may name
+VARIABLE = "SPECDEC_FAST_BACKEND"
+TRITON_MODULE = "specdec_fast.triton_kernels.launch"
+
+_DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # the kind of device a compiled backend needs
+_PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+_chosen: dict[tuple[str, str, str], str] = {}
+_told: set[str] = set()
+
+
+def overload(op: str, like: Tensor, backend: str | None) -> Callable[..., Any]:
+    """The operator that runs ``op`` for tensors like ``like``.
+
+    Args:
+        op: its name in ``torch.ops.specdec_fast``.
+        like: a tensor on the device of the call.
+        backend: one of :data:`BACKENDS`, ``"auto"``, or None: what ``SPECDEC_FAST_BACKEND`` said when the package was
+            imported.
+
+    Raises:
+        ValueError: an unknown backend, one that is not there, or one for another kind of device.
+    """
+    return getattr(getattr(torch.ops.specdec_fast, op), _overload_name(op, like.device.type, backend or _DEFAULT))
+
+
+@torch.compiler.assume_constant_result
+def _overload_name(op: str, device: str, backend: str) -> str:
+    key = (op, device, backend)
+    if key not in _chosen:
+        name = _best(op, device) if backend == "auto" else _insist(op, device, backend)
+        _chosen[key] = name if name in ("reference", "triton") else "default"
+    return _chosen[key]
+
+
+def _insist(op: str, device: str, backend: str) -> str:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be auto, {', '.join(BACKENDS)}, not {backend!r} (argument or {VARIABLE})")
+    missing = why_not(op, backend)
+    if missing:
+        raise ValueError(f"backend {backend!r} is not there: {missing}")
+    if device != _DEVICES.get(backend, device):
+        raise ValueError(f"backend {backend!r} needs tensors on a {backend} device, not on a {device} one")
+    return backend
+
+
+def why_not(op: str, backend: str) -> str | None:
+    """Why a backend cannot run an op on this machine; None where it can."""
+    if backend == "reference":
+        return None
+    if backend == "triton":
+        try:
+            triton_kernel(op)
+        except Exception as error:  # a broken Triton fails in ways other than ImportError
+            return f"{type(error).__name__}: {error}"
+        return None
+    part = native.status().get(f"_ops_{backend}", {})
+    if not part.get("loaded"):
+        return part.get("reason") or f"no {backend} kernels in this build"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"specdec_fast::{op}", backend.upper()):
+        return f"{part['path']} has no kernel for {op}: it was built from older sources"
+    return None
+
+
+def triton_kernel(op: str) -> Callable[..., Any]:
+    """The function that launches the Triton kernels of an op; its arguments are those of the op's schema."""
+    return getattr(importlib.import_module(TRITON_MODULE), op)
+
+
+def status() -> dict[str, dict[str, Any]]:
+    """What each backend can run here, and why not the rest.
+
+    ``{"cpu": {"ops": [...], "reason": str | None, "capability": str}, ...}``; the instruction set of the CPU kernels
+    is there where they are.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    for backend in BACKENDS:
+        reasons = {op: why_not(op, backend) for op in OPS}
+        missing = [reason for reason in reasons.values() if reason]
+        report[backend] = {"ops": [op for op in OPS if not reasons[op]], "reason": missing[0] if missing else None}
+    if report["cpu"]["ops"]:
+        report["cpu"]["capability"] = CAPABILITIES[torch.ops.specdec_fast.cpu_capability()]
+    return report
+
+
+def _best(op: str, device: str) -> str:
+    preferred = _PREFERRED.get(device, ("reference",))
+    for name in preferred:
+        missing = why_not(op, name)
+        if not missing:
+            break
+        if name == preferred[0] and not native.disabled() and name not in _told:
+            _told.add(name)
+            warnings.warn(f"{op} runs without its {name} kernels, which only costs speed: {missing}", stacklevel=5)
+    return name
+
+
+_DEFAULT = os.environ.get(VARIABLE) or "auto"

@@ -1,0 +1,172 @@
+"""Which backend an op runs on, what is said where one is missing, and what torch's compiler sees."""
+
+import contextlib
+import importlib
+import io
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from op_cases import FAST, proposal
+from typer.testing import CliRunner
+
+from specdec_fast import cli, dispatch, ops
+from specdec_fast.reference_ops import compressed_rows
+
+ROOT = Path(__file__).parent.parent
+CPU = FAST[0]
+
+
+def arguments(op):
+    """Positional arguments of an op's schema."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.arange(4)
+    law = [torch.full((4,), 0.8), torch.full((4,), 9, dtype=torch.int32), torch.full((4,), 0.9), torch.full((4,), 0.01)]
+    q = torch.randn(4, 20, generator=generator).double().softmax(-1)
+    if op == "sample":
+        return (torch.randn(4, 20, generator=generator), *law, key, key, None, 3)
+    if op == "softmax":
+        return (torch.randn(4, 20, generator=generator), *law)
+    if op == "project":
+        return (q, *compressed_rows(torch.arange(20) % 7, 8))
+    if op == "range_sums":
+        return (q, torch.arange(20, dtype=torch.int32), key.view(4, 1), key.view(4, 1) + 5)
+    case = proposal("compact", 4, 2, 20, torch.float32, generator)
+    draft = [case["draft_logits"], *law, case["index"], case["drawn"], None, None, None]
+    kind = torch.ones(4, 2, dtype=torch.int32)
+    return (case["logits"], *law, case["tokens"], case["count"], kind, *draft, case["seed"], key, 0, 2, True)
+
+
+@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("name", ["default", "reference"])
+def test_opcheck(op, name):
+    tests = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(getattr(getattr(torch.ops.specdec_fast, op), name), arguments(op), test_utils=tests)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_round_compiles_to_one_graph(backend):
+    case = proposal("dense", 4, 2, 20, torch.float32, torch.Generator().manual_seed(1))
+    logits = case.pop("logits")
+
+    def one_round(logits):
+        first = ops.sample(logits[:, 0], seed=case["seed"], position=case["start"], temperature=0.7, backend=backend)
+        return first.token + 1, ops.verify(logits, rule="token", log_probs=True, backend=backend, **case)
+
+    token, verdict = torch.compile(one_round, fullgraph=True, backend="aot_eager")(logits)
+    expected_token, expected = one_round(logits)
+    assert torch.equal(token, expected_token)
+    assert all(torch.equal(*pair) for pair in zip(verdict, expected, strict=True))
+
+
+@CPU.marks[0]
+@pytest.mark.parametrize("op", dispatch.OPS)
+def test_auto_takes_the_kernels_that_are_there(op):
+    assert dispatch._best(op, "cpu") == "cpu"
+    assert dispatch.why_not(op, "cpu") is None
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"backend": "gpu"}, "backend must be auto, reference, cpu"),
+        ({"backend": "cuda"}, "backend 'cuda'"),
+        ({"rule": "typical"}, "rule must be one of match, token, block"),
+        ({"logits": torch.zeros(2, 3, 9, dtype=torch.float64)}, "logits must be float32, bfloat16 or float16"),
+        ({"logits": torch.zeros(2, 9)}, r"logits must be \[B, P, V\]"),
+        ({"logits": torch.zeros(2, 0, 9)}, "at least one position"),
+        ({"tokens": torch.zeros(2, 2, dtype=torch.int32)}, r"tokens must be \[2, 2\] torch.int64"),
+        ({"count": torch.zeros(3, dtype=torch.int64)}, r"count must be \[2\]"),
+        ({"temperature": torch.ones(2, dtype=torch.float64)}, r"temperature must be \[2\] torch.float32"),
+        ({"draft_top_k": torch.ones(2)}, r"draft_top_k must be \[2\] torch.int32"),
+        ({"draft_logits": torch.zeros(2, 3, 9)}, r"draft_logits must be \[2, 2, 9\]"),
+        ({"index": torch.zeros(9, dtype=torch.int32)}, "describe draft_logits"),
+        ({"sparse_ids": torch.zeros(2, 2, 1, dtype=torch.int64)}, "come together"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    key = torch.zeros(2, dtype=torch.int64)
+    call = {"logits": torch.zeros(2, 3, 9), "tokens": torch.zeros(2, 2, dtype=torch.int64), "count": key}
+    with pytest.raises(ValueError, match=message):
+        ops.verify(**call | {"rule": "token", "seed": key, "start": key} | change)
+
+
+def python(script, folder=ROOT, **environment):
+    environment = {"PYTHONPATH": str(folder), "PYTHONWARNINGS": "default", **environment}
+    # The finder of an editable install would supply a missing binary from its own tree
+    own = f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+    own += "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)]\n"
+    command = [sys.executable, "-c", own + script]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+CALL = """
+import torch
+from specdec_fast import ops
+torch.set_num_threads(1)
+logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)) * 3
+key = torch.arange(3)
+tokens, count = logits[:, :2].argmax(-1).view(3, 1), torch.ones_like(key)
+for _ in range(2):
+    sampled = ops.sample(logits, seed=key, position=key, temperature=0.7, top_p=0.9)
+    verified = ops.verify(logits.view(3, 1, -1), tokens, count, rule="token", seed=key, start=key)
+print([part.tolist() for part in sampled])
+"""
+
+
+def test_a_missing_binary_warns_once_and_changes_no_token(tmp_path):
+    package = tmp_path / "specdec_fast"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    for name in ("native", "randomness", "reference", "reference_ops", "dispatch", "ops"):
+        shutil.copy(ROOT / "specdec_fast" / f"{name}.py", package)
+    (package / "_ops_cpu.so").write_text("not a shared object")
+    done = python(CALL, tmp_path, SPECDEC_FAST_DISABLE_NATIVE="0")
+    warnings = [line for line in done.stderr.splitlines() if "UserWarning" in line]
+    assert len(warnings) == 1, done.stderr
+    assert "sample runs without its cpu kernels, which only costs speed" in warnings[0]
+    chosen = python(CALL, SPECDEC_FAST_DISABLE_NATIVE="1")
+    assert chosen.stderr == "", "who switches kernels off needs no warning"
+    assert chosen.stdout == done.stdout
+
+
+def test_the_environment_names_the_backend(monkeypatch):
+    logits, key = torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)
+    monkeypatch.setenv(dispatch.VARIABLE, "abacus")
+    try:
+        importlib.reload(dispatch)
+        with pytest.raises(ValueError, match=r"'abacus' \(argument or SPECDEC_FAST_BACKEND"):
+            ops.sample(logits, seed=key, position=key)
+        ops.sample(logits, seed=key, position=key, backend="reference")
+    finally:
+        monkeypatch.undo()
+        importlib.reload(dispatch)
+
+
+@CPU.marks[0]
+def test_every_instruction_set_gives_the_same_bits():
+    """With fused multiply-add; without it the last bit of a logsumexp may differ, not a token."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(CALL, {})
+    outputs = {dispatch.CAPABILITIES[torch.ops.specdec_fast.cpu_capability()]: out.getvalue().strip()}
+    for name in set(dispatch.CAPABILITIES[: torch.ops.specdec_fast.cpu_capability()]):
+        ask = CALL + "print(torch.ops.specdec_fast.cpu_capability())"
+        outputs[name], used = python(ask, SPECDEC_FAST_CPU_CAPABILITY=name).stdout.splitlines()
+        assert dispatch.CAPABILITIES[int(used)] == name
+    assert len({values for name, values in outputs.items() if name != "plain"}) == 1
+    assert len({values.partition("]")[0] for values in outputs.values()}) == 1
+
+
+def test_env_says_what_is_there_and_why_not():
+    result = CliRunner().invoke(cli.app, ["env"])
+    assert result.exit_code == 0
+    for backend, part in dispatch.status().items():
+        (line,) = (line for line in result.stdout.splitlines() if line.startswith(f"backend {backend} "))
+        assert all(op in line for op in part["ops"])
+        assert part["reason"] is None or part["reason"] in line
