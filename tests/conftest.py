@@ -7,6 +7,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels on CPU tensors; read when Triton is first imported
+
 import transformers
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other

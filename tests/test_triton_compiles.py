@@ -1,0 +1,58 @@
+"""Every Triton kernel compiles for a GPU, on a machine that need not have one: what the interpreter cannot see."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("specdec_fast.triton_kernels.launch", reason="no Triton kernels beside this package")
+
+SCRIPT = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specdec_fast.triton_kernels import finish, judge, maps, sample
+
+TYPES = {
+    "*bf16": "logits draft_logits",
+    "*fp32": "temperature draft_temperature peaks q",
+    "*fp64": "draft_logsumexp sparse_log_q tops totals log_ps log_ratios log_probability log_probabilities logsumexp"
+    " out sums",
+    "*i32": "kind index counters keep status row_start column order",
+    "*i64": "tokens count drawn sparse_ids seed start position offset masses own rests accepted next_token token"
+    " low high",
+    "i32": "stride stride_row stride_position width draft_stride_row draft_stride_position entries listed base"
+    " positions drafted slots splits tiles length ranges",
+}
+TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
+CONSTANTS = dict(STEPS=17, LISTED=2, SPAN=2, BLOCK=128, TILES=4, PLACES=4, PURPOSE=3)
+OPTIONAL = "temperature draft_temperature kind draft_logits index drawn draft_logsumexp sparse_ids sparse_log_q"
+OPTIONAL = {*OPTIONAL.split(), "log_probabilities", "offset", "order"}
+BARE = [sample.sample_kernel, maps.range_sums_kernel, judge.judge_kernel, finish.finish_kernel]
+FULL = [*BARE, sample.measure_kernel, sample.softmax_kernel, maps.project_kernel, maps.tile_sums_kernel]
+
+
+def compiled(kernel, capability, rule, left_out=()):
+    signature = {n: "constexpr" if n in left_out else TYPES.get(n, "constexpr") for n in kernel.arg_names}
+    values = {"RULE": rule, **CONSTANTS, **dict.fromkeys(left_out)}
+    constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
+    target = GPUTarget("cuda", capability, 32)
+    assert triton.compile(ASTSource(kernel, signature, constants), target=target).asm["cubin"]
+
+
+for kernel in FULL:
+    compiled(kernel, 90, 2)
+for kernel in BARE:
+    compiled(kernel, 80, 0, OPTIONAL)
+"""
+
+
+def test_every_kernel_compiles(tmp_path):
+    settings = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    settings |= {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": os.pathsep.join(sys.path)}
+    script = tmp_path / "compile_kernels.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run([sys.executable, script], env=settings, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
