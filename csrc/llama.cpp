@@ -224,6 +224,9 @@ Matrix matrix_of(const Tensor& weight, const Tensor& scale, const Tensor& offset
   STD_TORCH_CHECK(
       type == ScalarType::Char || type == ScalarType::BFloat16 || type == ScalarType::Float,
       "llama_forward: weights are int8, bfloat16 or float32");
+  STD_TORCH_CHECK(weight.dim() == 2 && (!scale.numel() || scale.numel() == weight.size(0)) &&
+                      (!offset.numel() || offset.numel() == weight.size(0)),
+                  "llama_forward: a matrix has a scale and an offset for each row, or none");
   check(weight, type, "a matrix");
   return {weight.const_data_ptr(),     type,           floats(scale, "a scale"),
           floats(offset, "an offset"), weight.size(0), weight.size(1)};
@@ -275,7 +278,8 @@ Tensor llama_forward(const Tensor& tokens, const Tensor& rows, const Tensor& col
     for (int64_t i = 0; i < m; ++i) {
       STD_TORCH_CHECK(lanes.row[i] < keys[l].size(0) && lanes.column[i] < keys[l].size(2) &&
                           keys[l].size(1) == kv_heads && keys[l].size(3) == shape.dim &&
-                          values[l].numel() == keys[l].numel(),
+                          values[l].size(0) == keys[l].size(0) && values[l].size(1) == kv_heads &&
+                          values[l].size(2) == keys[l].size(2) && values[l].size(3) == shape.dim,
                       "llama_forward: a row or column is out of range of the cache");
     }
   }
@@ -295,6 +299,8 @@ Tensor llama_forward(const Tensor& tokens, const Tensor& rows, const Tensor& col
     STD_TORCH_CHECK(matrices[i].rows == sizes[i % 7][0] && matrices[i].columns == sizes[i % 7][1],
                     "llama_forward: matrix ", i, " has another shape");
   }
+  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2,
+                  "llama_forward: rotations are [positions, 2, dim]");
   STD_TORCH_CHECK(
       matrices.back().columns == hidden && (!head_norm || head_norms.numel() == 2 * layers * dim),
       "llama_forward: the head or a norm has another shape");

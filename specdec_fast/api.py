@@ -19,6 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec_fast import methods
 from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
+from specdec_fast.fused import Fused
 from specdec_fast.lean import lean_model
 from specdec_fast.lookahead import lookahead_for
 from specdec_fast.options import Options
@@ -27,7 +28,7 @@ from specdec_fast.runner import Runner, text_positions
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation, remember
 from specdec_fast.stops import Stops
-from specdec_fast.verification import rule_for
+from specdec_fast.verification import Apart, rule_for
 
 __all__ = ["SpeculativeOutput", "decoding_loop", "fast_generate"]
 
@@ -86,6 +87,8 @@ def fast_generate(
         method: "auto", "autoregressive", "model" (same tokenizer), "tli", "projection", "slem", "slrs" (string-level
             rejection sampling), "slrs_literal" or "prompt_lookup". "slrs_literal" runs the drafter on every text it can
             write and is refused where those are too many: an oracle for vocabularies of a few tokens.
+            "auto" chooses by the tokenizers, the measured intersection mass, the sampling mode, each row's running
+            acceptance, and without a drafter by how far the prompt repeats itself; the statistics say why.
         verification: "auto", "match" (sample and compare), "token" (rejection sampling; Leviathan et al., arXiv
             2211.17192) or "block" (the whole draft at once, never fewer accepted tokens than "token" on average; Sun
             et al., arXiv 2403.10444). All are lossless. "auto" takes "block" where the drafter's law is known, else
@@ -283,7 +286,8 @@ class _Loop:
             methods.check_model(options.assistant_model, "assistant_model")
         do_sample = bool(config.do_sample)
         stops = Stops(stopping_criteria)
-        plan = methods.make_plan(model, options, logits_processor, stops, do_sample)
+        mask = model_kwargs.get("attention_mask")
+        plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
@@ -296,7 +300,6 @@ class _Loop:
 
         embeds = model_kwargs.get("inputs_embeds")
         cache = model_kwargs.get("past_key_values")
-        mask = model_kwargs.get("attention_mask")
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
             raise ValueError("use_cache=False cannot continue past_key_values: leave out one of them")
@@ -341,7 +344,7 @@ class _Loop:
             rows=rows,
             target=target,
             drafter=drafter,
-            rule=rule_for(plan.verification, do_sample=do_sample),
+            rule=Apart(Fused(rule_for(plan.verification, do_sample=do_sample), greedy=not do_sample)),
             processors=logits_processor,
             stops=stops,
             lookahead=lookahead_for(plan.schedule, batch, plan.lookahead, plan.draft_cost),
@@ -356,6 +359,7 @@ class _Loop:
         if options.streamer is not None:
             options.streamer.put(input_ids.to("cpu", copy=True))
         sequences = engine.run()
+        statistics.reason = methods.reason_of(plan, drafter)
         if options.streamer is not None:
             options.streamer.end()
         remember(statistics)

@@ -25,10 +25,13 @@ from transformers.cache_utils import DynamicCache
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
 
-__all__ = ["LeanModel", "lean_model"]
+__all__ = ["MOST_LANES", "LeanModel", "lean_model"]
 
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
+SAMPLES = 64  # of each matrix, to see whether it has been changed
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
+# What these compute is known; others may differ where a short trial does not reach (scaling by position, windows)
+ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
 ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -64,6 +67,11 @@ class LeanModel:
         self._embedding = _plain(body.embed_tokens, nn.Embedding).weight.detach().contiguous()
         cache = DynamicCache(config=model.config)
         self._windows = [int(getattr(layer, "sliding_window", None) or 0) for layer in cache.layers]
+        for layer in layers:
+            if type(layer.self_attn).__name__ not in ATTENTIONS:
+                raise TypeError(f"{type(layer.self_attn).__name__} is not known")
+        if any(self._windows) and type(attention).__name__ == "LlamaAttention":
+            raise ValueError("a window that the model itself knows nothing of")
         norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
         self._norms = torch.stack([self._norm(norm) for norm in [*norms, body.norm]])
         self._head_norms = torch.empty(0)
@@ -84,21 +92,22 @@ class LeanModel:
         """The same with logits of ``ids [K]`` alone, in their order."""
         place = ids.cpu()
         key = place.numpy().tobytes()
-        if key not in self._restrictions:
+        other = self._restrictions.get(key)
+        if other is None:
             other = copy.copy(self)
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 parts[-1] = parts[-1][place] if len(parts[-1]) else parts[-1]
                 setattr(other, name, parts)
-            self._restrictions.clear()
-            self._restrictions[key] = other
-        return self._restrictions[key]
+            self._restrictions = {key: other}
+        return other
 
     def takes(self, count: list[int]) -> list[bool]:
         """Which rows of a pass to run here, given their numbers of lanes.
 
         A drafter's scores must not hang on what shares a row's pass, so each row is judged by itself; a target's differ
-        by float32 rounding alone, and the whole pass is judged by what is faster.
+        by its own precision's rounding alone, as they do between any two shapes, and the whole pass is judged by what
+        is faster.
         """
         if self._rounded:
             return [lanes <= MOST_LANES for lanes in count]
@@ -125,8 +134,10 @@ class LeanModel:
         places = torch.arange(rows) if window.rows is None else window.rows
         for layer in cache.ragged:
             layer.reserve(window.end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
-        if self._rotations.shape[0] < window.end:
-            self._rotations = self._turns(2 * window.end)
+        rotations = self._rotations
+        if rotations.shape[0] < window.end:
+            rotations = self._turns(2 * window.end)
+            self._rotations = rotations
         wanted = torch.arange(rows).unsqueeze(1) * n + torch.tensor(lanes)
         padding = torch.tensor(hidden)
         indices = (tokens, places.repeat_interleave(n), columns, padding.repeat_interleave(n), wanted)
@@ -138,7 +149,7 @@ class LeanModel:
             self._offsets,
             self._norms,
             self._head_norms,
-            self._rotations,
+            rotations,
             [layer.keys for layer in cache.ragged],
             [layer.values for layer in cache.ragged],
             self._windows,
@@ -192,13 +203,13 @@ def _matrix(module: Any, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
     return (weights.float() / scales.unsqueeze(1)).round_().to(torch.int8), scales, offsets
 
 
-_Kept = dict[bool, tuple[object, LeanModel | None]]
+_Kept = dict[bool, tuple[list[Any], LeanModel | None]]
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, _Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
 
 def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | None:
-    """The model's lean form, made once; made again where its weights have changed since.
+    """The model's lean form, made once; made again where the model has changed since.
 
     Args:
         rounded: weights of 8 bits, for a drafter.
@@ -207,16 +218,44 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
         None where the native code is missing, the model is elsewhere than on the CPU, something hooks into its modules,
         or it is built so that the lean form does not give its logits.
     """
-    if model.device.type != "cpu" or not native.load_ops():
-        return None
-    if any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()):
-        return None  # they may come and go between calls
+    # Hooks and devices may come and go between calls
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with _lock:
-        state = tuple((p.data_ptr(), p._version, p.dtype) for p in model.parameters())
+        if hooked or model.device.type != "cpu" or not native.load_ops():
+            _kept.pop(model, None)
+            return None
+        state = _state(model)
         forms = _kept.setdefault(model, {})
-        if rounded not in forms or forms[rounded][0] != state:
+        if rounded not in forms or not _equal(forms[rounded][0], state):
             forms[rounded] = (state, _made(model, rounded))
         return forms[rounded][1]
+
+
+@torch.no_grad()
+def _state(model: PreTrainedModel) -> list[Any]:
+    """What the lean form copies, and how the rest is put together.
+
+    Writing through ``.data`` leaves no trace in a version counter, so values are compared: norms, offsets and
+    frequencies whole, matrices (which an exact form shares) at a few places.
+    """
+    parameters = list(model.parameters())
+    small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *model.buffers()] if p.ndim < 2]
+    some = [torch.empty(0)] + [
+        p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if p.ndim >= 2
+    ]
+    modules = list(model.modules())
+    names = ("scaling", "variance_epsilon", "attention_scaling")
+    numbers = [[getattr(m, name, None) for name in names] for m in modules]
+    settings = [
+        (type(m), [n for n in found if isinstance(n, float)]) for m, found in zip(modules, numbers, strict=True)
+    ]
+    places = [(p.data_ptr(), p.dtype, p.shape) for p in parameters]
+    return [torch.cat(small), torch.cat(some), settings, places, str(model.config._attn_implementation)]
+
+
+def _equal(one: list[Any], other: list[Any]) -> bool:
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 @torch.no_grad()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
 from specdec_fast.cache import ragged_layers
+from specdec_fast.choice import Choice, across_vocabularies, without_drafter
+from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
 from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter
@@ -25,10 +29,13 @@ from specdec_fast.text import Reader, TextProposer
 from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
-__all__ = ["Plan", "build_drafter", "check_length", "check_model", "logit_width", "make_plan"]
+__all__ = ["Plan", "build_drafter", "check_length", "check_model", "logit_width", "make_plan", "reason_of"]
 
 # Methods that say by what law they drew; what the others propose is certain
 LAW_KNOWN = ("model", "tli", "projection", "slrs", "slrs_literal")
+# Acceptance hoped for before a method was tried, and what its cost beyond the others is worth. SLRS looks at the law of
+# some tokens with drafter passes of its own, and accepts .60 to .63 on code (docs/auto.md)
+HOPES = {"tli": (0.45, 0.0), "projection": (0.5, 0.0), "slrs": (0.65, 0.04)}
 LEAST_DRAFT_COST = 0.04  # launching a small model's layers costs something, however small they are
 MOST_DRAFT_COST = 0.5  # sizes are a guess at cost, and a guess alone must not rule a drafter out
 LEAN_SCORE_COST = 0.04  # another position in a pass that is quick to read its weights: it is no longer free
@@ -39,12 +46,14 @@ class Plan:
     """What a call will do.
 
     Args:
-        method: resolved, never "auto".
+        method: resolved, never "auto"; the one to begin with.
         verification: resolved name of the rule.
         reason: one line for the statistics.
         lookahead: draft tokens a round, or what the schedule starts from.
         schedule: how the lookahead changes.
         draft_cost: one draft token's cost in target passes, as far as their sizes tell.
+        others: methods that a row's running acceptance may change to.
+        rows: those that draft; None: all.
     """
 
     method: str
@@ -53,6 +62,8 @@ class Plan:
     lookahead: int
     schedule: str
     draft_cost: float
+    others: tuple[str, ...] = ()
+    rows: frozenset[int] | None = None
 
 
 def check_model(model: PreTrainedModel, argument: str) -> None:
@@ -118,36 +129,69 @@ def logit_width(model: PreTrainedModel) -> int:
 
 
 def make_plan(
-    model: PreTrainedModel, options: Options, processors: LogitsProcessorList, stops: Stops, do_sample: bool
+    model: PreTrainedModel,
+    options: Options,
+    processors: LogitsProcessorList,
+    stops: Stops,
+    do_sample: bool,
+    prompts: Tensor,
+    mask: Tensor | None,
 ) -> Plan:
     """Resolves ``method`` and ``verification``.
+
+    Args:
+        prompts: ``[B, P]`` ids.
+        mask: ``[B, >= P]``, 0 at padding; its last columns are those of ``prompts``.
 
     Raises:
         ValueError: they contradict the other arguments, or would not be lossless.
     """
-    method, reason = _method(model, options, do_sample)
-    if method != "autoregressive" and sampling.holds_a_cache(processors):
-        method, reason = "autoregressive", "a guidance processor runs a model of its own at every token"
     in_order = stops.in_order or sampling.manner_of(processors) is sampling.Manner.IN_ORDER
+    if options.method == "auto" and options.assistant_model is None and options.prompt_lookup_num_tokens is None:
+        choice = without_drafter(prompts, mask, in_order)
+    else:
+        choice = _choice(model, options, do_sample, in_order)
+    if choice.method != "autoregressive" and sampling.holds_a_cache(processors):
+        choice = Choice("autoregressive", "a guidance processor runs a model of its own at every token")
+    method = choice.method
     verification, why = _verification(options, method, do_sample, in_order)
-    given = options.num_assistant_tokens
-    default, draft_cost = DEFAULT_LOOKAHEAD, 0.0
+    given, default = options.num_assistant_tokens, DEFAULT_LOOKAHEAD
     if method == "prompt_lookup":
         given, default = options.prompt_lookup_num_tokens or given, 2 * DEFAULT_LOOKAHEAD
-    elif options.assistant_model is not None:
-        share = options.assistant_model.num_parameters() / max(model.num_parameters(), 1)
-        if lean_model(options.assistant_model) is not None:  # a byte a weight, where the target reads two or four
-            draft_cost = min(max(share / 2, LEAST_DRAFT_COST / 2), MOST_DRAFT_COST)
-        else:
-            draft_cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
-        if options.compile == "auto" and lean_model(model, rounded=False) is not None:
-            draft_cost += LEAN_SCORE_COST
     # A number that the caller chose is kept, unless the schedule was chosen as well
     schedule = options.num_assistant_tokens_schedule or ("adaptive" if given is None else "constant")
-    return Plan(method, verification, f"{reason}; {why}", given or default, schedule, draft_cost)
+    return Plan(
+        method,
+        verification,
+        f"{choice.reason}; {why}",
+        given or default,
+        schedule,
+        0.0 if method == "autoregressive" else _draft_cost(model, options),
+        choice.others,
+        choice.rows,
+    )
 
 
-def _method(model: PreTrainedModel, options: Options, do_sample: bool) -> tuple[str, str]:
+def reason_of(plan: Plan, drafter: Drafter) -> str:
+    """Why this method ran, and what the running acceptance has changed."""
+    changes = drafter.summary() if isinstance(drafter, AutoDrafter) else ""
+    return "; ".join(filter(None, [plan.reason, changes]))
+
+
+def _draft_cost(model: PreTrainedModel, options: Options) -> float:
+    cost, drafter = 0.0, options.assistant_model
+    if drafter is not None:
+        share = drafter.num_parameters() / max(model.num_parameters(), 1)
+        if lean_model(drafter) is not None:  # a byte a weight, where the target reads two or four
+            cost = min(max(share / 2, LEAST_DRAFT_COST / 2), MOST_DRAFT_COST)
+        else:
+            cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
+    if options.compile == "auto" and lean_model(model, rounded=False) is not None:
+        cost += LEAN_SCORE_COST
+    return cost
+
+
+def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order: bool) -> Choice:
     wanted, drafter = options.method, options.assistant_model
     if wanted in ("model", "tli", "projection", "slem", "slrs", "slrs_literal"):
         if drafter is None:
@@ -159,22 +203,19 @@ def _method(model: PreTrainedModel, options: Options, do_sample: bool) -> tuple[
                 "method='model' needs a drafter with the target's tokenizer, and these two differ: use method='tli' "
                 "or 'slem', or leave method out"
             )
-        return wanted, f"method={wanted!r} was asked for"
+        return Choice(wanted, f"method={wanted!r} was asked for")
     if wanted != "auto":
         if drafter is not None:
             raise ValueError(f"method={wanted!r} uses no drafter model: leave out assistant_model or method")
-        return wanted, f"method={wanted!r} was asked for"
+        return Choice(wanted, f"method={wanted!r} was asked for")
     if drafter is None:
-        if options.prompt_lookup_num_tokens is not None:
-            return "prompt_lookup", "prompt_lookup_num_tokens was given"
-        return "autoregressive", "no drafter was given"
+        return Choice("prompt_lookup", "prompt_lookup_num_tokens was given")
     if options.prompt_lookup_num_tokens is not None:
         raise ValueError("assistant_model and prompt_lookup_num_tokens exclude each other: leave one out")
     if _same_tokenizer(model, options):
-        return "model", "target and drafter share a tokenizer"
-    if do_sample:
-        return "tli", "the tokenizers differ and the target samples"
-    return "slem", "the tokenizers differ and decoding is greedy"
+        return Choice("model", "target and drafter share a tokenizer")
+    widths = logit_width(model), logit_width(drafter)
+    return across_vocabularies(options, do_sample, in_order, widths)
 
 
 def _need_tokenizers(options: Options, cause: str) -> None:
@@ -237,7 +278,12 @@ def build_drafter(
     if plan.method == "autoregressive":
         return NoDrafter(device)
     if plan.method == "prompt_lookup":
-        return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device)
+        return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device, only=plan.rows)
+    if plan.others:
+        alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
+        rest = model, options, rows, processors, do_sample, device
+        tried = [Candidate(own.method, partial(build_drafter, own, *rest), *HOPES[own.method]) for own in alone]
+        return AutoDrafter(tried, rows)
     drafter = options.assistant_model
     assert drafter is not None
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)

@@ -11,7 +11,18 @@ from torch import Tensor
 from specdec_fast import reference
 from specdec_fast.token_map import TokenMap
 
-__all__ = ["CompactLaw", "DenseLaw", "Law", "LazyLaw", "Place", "PointMass", "ProjectedLaw", "Proposal", "SparseLaw"]
+__all__ = [
+    "CompactLaw",
+    "DenseLaw",
+    "JoinedLaw",
+    "Law",
+    "LazyLaw",
+    "Place",
+    "PointMass",
+    "ProjectedLaw",
+    "Proposal",
+    "SparseLaw",
+]
 
 
 class Law(Protocol):
@@ -225,3 +236,55 @@ class Proposal:
         tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], dtype=torch.long)
         tokens = tokens.reshape(len(drafts), width).to(device)
         return cls(tokens, [len(draft) for draft in drafts], PointMass(tokens))
+
+    @classmethod
+    def joined(cls, parts: list[tuple[list[int], Proposal]]) -> Proposal:
+        """One proposal of several, each for some of the rows.
+
+        Args:
+            parts: places of rows, and their proposal; every row in exactly one of them.
+        """
+        rows = sum(len(places) for places, _ in parts)
+        width = max(part.tokens.shape[1] for _, part in parts)
+        tokens = parts[0][1].tokens.new_zeros((rows, width))
+        count = [0] * rows
+        for places, part in parts:
+            tokens[places, : part.tokens.shape[1]] = part.tokens
+            for place, drafted in zip(places, part.count, strict=True):
+                count[place] = drafted
+        return cls(tokens, count, JoinedLaw(tuple(parts)))
+
+
+@dataclass(frozen=True)
+class JoinedLaw:
+    """Rows that were drafted by laws of different kinds.
+
+    Args:
+        parts: places of rows, and their proposal.
+    """
+
+    parts: tuple[tuple[list[int], Proposal], ...]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether a law among them is asked token by token."""
+        return any(isinstance(part.law, LazyLaw) for _, part in self.parts)
+
+    def log_q(self, tokens: Tensor) -> Tensor:
+        result = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
+        for places, part in self.parts:
+            result[places, : part.tokens.shape[1]] = part.law.log_q(part.tokens)
+        return result
+
+    def subtract_from(self, p: Tensor, position: Tensor) -> Tensor:
+        result = p.clone()
+        for places, part in self.parts:
+            width = part.tokens.shape[1]
+            if width:  # else nothing was drafted there
+                law = part.law
+                assert not isinstance(law, LazyLaw), "rows whose laws are asked token by token are verified apart"
+                result[places] = law.subtract_from(p[places], position[places].clamp(max=width - 1))
+        return result
+
+    def at(self, position: int) -> JoinedLaw:
+        return JoinedLaw(tuple((places, part.at(position)) for places, part in self.parts))

@@ -27,10 +27,21 @@ from torch import Tensor
 
 from specdec_fast import reference, thinning
 from specdec_fast.block import Block
-from specdec_fast.proposal import DenseLaw, LazyLaw, Proposal
+from specdec_fast.proposal import DenseLaw, JoinedLaw, LazyLaw, Proposal
 from specdec_fast.rule import Draws, Rule, Verdict, drafted
 
-__all__ = ["Block", "Draws", "Match", "Rule", "Token", "Verdict", "greedy_choice", "rule_for", "sampled_choice"]
+__all__ = [
+    "Apart",
+    "Block",
+    "Draws",
+    "Match",
+    "Rule",
+    "Token",
+    "Verdict",
+    "greedy_choice",
+    "rule_for",
+    "sampled_choice",
+]
 
 
 Choice = Callable[[Tensor, Draws], Tensor]
@@ -118,6 +129,33 @@ class Token:
             rest = reference.residual(p, law.subtract_from(p, position))
             p = torch.where(rejected.unsqueeze(1), rest, p)
         return reference.draw(p, draws.residual(place))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A rule that gives rows whose laws are asked token by token, and others, a call each.
+
+    The two draw the residual with different numbers, and a row's numbers must not hang on its neighbours.
+
+    Args:
+        rule: judges the rows.
+    """
+
+    rule: Rule
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+    def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
+        law = proposal.law
+        if not (isinstance(law, JoinedLaw) and law.mixed):
+            return self.rule.verify(scores, proposal, draws)
+        accepted = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
+        token = torch.zeros_like(accepted)
+        for places, part in law.parts:
+            accepted[places], token[places] = self.rule.verify(scores[places], part, draws.rows(places))
+        return Verdict(accepted, token)
 
 
 def rule_for(name: str, *, do_sample: bool) -> Rule:

@@ -28,6 +28,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from specdec_fast import fused, reference
+from specdec_fast.drafters import model as drafter_models
 from specdec_fast.randomness import Philox, Purpose
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "block_ways",
     "cells",
     "chi_square",
+    "exact_drafters",
     "inside",
     "joint_law",
     "lazy_block_ways",
@@ -48,6 +51,7 @@ __all__ = [
     "match_ways",
     "model",
     "pair_counts",
+    "plain_rules",
     "token_ways",
     "tokenizer",
     "total_variation",
@@ -199,6 +203,21 @@ class Recorder:
     def repeated(self, *, but: Purpose | None = None) -> set[tuple[int, int, int, Purpose, int]]:
         """Keys drawn more than once, those of one purpose left out."""
         return {key for key, times in Counter(self.keys).items() if times > 1 and key[3] is not but}
+
+
+def plain_rules(patch) -> None:
+    """Every decision in Python, where a fault can be planted: neither rules nor draws as one operation."""
+    patch.setattr(fused.Fused, "verify", lambda self, *given: self.rule.verify(*given))
+
+    def drawn(scores, draws, step):
+        return reference.draw(reference.masses(scores), draws.draft(step))
+
+    patch.setattr(drafter_models, "drafted_token", drawn)
+
+
+def exact_drafters(patch) -> None:
+    """Drafters on their own weights: a test that computes their laws needs the very numbers."""
+    patch.setattr(drafter_models, "lean_model", lambda model: None)
 
 
 class Reading:

@@ -18,10 +18,12 @@ from laws import (
     block_ways,
     cells,
     chi_square,
+    exact_drafters,
     joint_law,
     match_ways,
     model,
     pair_counts,
+    plain_rules,
     token_ways,
     tokenizer,
     total_variation,
@@ -180,7 +182,8 @@ def enumerated(problem, method, rule, sampling):
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("sampling", SAMPLING)
 @pytest.mark.parametrize("method", ["model", "tli"])
-def test_the_first_round_has_exactly_the_targets_law(method, sampling, rule):
+def test_the_first_round_has_exactly_the_targets_law(method, sampling, rule, monkeypatch):
+    exact_drafters(monkeypatch)
     problem = first_round(method, SAMPLING[sampling])
     blocks = enumerated(problem, method, rule, SAMPLING[sampling])
     assert total_variation(problem.completed(blocks), problem.joint()) < 1e-6
@@ -435,6 +438,7 @@ def test_a_planted_fault_is_seen(fault, method, rule, arguments, monkeypatch):
         arguments = {**arguments, "source": Reading(lambda purpose: fault.get(purpose, purpose))}
         sampling = {}
     else:
+        plain_rules(monkeypatch)
         fault(monkeypatch)
         sampling = {name: value for name, value in arguments.items() if name in SAMPLING["top_p"]}
     tokens = generate(method, rule, **arguments)
@@ -462,6 +466,7 @@ def test_a_planted_fault_is_seen(fault, method, rule, arguments, monkeypatch):
     ],
 )
 def test_a_planted_fault_is_seen_in_the_first_round(fault, rule, monkeypatch):
+    exact_drafters(monkeypatch)
     problem = first_round("tli", {})
     fault(monkeypatch)
     blocks = enumerated(problem, "tli", rule, {})

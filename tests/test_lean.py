@@ -1,5 +1,8 @@
 """A small drafter's pass in one native call: the model's own logits up to 8-bit weights, or the model as it is."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from tiny import model as tiny_model
@@ -133,8 +136,10 @@ def test_other_structures_run_as_they_are():
     hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output + 1)
     assert lean_model(hooked) is None
     scaled = made(FAMILIES["llama"])
-    scaled.forward = lambda *args, **kwargs: type(scaled).forward(scaled, *args, **kwargs).__class__(
-        logits=type(scaled).forward(scaled, *args, **kwargs).logits.flip(-1)
+    scaled.forward = lambda *args, **kwargs: (
+        type(scaled)
+        .forward(scaled, *args, **kwargs)
+        .__class__(logits=type(scaled).forward(scaled, *args, **kwargs).logits.flip(-1))
     )
     assert lean_model(scaled) is None
 
@@ -149,3 +154,52 @@ def test_what_is_out_of_range_is_an_error_and_no_crash():
     cache.window.start, cache.window.end = 1, 2
     with pytest.raises(RuntimeError, match="out of range"):
         lean(torch.tensor([[-1]]), torch.tensor([[1]]), [0], cache, [0])
+
+
+@pytest.mark.parametrize("change", ["norm", "bias", "matrix", "frequencies", "scaling"])
+def test_changes_that_leave_no_trace_are_noticed(change):
+    model = made(FAMILIES["llama_bias"])
+    ids = torch.tensor([[1, 2, 3]])
+    Runner(model, 1, lean=lean_model(model, rounded=False)).feed([0], ids, [3], [3])
+    layer = model.model.layers[0]
+    if change == "norm":
+        layer.input_layernorm.weight.data.mul_(1.7)
+    elif change == "bias":
+        layer.self_attn.o_proj.bias.data.add_(0.3)
+    elif change == "matrix":
+        layer.mlp.down_proj.weight.data.mul_(-1.0)
+    elif change == "frequencies":
+        model.model.rotary_emb.inv_freq.mul_(0.1)
+    else:
+        layer.self_attn.scaling *= 2
+    for rounded_ in (False, True):
+        lean = lean_model(model, rounded=rounded_)
+        if lean is None:
+            continue
+        own = Runner(model, 1, lean=lean).feed([0], ids, [3], [3])
+        whole = model(input_ids=ids, use_cache=False).logits
+        assert (own - whole).square().mean().sqrt() < (0.3 if rounded_ else 1e-4) * whole.std()
+
+
+def test_models_made_in_inference_mode_run():
+    with torch.inference_mode():
+        model = made(FAMILIES["llama"])
+    assert lean_model(model) is not None
+
+
+def test_what_a_short_trial_cannot_tell_is_refused():
+    """Llama knows no window, whatever its configuration holds; unknown attention may scale by position."""
+    assert lean_model(made(LlamaConfig(**SHAPE, sliding_window=20))) is None
+    other = made(FAMILIES["llama"])
+    for layer in other.model.layers:
+        layer.self_attn.__class__ = type("OtherAttention", (type(layer.self_attn),), {})
+    assert lean_model(other) is None
+
+
+def test_a_model_that_has_moved_leaves_nothing_behind():
+    model = made(FAMILIES["llama"])
+    kept = weakref.ref(lean_model(model, rounded=False))
+    model.to("meta")
+    assert lean_model(model) is None
+    gc.collect()
+    assert kept() is None

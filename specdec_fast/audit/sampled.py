@@ -308,7 +308,8 @@ def _judged(
         return "fault", f"{impossible} samples hold a token to which the target's law gives no mass"
     if not tests[0].degrees:
         return "inconclusive", (
-            "the target's law allows one outcome only at these prompts: use others, or a higher temperature"
+            "nothing to tell apart at these prompts, one outcome being nearly certain or all of them rare: use others, "
+            "or another temperature"
         )
     if detectable > RESOLUTION:
         way = "take more samples" if spread < RESOLUTION / 10 else "take more samples, or the target in float32"

@@ -24,6 +24,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
+from specdec_fast.fused import drafted_token
 from specdec_fast.lean import lean_model
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.runner import Runner
@@ -176,7 +177,7 @@ class ModelWriter:
     def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:
         if self.warpers is None:
             return scores.argmax(-1)
-        return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device))
+        return drafted_token(scores, draws, step)
 
 
 @dataclass(frozen=True)

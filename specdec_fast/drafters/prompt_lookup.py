@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from specdec_fast.ngram import NgramIndex
@@ -19,18 +21,23 @@ class PromptLookup:
         rows: how many rows.
         max_ngram: longest suffix compared (``max_matching_ngram_size``).
         device: of the target.
+        only: the rows that it proposes for; None: all.
     """
 
     translate_seconds = 0.0
 
-    def __init__(self, rows: int, max_ngram: int, device: torch.device):
+    def __init__(self, rows: int, max_ngram: int, device: torch.device, *, only: Collection[int] | None = None):
         self._index = [NgramIndex(max_ngram) for _ in range(rows)]
         self._read = [0] * rows
         self._device = device
+        self._only = range(rows) if only is None else only
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
-        drafts = []
+        drafts: list[list[int]] = []
         for row, most in zip(active, limit, strict=True):
+            if row not in self._only:
+                drafts.append([])
+                continue
             text = rows.tokens[row]
             self._index[row].extend(text[self._read[row] :])
             self._read[row] = len(text)

@@ -20,7 +20,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.model import Context
-from specdec_fast.lean import lean_model
+from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
 from specdec_fast.runner import Runner
 from specdec_fast.spelling import Path, Spelling
@@ -72,6 +72,14 @@ class TextModel:
             self._runner.rollback(row, kept)
             missing.append(torch.tensor(text[kept:], dtype=torch.long))
             self._cached[row] = text
+        # Tokens that a later look may feed again always pass alone: a long pass computes in another precision
+        early = [r for r, (piece, tail) in enumerate(zip(missing, tails, strict=True)) if len(piece) > tail]
+        if any(len(missing[r]) > MOST_LANES for r in early):
+            heads = [missing[r][: -tails[r]] for r in early]
+            widths = [len(head) for head in heads]
+            padded = torch.nn.utils.rnn.pad_sequence(heads, batch_first=True)
+            self._runner.feed([rows[r] for r in early], padded, widths, [1] * len(early))
+            missing = [piece[-tail:] for piece, tail in zip(missing, tails, strict=True)]
         lanes = [len(piece) for piece in missing]
         tokens = torch.nn.utils.rnn.pad_sequence(missing, batch_first=True)
         logits = self._runner.feed(list(rows), tokens, lanes, list(tails))

@@ -1,0 +1,75 @@
+"""Rules and draws through the fused operations of :mod:`specdec_fast.ops`, where these can do them.
+
+They read the same numbers from the same keys and return the same tokens as the plain code, but for numbers within
+float error of an edge. The plain code stays for sources of numbers other than Philox (recorders, enumerators), for laws
+the operations do not know, and as the truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specdec_fast import ops, reference
+from specdec_fast.proposal import CompactLaw, PointMass, Proposal
+from specdec_fast.randomness import Philox, Purpose
+from specdec_fast.rule import Draws, Rule, Verdict
+
+__all__ = ["Fused", "drafted_token"]
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A rule, as one operation where there is one.
+
+    Args:
+        rule: does the rest.
+        greedy: the target decodes at T=0.
+    """
+
+    rule: Rule
+    greedy: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.rule.name
+
+    def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
+        law = proposal.law
+        given: dict[str, Any] = {"temperature": 0.0} if self.greedy else {}
+        if isinstance(law, CompactLaw):
+            index = None if law.index is None else law.index.int()
+            given |= {"draft_logits": law.scores, "index": index, "drawn": law.drawn}
+        if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw):
+            return self.rule.verify(scores, proposal, draws)
+        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
+        found = ops.verify(
+            scores,
+            proposal.tokens,
+            count,
+            rule=self.rule.name,
+            seed=draws.seed,
+            start=draws.start,
+            base=draws.base,
+            **given,
+        )
+        undefined = (found.status & ops.Status.TARGET) != 0
+        return Verdict(found.accepted, torch.where(undefined, -1, found.token))
+
+
+def drafted_token(scores: Tensor, draws: Draws, step: int) -> Tensor:
+    """The drafter's draw from ``scores [R, K]`` at a step: ``[R]`` int64, -1 where they are no law."""
+    if type(draws.source) is not Philox or scores.dtype == torch.float64:
+        return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device))
+    place = scores.device
+    found = ops.sample(
+        scores,
+        seed=draws.seed.to(place),
+        position=draws.start.to(place),
+        offset=torch.full_like(draws.start, step, device=place),
+        purpose=Purpose.DRAFT,
+    )
+    return torch.where(found.status != 0, -1, found.token)
