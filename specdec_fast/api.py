@@ -287,7 +287,10 @@ class _Loop:
         do_sample = bool(config.do_sample)
         stops = Stops(stopping_criteria)
         mask = model_kwargs.get("attention_mask")
-        plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
+        compiled = options.compile == "auto" and not config.disable_compile
+        lean = lean_model(model, rounded=False) if compiled else None
+        native = lean is not None
+        plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask, native)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
@@ -314,8 +317,6 @@ class _Loop:
         _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
         drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample, input_ids.device)
-        compiled = options.compile == "auto" and not config.disable_compile
-        lean = lean_model(model, rounded=False) if compiled else None
         target = Runner(
             model,
             batch,
@@ -337,9 +338,7 @@ class _Loop:
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
             logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
         )
-        statistics = Speculation(
-            plan.method, plan.verification, plan.reason, forward="eager" if lean is None else "native"
-        )
+        statistics = Speculation(plan.method, plan.verification, plan.reason, forward="native" if native else "eager")
         engine = Engine(
             rows=rows,
             target=target,

@@ -224,7 +224,7 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
         if hooked or model.device.type != "cpu" or not native.load_ops():
             _kept.pop(model, None)
             return None
-        state = _state(model)
+        state = _state(model, rounded)
         forms = _kept.setdefault(model, {})
         if rounded not in forms or not _equal(forms[rounded][0], state):
             forms[rounded] = (state, _made(model, rounded))
@@ -232,22 +232,20 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
 
 
 @torch.no_grad()
-def _state(model: PreTrainedModel) -> list[Any]:
+def _state(model: PreTrainedModel, rounded: bool) -> list[Any]:
     """What the lean form copies, and how the rest is put together.
 
     Writing through ``.data`` leaves no trace in a version counter, so values are compared: norms, offsets and
-    frequencies whole, matrices (which an exact form shares) at a few places.
+    frequencies whole, matrices at a few places (an exact form has no copies of them).
     """
     parameters = list(model.parameters())
     small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *model.buffers()] if p.ndim < 2]
     some = [torch.empty(0)] + [
-        p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if p.ndim >= 2
+        p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if rounded and p.ndim >= 2
     ]
-    modules = list(model.modules())
     names = ("scaling", "variance_epsilon", "attention_scaling")
-    numbers = [[getattr(m, name, None) for name in names] for m in modules]
     settings = [
-        (type(m), [n for n in found if isinstance(n, float)]) for m, found in zip(modules, numbers, strict=True)
+        (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in model.modules()
     ]
     places = [(p.data_ptr(), p.dtype, p.shape) for p in parameters]
     return [torch.cat(small), torch.cat(some), settings, places, str(model.config._attn_implementation)]

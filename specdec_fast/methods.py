@@ -136,10 +136,12 @@ def make_plan(
     do_sample: bool,
     prompts: Tensor,
     mask: Tensor | None,
+    native: bool,
 ) -> Plan:
     """Resolves ``method`` and ``verification``.
 
     Args:
+        native: the target's short passes run as one operation.
         prompts: ``[B, P]`` ids.
         mask: ``[B, >= P]``, 0 at padding; its last columns are those of ``prompts``.
 
@@ -166,7 +168,7 @@ def make_plan(
         f"{choice.reason}; {why}",
         given or default,
         schedule,
-        0.0 if method == "autoregressive" else _draft_cost(model, options),
+        0.0 if method == "autoregressive" else _draft_cost(model, options, native),
         choice.others,
         choice.rows,
     )
@@ -178,7 +180,7 @@ def reason_of(plan: Plan, drafter: Drafter) -> str:
     return "; ".join(filter(None, [plan.reason, changes]))
 
 
-def _draft_cost(model: PreTrainedModel, options: Options) -> float:
+def _draft_cost(model: PreTrainedModel, options: Options, native: bool) -> float:
     cost, drafter = 0.0, options.assistant_model
     if drafter is not None:
         share = drafter.num_parameters() / max(model.num_parameters(), 1)
@@ -186,7 +188,7 @@ def _draft_cost(model: PreTrainedModel, options: Options) -> float:
             cost = min(max(share / 2, LEAST_DRAFT_COST / 2), MOST_DRAFT_COST)
         else:
             cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
-    if options.compile == "auto" and lean_model(model, rounded=False) is not None:
+    if native:
         cost += LEAN_SCORE_COST
     return cost
 
