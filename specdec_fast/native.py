@@ -32,7 +32,8 @@ def disabled() -> bool:
 
 
 def load_ops() -> bool:
-    """Register the CPU kernels with torch's dispatcher; False when they are not there."""
+    """Register the CPU and CUDA kernels with torch's dispatcher; False when those of the CPU are not there."""
+    _load("_ops_cuda", _register_cuda)
     return _load("_ops_cpu", _register_ops) is not None
 
 
@@ -44,13 +45,13 @@ def load_text() -> ModuleType | None:
 def status() -> dict[str, Any]:
     """What is loaded, from where, and why not.
 
-    `{"_ops_cpu": {"loaded": bool, "path": str | None, "reason": str | None}, "_text": ...,
-    "build": the record the build left, or None}`.
+    `{"_ops_cpu": {"loaded": bool, "path": str | None, "reason": str | None}, "_ops_cuda": ...,
+    "_text": ..., "build": the record the build left, or None}`.
     """
     load_ops()
     load_text()
     report: dict[str, Any] = {}
-    for name in ("_ops_cpu", "_text"):
+    for name in ("_ops_cpu", "_ops_cuda", "_text"):
         module = _modules[name]
         report[name] = {
             "loaded": module is not None,
@@ -76,11 +77,22 @@ def _load(name: str, load: Any) -> ModuleType | None:
 
 
 def _register_ops() -> ModuleType:
-    path = _PACKAGE / "_ops_cpu.so"
+    return _register("_ops_cpu")
+
+
+def _register_cuda() -> ModuleType:
+    # Without CUDA, torch lacks what the library asks it for
+    if (_PACKAGE / "_ops_cuda.so").exists() and torch.version.cuda is None:
+        raise RuntimeError("this torch is built without CUDA")
+    return _register("_ops_cuda")
+
+
+def _register(name: str) -> ModuleType:
+    path = _PACKAGE / f"{name}.so"
     if not path.exists():
-        raise FileNotFoundError("_ops_cpu.so is not in the package folder: it was not built")
+        raise FileNotFoundError(f"{name}.so is not in the package folder: it was not built")
     torch.ops.load_library(str(path))
-    module = ModuleType("_ops_cpu")  # stands for the library, which is no Python module
+    module = ModuleType(name)  # stands for the library, which is no Python module
     module.__file__ = str(path)
     return module
 
