@@ -11,7 +11,7 @@ TRITON ?= triton==3.8.*; sys_platform=="linux"
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h kernels/cuda/*.cuh kernels/cuda/*.cu)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h kernels/cuda/*.cuh)
 STAMP := $(VENV)/.installed-specdec-fast
 
 .PHONY: demo test lint format clean
@@ -27,15 +27,15 @@ lint: $(STAMP)
 	ruff format --check .
 	ruff check .
 	mypy specdec_fast
-	if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(CXX_FILES); fi
+	if command -v clang-format >/dev/null; then clang-format --dry-run --Werror $(CXX_FILES) tests/*.cpp; fi
 
 format: $(STAMP)
 	ruff format .
 	ruff check --fix .
-	if command -v clang-format >/dev/null; then clang-format -i $(CXX_FILES); fi
+	if command -v clang-format >/dev/null; then clang-format -i $(CXX_FILES) tests/*.cpp; fi
 
 # torch comes before whatever depends on it, so that no other version of it is resolved
-$(STAMP): pyproject.toml setup.py tests/vocabularies.txt $(CXX_FILES)
+$(STAMP): pyproject.toml setup.py kernels/cuda/toolchain.py tests/vocabularies.txt $(CXX_FILES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	python -m pip install --quiet 'setuptools>=77' wheel ninja 'pybind11>=2.13'
 	python -m pip install --quiet '$(TORCH)'

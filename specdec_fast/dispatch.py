@@ -1,6 +1,7 @@
 """Which backend runs an op, and why another does not.
 
-A backend that is missing costs speed, never a feature: ``auto`` goes on to the next one and says so once.
+A backend that is missing costs speed, never a feature: ``auto`` goes on to the next one, and says so once
+where none but the reference is left.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CAPABILITIES = ("plain", "avx2", "avx512")  # what SPECDEC_FAST_CPU_CAPABILITY m
 VARIABLE = "SPECDEC_FAST_BACKEND"
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
+_CUDA_OPS = ("sample", "verify")
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # the kind of device a compiled backend needs
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _chosen: dict[tuple[str, str, str], str] = {}
@@ -75,9 +77,11 @@ def why_not(op: str, backend: str) -> str | None:
         except Exception as error:  # a broken Triton fails in ways other than ImportError
             return f"{type(error).__name__}: {error}"
         return None
-    part = native.status().get(f"_ops_{backend}", {})
-    if not part.get("loaded"):
-        return part.get("reason") or f"no {backend} kernels in this build"
+    if backend == "cuda" and op not in _CUDA_OPS:
+        return f"the CUDA kernels are those of {' and '.join(_CUDA_OPS)}"
+    part = native.status()[f"_ops_{backend}"]
+    if not part["loaded"]:
+        return part["reason"]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"specdec_fast::{op}", backend.upper()):
         return f"{part['path']} has no kernel for {op}: it was built from older sources"
     return None
@@ -105,14 +109,16 @@ def status() -> dict[str, dict[str, Any]]:
 
 
 def _best(op: str, device: str) -> str:
-    preferred = _PREFERRED.get(device, ("reference",))
-    for name in preferred:
-        missing = why_not(op, name)
-        if not missing:
+    missing: dict[str, str] = {}
+    for name in _PREFERRED.get(device, ("reference",)):
+        if reason := why_not(op, name):
+            missing[name] = reason
+        else:
             break
-        if name == preferred[0] and not native.disabled() and name not in _told:
-            _told.add(name)
-            warnings.warn(f"{op} runs without its {name} kernels, which only costs speed: {missing}", stacklevel=5)
+    if missing and name == "reference" and not native.disabled() and device not in _told:
+        _told.add(device)
+        lost, reasons = " and ".join(missing), "; ".join(missing.values())
+        warnings.warn(f"{op} runs without its {lost} kernels, which only costs speed: {reasons}", stacklevel=5)
     return name
 
 

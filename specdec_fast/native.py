@@ -21,9 +21,17 @@ __all__ = ["disabled", "load_ops", "load_text", "status"]
 DISABLE = "SPECDEC_FAST_DISABLE_NATIVE"
 
 _PACKAGE = Path(__file__).parent
+_UNBUILT = {
+    "_ops_cpu": "",
+    "_ops_cuda": "; a build makes it where torch has CUDA and nvcc is found, or SPECDEC_FAST_CUDA_HOME names a toolkit",
+}
 _lock = threading.Lock()
 _modules: dict[str, ModuleType | None] = {}
 _reasons: dict[str, str] = {}
+
+
+class _Absent(Exception):
+    """A part that is not there, in words for the user."""
 
 
 def disabled() -> bool:
@@ -71,6 +79,8 @@ def _load(name: str, load: Any) -> ModuleType | None:
             else:
                 try:
                     _modules[name] = load()
+                except _Absent as absent:
+                    _reasons[name] = _build_reason(name) or str(absent)
                 except Exception as error:  # a stale or foreign binary fails in many ways
                     _reasons[name] = _build_reason(name) or f"{type(error).__name__}: {error}"
         return _modules[name]
@@ -83,14 +93,14 @@ def _register_ops() -> ModuleType:
 def _register_cuda() -> ModuleType:
     # Without CUDA, torch lacks what the library asks it for
     if (_PACKAGE / "_ops_cuda.so").exists() and torch.version.cuda is None:
-        raise RuntimeError("this torch is built without CUDA")
+        raise _Absent("this torch is built without CUDA")
     return _register("_ops_cuda")
 
 
 def _register(name: str) -> ModuleType:
     path = _PACKAGE / f"{name}.so"
     if not path.exists():
-        raise FileNotFoundError(f"{name}.so is not in the package folder: it was not built")
+        raise _Absent(f"{name}.so is not in the package folder: it was not built{_UNBUILT[name]}")
     torch.ops.load_library(str(path))
     module = ModuleType(name)  # stands for the library, which is no Python module
     module.__file__ = str(path)

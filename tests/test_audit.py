@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from laws import DRAFTER_PIECES, TARGET_PIECES, joint_law, model, tokenizer, warpers
+from laws import DRAFTER_PIECES, TARGET_PIECES, joint_law, model, plain_rules, tokenizer, warpers
 
 from specdec_fast import fast_generate, reference
 from specdec_fast.audit import RESOLUTION, audit_greedy, audit_sampling, statistics
@@ -142,6 +142,7 @@ def fault_shared_noise(patch):
 
 @pytest.mark.parametrize("fault", [fault_no_residual, fault_permuted_law, fault_shared_noise])
 def test_a_planted_fault_is_found(fault, monkeypatch):
+    plain_rules(monkeypatch)
     fault(monkeypatch)
     report = audit(samples=2048)
     assert report.verdict == "fault"

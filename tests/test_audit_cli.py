@@ -138,7 +138,7 @@ def test_what_people_see(given, columns):
     assert "8 tokens, all the same" in result.stdout
     assert "\x1b" not in result.stdout + result.stderr
     result = run(*given, *QUICK, *SAMPLED, COLUMNS=str(columns))
-    for text in ("all prompts", "prompt 2", "tokens 2 and 3", "chi-square", "tli with rule"):
+    for text in ("all prompts", "prompt 2", "tokens 2 and 3", "chi-square", "with rule block"):
         assert text in result.stdout
     reasons = [line for line in result.stdout.splitlines() if not line.startswith("sampling: ")]
     assert max(map(cell_len, reasons)) <= columns

@@ -345,7 +345,7 @@ def test_env_json(tmp_path):
     assert report["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "tokenizers", "triton"} <= report["versions"].keys()
     assert report["devices"][0]["name"] == "cpu"
-    assert {"_ops_cpu", "_text", "build"} <= report["native"].keys()
+    assert {"_ops_cpu", "_ops_cuda", "_text", "build"} <= report["native"].keys()
     assert report["models"]["target"]["cached"] is False
     assert report["models"]["target"]["path"].startswith(str(tmp_path))
 
@@ -354,7 +354,7 @@ def test_env_for_people(tmp_path):
     folder = tmp_path / ("long" * 30)
     result = run("env", SPECDEC_FAST_CACHE=str(folder))
     assert result.exit_code == 0
-    for text in ("transformers", "_ops_cpu", "cpu", "not there yet", str(folder)):
+    for text in ("transformers", "_ops_cpu", "_ops_cuda", "cpu", "not there yet", str(folder)):
         assert text in result.stdout
 
 

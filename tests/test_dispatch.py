@@ -63,6 +63,19 @@ def test_a_round_compiles_to_one_graph(backend):
     assert all(torch.equal(*pair) for pair in zip(verdict, expected, strict=True))
 
 
+def test_auto_says_what_is_missing_only_where_the_reference_is_left(monkeypatch, recwarn):
+    there = {"triton", "reference"}
+    monkeypatch.setattr(dispatch, "why_not", lambda op, backend: None if backend in there else f"no {backend}")
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.setattr(dispatch.native, "disabled", lambda: False)
+    assert [dispatch._best("sample", "cuda") for _ in range(2)] == ["triton", "triton"]
+    assert not recwarn
+    there.remove("triton")
+    assert [dispatch._best("sample", "cuda") for _ in range(2)] == ["reference", "reference"]
+    (told,) = (str(warning.message) for warning in recwarn)
+    assert told == "sample runs without its cuda and triton kernels, which only costs speed: no cuda; no triton"
+
+
 @CPU.marks[0]
 @pytest.mark.parametrize("op", dispatch.OPS)
 def test_auto_takes_the_kernels_that_are_there(op):

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,7 +100,7 @@ def test_status_agrees_with_what_loads():
     status = native.status()
     assert status["_ops_cpu"]["loaded"] == native.load_ops()
     assert status["_text"]["loaded"] == (native.load_text() is not None)
-    for name in ("_ops_cpu", "_text"):
+    for name in ("_ops_cpu", "_ops_cuda", "_text"):
         part = status[name]
         assert (part["reason"] is None) == part["loaded"]
         assert Path(part["path"]).is_file() if part["loaded"] else part["path"] is None
@@ -129,7 +130,7 @@ def test_disabled_by_the_environment():
     assert done.returncode == 0, done.stderr
     status, found = json.loads(done.stdout)
     assert found == [2, 3]
-    for name in ("_ops_cpu", "_text"):
+    for name in ("_ops_cpu", "_ops_cuda", "_text"):
         assert not status[name]["loaded"]
         assert "SPECDEC_FAST_DISABLE_NATIVE" in status[name]["reason"]
 
@@ -140,7 +141,8 @@ def test_a_missing_or_broken_binary_is_silent_and_explained(tmp_path):
     (package / "__init__.py").touch()
     for name in ("native.py", "ngram.py", "randomness.py"):
         shutil.copy(ROOT / "specdec_fast" / name, package)
-    (package / "_ops_cpu.so").write_text("not a shared object")
+    for name in ("_ops_cpu", "_ops_cuda"):
+        (package / f"{name}.so").write_text("not a shared object")
     (package / "_build_info.json").write_text(json.dumps({"failed": {"_text": "no compiler"}}))
     script = (
         f"import sys, json; sys.path.insert(0, {str(tmp_path)!r});"
@@ -154,6 +156,8 @@ def test_a_missing_or_broken_binary_is_silent_and_explained(tmp_path):
     status = json.loads(done.stdout)
     assert status["_text"]["reason"] == "no compiler"
     assert "OSError" in status["_ops_cpu"]["reason"]
+    without = "this torch is built without CUDA"
+    assert ("OSError" if torch.version.cuda else without) in status["_ops_cuda"]["reason"]
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
