@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #pragma GCC diagnostic push
@@ -17,6 +18,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 #define SPECDEC_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq")))
+#define SPECDEC_BFLOAT16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #endif
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define SPECDEC_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -88,9 +90,38 @@ inline bool has_avx512() {
   return has;
 }
 
+// Both sides in bfloat16, two products an instruction, sums in float32
+template <int kRows, int kInputs>
+SPECDEC_BFLOAT16 void tile(const uint16_t* w, const uint16_t* x, int64_t k,
+                           float (&sum)[kRows][kInputs]) {
+  __m512 total[kRows][kInputs];
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kInputs; ++i) total[r][i] = _mm512_setzero_ps();
+  }
+  for (int64_t j = 0; j < k; j += 32) {
+    const __mmask32 mask =
+        j + 32 <= k ? 0xffffffff : static_cast<__mmask32>((uint64_t{1} << (k - j)) - 1);
+    __m512bh in[kInputs];
+    for (int i = 0; i < kInputs; ++i)
+      in[i] = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + i * k + j);
+    for (int r = 0; r < kRows; ++r) {
+      const __m512bh weight = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + r * k + j);
+      for (int i = 0; i < kInputs; ++i) total[r][i] = _mm512_dpbf16_ps(total[r][i], weight, in[i]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int i = 0; i < kInputs; ++i) sum[r][i] = _mm512_reduce_add_ps(total[r][i]);
+  }
+}
+
+inline bool has_bfloat16() {
+  static const bool has = has_avx512() && __builtin_cpu_supports("avx512bf16");
+  return has;
+}
+
 // y[i, n] = sum_j w[n, j] * x[i, j] for n in [begin, end) and each of m inputs
-template <class Weight>
-void multiply_avx512(const Weight* w, const float* x, float* y, int64_t begin, int64_t end,
+template <class Weight, class Input>
+void multiply_avx512(const Weight* w, const Input* x, float* y, int64_t begin, int64_t end,
                      int64_t k, int64_t m, int64_t stride) {
   int64_t n = begin;
   const auto some = [&](auto rows, auto inputs, int64_t i) {
@@ -101,21 +132,28 @@ void multiply_avx512(const Weight* w, const float* x, float* y, int64_t begin, i
     }
   };
   const auto strip = [&](auto rows) {
-    for (int64_t i = 0; i < m;) {
-      const int64_t left = m - i;
-      if (left >= 4 && left != 5) {
-        some(rows, std::integral_constant<int, 4>(), i);
-        i += 4;
-      } else if (left == 5 || left == 3) {
-        some(rows, std::integral_constant<int, 3>(), i);
-        i += 3;
-      } else if (left == 2) {
-        some(rows, std::integral_constant<int, 2>(), i);
-        i += 2;
-      } else {
-        some(rows, std::integral_constant<int, 1>(), i);
-        i += 1;
+    for (int64_t i = 0; i < m;) {  // as many inputs a weight as there are registers for their sums
+      const int64_t left = m - i, count = left <= 6 ? left : left <= 8 ? 4 : 6;
+      switch (count) {
+        case 1:
+          some(rows, std::integral_constant<int, 1>(), i);
+          break;
+        case 2:
+          some(rows, std::integral_constant<int, 2>(), i);
+          break;
+        case 3:
+          some(rows, std::integral_constant<int, 3>(), i);
+          break;
+        case 4:
+          some(rows, std::integral_constant<int, 4>(), i);
+          break;
+        case 5:
+          some(rows, std::integral_constant<int, 5>(), i);
+          break;
+        default:
+          some(rows, std::integral_constant<int, 6>(), i);
       }
+      i += count;
     }
   };
   // Eight sums hide the latency of an addition where there is one input; with more inputs four rows
@@ -147,21 +185,29 @@ SPECDEC_INLINE void multiply_plain(const Weight* w, const float* x, float* y, in
                                             int64_t begin, int64_t end, int64_t k, int64_t m, \
                                             int64_t stride) {                                 \
     multiply_plain(w, x, y, begin, end, k, m, stride);                                        \
-  }                                                                                           \
-  inline void multiply(const Weight* w, const float* x, float* y, int64_t begin, int64_t end, \
-                       int64_t k, int64_t m, int64_t stride) {                                \
-    SPECDEC_MULTIPLY_FAST(Weight)                                                             \
-    multiply_clone(w, x, y, begin, end, k, m, stride);                                        \
   }
-#ifdef SPECDEC_AVX512
-#define SPECDEC_MULTIPLY_FAST(Weight) \
-  if (has_avx512()) return multiply_avx512(w, x, y, begin, end, k, m, stride);
-#else
-#define SPECDEC_MULTIPLY_FAST(Weight)
-#endif
 SPECDEC_MULTIPLY(int8_t)
 SPECDEC_MULTIPLY(uint16_t)
 SPECDEC_MULTIPLY(float)
 #undef SPECDEC_MULTIPLY
+
+// The best of these for the machine. Where it multiplies bfloat16 itself, inputs are rounded to it
+// beside such weights, as a model in that type rounds them at every step.
+template <class Weight>
+void multiply(const Weight* w, const float* x, float* y, int64_t begin, int64_t end, int64_t k,
+              int64_t m, int64_t stride) {
+#ifdef SPECDEC_AVX512
+  if constexpr (std::is_same_v<Weight, uint16_t>) {
+    if (has_bfloat16()) {
+      thread_local std::vector<uint16_t> rounded;
+      rounded.resize(m * k);
+      for (int64_t i = 0; i < m * k; ++i) narrow(x[i], &rounded[i]);
+      return multiply_avx512(w, rounded.data(), y, begin, end, k, m, stride);
+    }
+  }
+  if (has_avx512()) return multiply_avx512(w, x, y, begin, end, k, m, stride);
+#endif
+  multiply_clone(w, x, y, begin, end, k, m, stride);
+}
 
 }  // namespace specdec
