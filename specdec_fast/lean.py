@@ -5,9 +5,9 @@ built like Llama (RMSNorm before attention and before a gated SiLU MLP, rotary p
 operation. Each model is compared with its own forward pass once; where they differ, or the structure is another, the
 model runs as it is; so do long passes, prompts above all.
 
-A target is run on its own weights, in their precision; sums, and what lies between matrices, are float32. A drafter is run on weights rounded to
-8 bits: a draft token is verified against the very scores it was drawn from, so this changes the drafter's law a little
-and the output's law not at all.
+A target is run on its own weights, in their precision; sums, and what lies between matrices, are float32. A drafter is
+run on weights rounded to 8 bits: a draft token is verified against the very scores it was drawn from, so this changes
+the drafter's law a little and the output's law not at all.
 """
 
 from __future__ import annotations

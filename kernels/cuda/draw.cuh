@@ -1,0 +1,135 @@
+// Inverting a cumulative sum: first over a row's tiles, then inside of one.
+#pragma once
+
+#include "statistics.cuh"
+
+namespace specdec::blocks {
+
+// Up to kTile weights in shared memory, in the order of their ids. A padding word after every 16
+// keeps threads that read 16 neighbours each off each other's banks.
+struct Weights {
+  static constexpr int kGroups = kThreads / kEach;
+  static_assert(kThreads % kEach == 0, "groups of threads");
+
+  uint64_t entry[kTile + kThreads];
+  uint64_t share[kThreads];  // of 16 entries
+  uint64_t group[kGroups];   // of 16 shares
+
+  SPECDEC_HOST_DEVICE uint64_t& at(int j) { return entry[j + j / kEach]; }
+
+  // Fills share and group; returns the total.
+  SPECDEC_COLD uint64_t add_up() {
+    sync();
+    threads([&](int t) {
+      uint64_t sum = 0;
+      for (int e = 0; e < kEach; ++e) sum += at(t * kEach + e);
+      share[t] = sum;
+    });
+    sync();
+    threads([&](int t) {
+      if (t >= kGroups) return;
+      uint64_t sum = 0;
+      for (int e = 0; e < kEach; ++e) sum += share[t * kEach + e];
+      group[t] = sum;
+    });
+    sync();
+    uint64_t total = 0;
+    for (int g = 0; g < kGroups; ++g) total += group[g];
+    return total;
+  }
+
+  // The first entry whose cumulative sum exceeds a level below the total, and the sum before it.
+  SPECDEC_HOST_DEVICE int find(uint64_t level, uint64_t& below) {
+    below = 0;
+    int g = 0, t = 0, j = 0;
+    for (; below + group[g] <= level; ++g) below += group[g];
+    for (t = g * kEach; below + share[t] <= level; ++t) below += share[t];
+    for (j = t * kEach; below + at(j) <= level; ++j) below += at(j);
+    return j;
+  }
+};
+
+struct Found {
+  int64_t index;
+  uint64_t below;
+};
+
+// find() by one thread, for all of them.
+SPECDEC_COLD Found found(Weights& weights, uint64_t level, Agreement& agreement) {
+  const int64_t index = single(agreement, [&] {
+    uint64_t below;
+    const int64_t j = weights.find(level, below);
+    agreement.extra = below;
+    return j;
+  });
+  const uint64_t below = agreement.extra;
+  sync();
+  return {index, below};
+}
+
+// A level u of the way up, below the total.
+SPECDEC_HOST_DEVICE uint64_t level_of(double u, uint64_t total) {
+  const double level = u * static_cast<double>(total);
+  const double last = static_cast<double>(total);
+  if (!(level < last)) return total - 1;
+  const uint64_t floored = static_cast<uint64_t>(level);
+  return floored < total ? floored : total - 1;
+}
+
+// What a draw works with: shared memory of a block.
+struct Desk {
+  Agreement agreement;
+  Powers powers;
+  Weights weights;
+};
+
+constexpr int64_t kNone = -1;
+
+// The masses of a row's tiles, in the row's unit, with one entry left out.
+SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const Tile* tiles,
+                                  int64_t without, Desk& desk) {
+  threads([&](int t) {
+    for (int i = t; i < kTile; i += kThreads) {
+      uint64_t mass = 0;
+      if (i < row.tiles()) {
+        const Tile tile = read_tile(tiles + i);
+        uint64_t own = tile.mass;
+        if (without != kNone && without / kTile == i && own > 0) {
+          own -= TileWeight(row.greedy, tile.peak)(row.score(without), desk.powers);
+        }
+        mass = law.mass_of(own, tile.peak);
+      }
+      desk.weights.at(i) = mass;
+    }
+  });
+  return desk.weights.add_up();
+}
+
+// One draw from a defined law: the smallest entry whose cumulative mass exceeds u of the whole, one
+// entry left out; kNone where nothing is left. Reads one tile again.
+SPECDEC_COLD int64_t draw(const Row& row, const Law& law, const Tile* tiles, double u,
+                          int64_t without, Desk& desk) {
+  const uint64_t total = weigh_tiles(row, law, tiles, without, desk);
+  if (total == 0) return kNone;
+  // At temperature 0 the lowest id among equals is the first with mass
+  const double level = row.greedy ? 0.0 : u * static_cast<double>(total);
+  const Found tile = found(desk.weights, level_of(row.greedy ? 0.0 : u, total), desk.agreement);
+  const int at = static_cast<int>(tile.index);
+  const TileWeight weight(row.greedy, read_tile(tiles + at).peak);
+  const int64_t first = static_cast<int64_t>(at) * kTile;
+  threads([&](int t) {
+    for (int j = t; j < kTile; j += kThreads) {
+      const bool inside = j < row.tile_size(at) && first + j != without;
+      desk.weights.at(j) = inside ? weight(row.score(first + j), desk.powers) : 0;
+    }
+  });
+  const uint64_t mass = desk.weights.add_up();
+  const double rest = level - static_cast<double>(tile.below);
+  const double scaled = law.counting ? rest : rest / law.factor(weight.unit);
+  uint64_t inside = 0;
+  if (scaled > 0.0) inside = scaled < 0x1p63 ? static_cast<uint64_t>(scaled) : mass - 1;
+  if (inside >= mass) inside = mass - 1;
+  return first + found(desk.weights, inside, desk.agreement).index;
+}
+
+}  // namespace specdec::blocks

@@ -1,0 +1,107 @@
+"""The CUDA kernels compiled for every architecture: registers, shared memory and spills, and what the library needs.
+
+`python tests/test_cuda_build.py` writes the table anew after a change that is meant to change it.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "kernels" / "cuda" / "resources.json"
+sys.path.insert(0, str(ROOT / "kernels" / "cuda"))
+import toolchain  # noqa: E402
+
+NVCC = toolchain.nvcc()
+
+
+def resources(printed):
+    """`({architecture: {kernel: {"registers": .., "stack": .., "shared": ..}}}, functions that spill)`."""
+    table, spilling, kernel, function, architecture, stack = {}, [], None, None, None, 0
+    for line in printed.splitlines():
+        if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
+            kernel, architecture = re.search(r"\d([a-z_]+_kernel)E", found[1])[1], found[2]
+        elif found := re.search(r"Function properties for (\w+)", line):
+            function = found[1]
+        elif found := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            if int(found[2]) or int(found[3]):
+                spilling.append(f"{function} for {architecture}: {line.strip()}")
+        elif found := re.search(r"Used (\d+) registers", line):
+            stack = re.search(r"(\d+) bytes cumulative stack", line)
+            table.setdefault(architecture, {})[kernel] = {
+                "registers": int(found[1]),
+                "stack": int(stack[1]) if stack else 0,
+                "shared": int(re.search(r"(\d+) bytes smem", line)[1]),
+            }
+    return table, spilling
+
+
+def compiled(folder):
+    options = [*toolchain.generate(list(toolchain.ARCHITECTURES)), "-Xptxas", "-v"]
+    return toolchain.build(NVCC, include_paths(), folder / "_ops_cuda.so", folder, options)
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory):
+    if NVCC is None:
+        pytest.skip("nvcc is not installed")
+    folder = tmp_path_factory.mktemp("cuda")
+    return compiled(folder), folder / "_ops_cuda.so"
+
+
+def test_no_kernel_spills_or_takes_more_than_the_table_says(build):
+    committed = json.loads(TABLE.read_text())
+    measured, spilling = resources(build[0])
+    assert not spilling
+    assert measured.keys() == committed["kernels"].keys()
+    if toolchain.release(NVCC) != committed["nvcc"]:
+        pytest.skip(f"the table is of nvcc {committed['nvcc']}; nothing spills")
+    for architecture, kernels in committed["kernels"].items():
+        assert measured[architecture].keys() == kernels.keys()
+        for kernel, limits in kernels.items():
+            for what, limit in limits.items():
+                assert measured[architecture][kernel][what] <= limit, (architecture, kernel, what)
+
+
+def test_a_spill_is_noticed():
+    text = (
+        "ptxas info    : Compiling entry function '_ZN7specdec13verify_kernelENS0_10VerifyCallE' for 'sm_90'\n"
+        "ptxas info    : Function properties for _ZN7specdec13verify_kernelENS0_10VerifyCallE\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads\n"
+        "ptxas info    : Used 80 registers, used 1 barriers, 8 bytes cumulative stack size, 37320 bytes smem\n"
+    )
+    table, spilling = resources(text)
+    assert table == {"sm_90": {"verify_kernel": {"registers": 80, "stack": 8, "shared": 37320}}}
+    assert len(spilling) == 1
+
+
+def test_the_library_asks_torch_for_its_stable_interface_only(build):
+    """One build serves every torch from 2.10 on: no C++ symbol of torch's, and none that only a newer one has."""
+    listed = subprocess.run(["nm", "-D", "-u", "-C", str(build[1])], capture_output=True, text=True, check=True).stdout
+    needed = {line.split()[-1] for line in listed.splitlines()}
+    assert not [line for line in listed.splitlines() if "at::" in line or "c10::" in line]
+    assert {name for name in needed if name.startswith(("aoti_torch", "torch_"))}
+    assert not {name for name in needed if name.startswith("cuda")}, "the CUDA runtime is linked in"
+
+
+def test_architectures_are_those_asked_for(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    assert toolchain.generate(toolchain.architectures("nvcc")) == [
+        *("-gencode", "arch=compute_80,code=sm_80"),
+        *("-gencode", "arch=compute_90,code=sm_90"),
+        *("-gencode", "arch=compute_90,code=compute_90"),
+    ]
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        table, spilling = resources(compiled(Path(name)))
+    print("\n".join(spilling))
+    TABLE.write_text(json.dumps({"nvcc": toolchain.release(NVCC), "kernels": table}, indent=2) + "\n")
