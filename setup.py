@@ -104,7 +104,7 @@ class BestEffortBuild(BuildExtension):
         for needed in (folder, target.parent):
             needed.mkdir(parents=True, exist_ok=True)
         options = toolchain.generate(toolchain.architectures(compiler))
-        toolchain.build(compiler, include_paths(), target, folder, options)
+        toolchain.build(compiler, include_paths(), library_paths(), target, folder, options)
 
     def give_up(self, ext, error):
         if STRICT:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from torch.utils.cpp_extension import include_paths
+from torch.utils.cpp_extension import include_paths, library_paths
 
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "kernels" / "cuda" / "resources.json"
@@ -43,7 +43,8 @@ def resources(printed):
 
 def compiled(folder):
     options = [*toolchain.generate(list(toolchain.ARCHITECTURES)), "-Xptxas", "-v"]
-    return toolchain.build(NVCC, include_paths(), folder / "_ops_cuda.so", folder, options)
+    target = folder / "_ops_cuda.so"
+    return toolchain.build(NVCC, include_paths(), library_paths(), target, folder, options)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,9 @@ def test_the_library_asks_torch_for_its_stable_interface_only(build):
     assert not [line for line in listed.splitlines() if "at::" in line or "c10::" in line]
     assert {name for name in needed if name.startswith(("aoti_torch", "torch_"))}
     assert not {name for name in needed if name.startswith("cuda")}, "the CUDA runtime is linked in"
+    dynamic = subprocess.run(["readelf", "-d", str(build[1])], capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
+    assert {"libtorch.so", "libtorch_cpu.so"} <= named, "symbols of torch are found through the libraries named here"
 
 
 def test_architectures_are_those_asked_for(monkeypatch):

@@ -1,7 +1,7 @@
 """How the CUDA kernels are compiled: by the build, by CI's check of every architecture, and by a wheel for a toolkit.
 
-`nvcc` is called as it is: neither a GPU nor a CUDA build of torch is needed. torch's symbols stay open until the
-library is loaded, the CUDA runtime is linked in.
+`nvcc` is called as it is: neither a GPU nor a CUDA build of torch is needed. The library names torch's own as those it
+needs, which bring their CUDA part where there is one; the CUDA runtime is linked in.
 """
 
 import os
@@ -62,11 +62,14 @@ def architectures(compiler: str) -> list[str]:
     return [*known[:-1], known[-1] + "+PTX"]
 
 
-def build(compiler: str, include: list[str], target: Path, folder: Path, options: list[str]) -> str:
+def build(
+    compiler: str, include: list[str], libraries: list[str], target: Path, folder: Path, options: list[str]
+) -> str:
     """Compiles and links `target`; what `nvcc` printed about the kernels.
 
     Args:
         include: torch's include folders.
+        libraries: torch's library folders.
         folder: for object files.
         options: architectures, and whatever else the kernels are compiled with.
 
@@ -77,7 +80,9 @@ def build(compiler: str, include: list[str], target: Path, folder: Path, options
     torch_flags = [f"-I{path}" for path in include] + ["-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={STABLE_ABI}"]
     printed = _run([compiler, *FLAGS, *options, "-c", str(KERNELS), "-o", str(kernels)])
     _run([compiler, *FLAGS, *torch_flags, "-c", str(OPS), "-o", str(ops)])
-    _run([compiler, "-shared", "-cudart", "static", str(kernels), str(ops), "-o", str(target)])
+    # Named even where nothing of them is open at link time: what torch has loaded is not visible to other libraries
+    torch_libraries = [f"-L{path}" for path in libraries] + ["-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    _run([compiler, "-shared", "-cudart", "static", str(kernels), str(ops), "-o", str(target), *torch_libraries])
     return printed
 
 
