@@ -122,7 +122,7 @@ def generate(
     temperatures = temperature or [0.0, 1.0]
     if any(t < 0 for t in temperatures):
         raise ValueError("--temperature is out of range: use a number 0 or more")
-    texts = _texts(prompts)
+    texts = list(PROMPTS) if prompts is None else console.read_prompts(prompts)
     with console.working() as say:
         session = console.open_session(settings, say)
         names = _methods(session, methods)
@@ -175,21 +175,6 @@ def _methods(session: Session, methods: str | None) -> list[str]:
         if name not in KNOWN:
             raise ValueError(f"--methods {name} is not known: use some of {', '.join(KNOWN)}")
     return names
-
-
-def _texts(file: str | None) -> list[str]:
-    if file is None:
-        return list(PROMPTS)
-    path = Path(file).expanduser()
-    text = path.read_bytes().decode("utf-8")
-    found: list[Any] = json.loads(text) if path.suffix == ".json" else text.splitlines()
-    entries = [entry.get("text") if isinstance(entry, dict) else entry for entry in found]
-    texts = [entry for entry in entries if isinstance(entry, str) and entry.strip()]
-    if not all(isinstance(entry, str) for entry in entries):
-        raise ValueError(f"--prompts {file} must hold a list of texts, or of objects with a text")
-    if not texts:
-        raise ValueError(f"--prompts {file} holds no prompt")
-    return texts
 
 
 def _encoded(session: Session, texts: list[str], first: int, batch: int) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,7 +84,7 @@ def verify(
             metavar="FILE",
             rich_help_panel=AUDIT,
             show_default=False,
-            help="Prompts, one a line, or a .json list of texts. Default: four short ones.",
+            help="Prompts, one a line, or a .json list of texts or of objects with a text. Default: four short ones.",
         ),
     ] = None,
     tokens: Annotated[
@@ -171,7 +170,7 @@ def verify(
             raise ValueError(f"{name} {value} is out of range: use a number {least} or more")
     if not 0 < significance < 1:
         raise ValueError(f"--significance {significance} is out of range: use a number between 0 and 1")
-    texts = _read_prompts(prompts)
+    texts = list(PROMPTS) if prompts is None else console.read_prompts(prompts)
     greedily = not settings.do_sample
     sampled = settings.do_sample or (sample is None and temperature is None)
     foreign = None
@@ -296,23 +295,6 @@ def _callable(name: str) -> Callable[..., Any]:
         raise ValueError(f"--generate {name} was not found: {error}") from error
     if not callable(found):
         raise ValueError(f"--generate {name} is no function")
-    return found
-
-
-def _read_prompts(file: str | None) -> list[str]:
-    if file is None:
-        return list(PROMPTS)
-    path = Path(file).expanduser()
-    text = path.read_bytes().decode("utf-8")
-    if path.suffix == ".json":
-        found = json.loads(text)
-        if not isinstance(found, list) or not all(isinstance(entry, str) for entry in found):
-            raise ValueError(f"--prompts {file} must hold a list of texts")
-    else:
-        found = text.splitlines()
-    found = [entry for entry in found if entry.strip()]
-    if not found:
-        raise ValueError(f"--prompts {file} holds no prompt")
     return found
 
 

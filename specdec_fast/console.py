@@ -6,6 +6,7 @@ command line should not wait for them.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -35,6 +36,7 @@ __all__ = [
     "open_session",
     "output_console",
     "plain_table",
+    "read_prompts",
     "unit_of",
     "working",
     "write_out",
@@ -349,6 +351,25 @@ def computes_bfloat16(device: torch.device) -> bool:
         return torch.cpu._is_avx512_bf16_supported()
     found = capabilities()
     return any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def read_prompts(file: str) -> list[str]:
+    """The prompts of a file: one a line, or a ``.json`` list of texts or of objects with a text.
+
+    Raises:
+        ValueError, OSError: it holds none, or something else.
+    """
+    path = Path(file).expanduser()
+    text = path.read_bytes().decode("utf-8")
+    found: Any = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    entries = found if isinstance(found, list) else [found]
+    entries = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
+    if not isinstance(found, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"--prompts {file} must hold a list of texts, or of objects with a text")
+    prompts = [entry for entry in entries if entry.strip()]
+    if not prompts:
+        raise ValueError(f"--prompts {file} holds no prompt")
+    return prompts
 
 
 class TextStream:

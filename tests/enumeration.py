@@ -18,6 +18,7 @@ import contextlib
 import functools
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,7 +78,7 @@ class Branch:
     mass: float = 1.0
 
 
-class _Numbers:
+class _Numbers(ABC):
     """A source for runs that go on side by side, ``rows`` rows each: row r of run k has seed ``k rows + r``."""
 
     def __init__(self, branches: list[Branch], rows: int, generator: random.Random):
@@ -99,8 +100,9 @@ class _Numbers:
             numbers.append(value)
         return self._handed_out(torch.tensor(numbers, dtype=torch.float64).reshape(seed.shape))
 
+    @abstractmethod
     def _new(self, run: int, key: Key) -> float:
-        raise NotImplementedError
+        """The number of a key that a run meets for the first time."""
 
     def _handed_out(self, numbers: Tensor) -> Tensor:
         return numbers

@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from transformers.utils import logging
 from typer.testing import CliRunner
 
-from specdec_fast import cli, cli_verify
+from specdec_fast import cli, cli_verify, console
 from specdec_fast.audit import RESOLUTION
 
 ADAPTER = """
@@ -185,8 +185,10 @@ def test_prompt_files_that_hold_none(name, text, tmp_path):
 
 def test_prompt_files(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\ntwo two\n")
-    assert cli_verify._read_prompts(str(tmp_path / "p.txt")) == ["one", "two two"]
-    assert len(cli_verify._read_prompts(None)) >= 2
+    (tmp_path / "p.json").write_text('["one", {"kind": "code", "text": "two two"}]')
+    for name in ("p.txt", "p.json"):
+        assert console.read_prompts(str(tmp_path / name)) == ["one", "two two"]
+    assert len(cli_verify.PROMPTS) >= 2
 
 
 def test_help_fits_80_columns():

@@ -208,11 +208,10 @@ def test_the_law_reported_is_that_of_the_token_given_what_was_revealed(pair, gam
 
 
 class Wrong(ProjectedLaw):
-    """Behind the first token of a text, a law that is not the one drawn from."""
+    """Behind the first token of a text, a law that is not the one drawn from.
 
-    def law(self, q, place, token):
-        """``[V]``: at a place, from the masses of all entries and the token drafted there."""
-        raise NotImplementedError
+    A subclass has ``law(q, place, token)``: ``[V]`` at a place, from the masses of all entries and the token drafted.
+    """
 
     def of(self, entries, level, q):
         """The law of the token at a level, entries weighing q."""
