@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from specdec_fast import console
+from specdec_fast.cli_bench_kernels import kernels
 from specdec_fast.cli_options import (
     DECODING,
     OUTPUT,
@@ -44,6 +45,9 @@ bench = typer.Typer(name="bench", help="Measure on this machine.", no_args_is_he
 @bench.callback()
 def _root() -> None:
     pass
+
+
+bench.command("kernels")(kernels)
 
 
 @bench.command("generate")
