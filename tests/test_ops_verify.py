@@ -308,8 +308,11 @@ def peak_growth(call):
 def test_no_buffer_is_as_wide_as_a_row(rule):
     width = 262147
     case = proposal("dense", 8, 2, width, torch.bfloat16, generator(12))
+    limits = {"top_k": 1000, "top_p": 0.9, "min_p": 1e-6}
+    limits |= {f"draft_{name}": value for name, value in limits.items()}
     for backend in FAST:
         name = backend.values[0]
-        ops.verify(rule=rule, **case, backend=name)
-        assert peak_growth(lambda name=name: ops.verify(rule=rule, **case, backend=name)) < width * 4
+        for given in (case, case | limits):
+            ops.verify(rule=rule, **given, backend=name)
+            assert peak_growth(lambda name=name, given=given: ops.verify(rule=rule, **given, backend=name)) < width * 4
     assert peak_growth(lambda: ops.verify(rule=rule, **case, backend="reference")) > 8 * width * 4

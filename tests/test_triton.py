@@ -14,9 +14,9 @@ from specdec_fast.randomness import Purpose, philox_reference
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
 launch = pytest.importorskip("specdec_fast.triton_kernels.launch", reason="no Triton kernels beside this package")
-finish, judge, laws, numbers, row_kernels = (
+filter_kernels, finish, judge, laws, numbers, row_kernels = (
     importlib.import_module(f"specdec_fast.triton_kernels.{name}")
-    for name in ("finish", "judge", "laws", "numbers", "rows")
+    for name in ("filters", "finish", "judge", "laws", "numbers", "rows")
 )
 
 COMPILED = not triton.knobs.runtime.interpret  # conftest.py asks for the interpreter where there is no GPU
@@ -61,6 +61,12 @@ def poisoned():
 def small_tiles(monkeypatch):
     monkeypatch.setattr(launch, "BLOCK", 16)
     monkeypatch.setattr(launch, "SPAN", 1)
+
+
+@pytest.fixture
+def wide_digits(monkeypatch):
+    """Fewer launches: the interpreter takes milliseconds for each row of one."""
+    monkeypatch.setattr(launch, "DIGIT", 8)
 
 
 def moved(arguments):
@@ -226,10 +232,56 @@ def test_nothing_to_do():
         assert differing(verified(plain, "reference", rule=rule), verified(plain, rule=rule)) == 0
 
 
-def test_filtered_rows_are_the_references():
-    case = proposal("dense", 4, 2, 37, torch.float32, generator())
-    limits = {"top_k": 5, "draft_top_p": 0.8, "rule": "token"}
-    assert differing(verified(case, "reference", **limits), verified(case, **limits)) == 0
+# 6 * 18 rows
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 33, 111])
+def test_filters_keep_what_the_references_keep(small_tiles, wide_digits, monkeypatch, width):
+    """Each filter alone and all together, off in some rows, with every edge row."""
+    monkeypatch.setattr(launch, "BLOCK", 16 if width < 20 else 64)
+    rows = 6
+    logits = edge_rows((torch.randn(2 * rows, width, generator=generator()) * 4).to(DTYPES[width % 3]))
+    every = filters(2 * rows, generator(width))
+    for setting in ({"top_k"}, {"top_p"}, {"min_p"}, set(every)):
+        here = slice(None) if len(setting) > 1 else slice(4, 12, 3)
+        given = {name: every[name][here] for name in setting}
+        key = keys(len(logits[here]))
+        expected = sampled(logits[here], "reference", **key, **given)
+        assert differing(expected, sampled(logits[here], **key, **given)) == 0
+
+
+# 15 * 8 rounds of 5 rows
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("rule", RULES)
+def test_filtered_rounds_are_decided_as_by_the_reference(wide_digits, monkeypatch, rule, law):
+    """Filters on both sides, on in some rows, with temperature 0, ragged counts and undefined rows among them."""
+    monkeypatch.setattr(launch, "BLOCK", 64)
+    rows, gamma = 8, 2
+    case = proposal(law, rows, gamma, 37, DTYPES[(RULES.index(rule) + LAWS.index(law)) % 3], generator(9))
+    edge_rows(case["logits"][:, 1])
+    case["count"][:5] = gamma
+    if "draft_logits" in case:
+        case["draft_logits"][2, 0, 0] = NAN
+    every = filters(rows, generator(4))
+    every["top_k"][1::3], every["top_p"][::3], every["min_p"][2] = 0, 1, 0
+    every |= {f"draft_{name}": value.flip(0) for name, value in every.items()}
+    assert differing(verified(case, "reference", rule=rule, **every), verified(case, rule=rule, **every)) == 0
+
+
+@pytest.mark.parametrize("top_p", [-1.0, 0.0, 0.25, 0.5, 0.51, 0.999, 1.0])
+def test_of_equal_scores_top_p_drops_the_lowest_ids(small_tiles, wide_digits, top_p):
+    """Where the mass dropped is exactly what may be dropped, too; entries of zero count with those of minus zero."""
+    few = torch.randint(-1, 2, (2, 24), generator=generator()) * torch.tensor([[1.0], [-0.0]])
+    logits = torch.cat([few, few.abs() * INF]).nan_to_num(nan=0.0, posinf=INF).to(DEVICE)
+    expected, result = (ops.softmax(logits, top_p=top_p, backend=backend) for backend in ("reference", "triton"))
+    torch.testing.assert_close(result, expected, rtol=1e-11, atol=0)
+
+
+def test_filters_as_they_are_launched_on_a_gpu(monkeypatch):
+    """Digits of the real size, several tiles a program and several programs a row."""
+    monkeypatch.setattr(launch, "BLOCK", 256)
+    case = proposal("compact", 1, 1, 700, torch.bfloat16, generator(8))
+    case["count"][:] = 1
+    given = {"top_k": 600, "top_p": 0.9, "min_p": 1e-4, "draft_top_p": 0.9, "rule": "token"}
+    assert differing(verified(case, "reference", **given), verified(case, **given)) == 0
 
 
 def test_softmax(small_tiles):
@@ -281,13 +333,14 @@ def test_workspace_is_a_few_numbers_a_tile():
             return result
 
     case = moved(proposal("dense", 1, 1, 20000, torch.bfloat16, generator()))
-    unused = [None] * 4
-    with Allocations() as seen:
-        launch.verify(
-            case["logits"], *unused, case["tokens"], case["count"], None, case["draft_logits"], *unused, None,
-            case["drawn"], None, None, None, case["seed"], case["start"], 0, 2, True,
-        )  # fmt: skip
-    assert 0 < seen.total < 20000 / 10
+    filtered = [None, torch.full((1,), 50, dtype=torch.int32, device=DEVICE), None, torch.ones(1, device=DEVICE)]
+    for law in ([None] * 4, filtered):
+        with Allocations() as seen:
+            launch.verify(
+                case["logits"], *law, case["tokens"], case["count"], None, case["draft_logits"], *law, None,
+                case["drawn"], None, None, None, case["seed"], case["start"], 0, 2, True,
+            )  # fmt: skip
+        assert 0 < seen.total < 20000 / 10
 
 
 @pytest.mark.parametrize(
@@ -298,11 +351,19 @@ def test_workspace_is_a_few_numbers_a_tile():
         pytest.param("shared noise", marks=interpreted),
         pytest.param("nothing subtracted", marks=interpreted),
         pytest.param("missing reduction", marks=interpreted),
+        "filter left out",
+        pytest.param("order of ties", marks=interpreted),
+        pytest.param("mass of what top-k dropped", marks=interpreted),
     ],
 )
-def test_planted_faults_are_noticed(small_tiles, monkeypatch, fault):
+def test_planted_faults_are_noticed(small_tiles, wide_digits, monkeypatch, fault):
     case = proposal("dense", 12, 1, 40, torch.float32, generator(5))
     case["count"][:] = 1
+    if fault in ("filter left out", "order of ties", "mass of what top-k dropped"):
+        monkeypatch.setattr(launch, "BLOCK", 64)
+        case = proposal("dense", 12, 0, 40, torch.float32, generator(5))
+        case["logits"] = case["logits"].round()
+        case |= {"temperature": 4.0, "top_k": 12, "top_p": 0.5}
     expected = verified(case, "reference", rule="token")
     if fault == "last tile":
         splits = launch._splits
@@ -312,6 +373,20 @@ def test_planted_faults_are_noticed(small_tiles, monkeypatch, fault):
         case |= {"logits": torch.cat([q, p[:, 1:]], 1), "draft_logits": p[:, :1]}
     elif fault == "shared noise":
         monkeypatch.setattr(finish, "RESIDUAL", judge.ACCEPT)
+    elif fault == "filter left out":
+        limits = launch._limits
+        monkeypatch.setattr(launch, "_limits", lambda *given: limits(*given[:3], None, *given[4:]))
+    elif fault == "order of ties":
+        order = row_kernels.order_of
+        monkeypatch.setattr(filter_kernels, "order_of", lambda scores, ids: order(scores, ids ^ 1023))
+    elif fault == "mass of what top-k dropped":
+        kernel = launch.narrow_kernel
+
+        class Fault:
+            def __getitem__(self, grid):
+                return lambda *given, **options: kernel[grid](*given[:11], None, *given[12:], **options)
+
+        monkeypatch.setattr(launch, "narrow_kernel", Fault())
     elif fault == "nothing subtracted":
         monkeypatch.setattr(laws, "entry_of", lambda ids, *rest: ids * 0 - 1)
     else:

@@ -13,39 +13,46 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdec_fast.triton_kernels import finish, judge, maps, sample
+from specdec_fast.triton_kernels import filters, finish, judge, maps, sample
 
 TYPES = {
     "*bf16": "logits draft_logits",
-    "*fp32": "temperature draft_temperature peaks q",
+    "*fp32": "temperature draft_temperature peaks q min_p amount",
     "*fp64": "draft_logsumexp sparse_log_q tops totals log_ps log_ratios log_probability log_probabilities logsumexp"
     " out sums",
     "*i32": "kind index counters keep status row_start column order",
     "*i64": "tokens count drawn sparse_ids seed start position offset masses own rests accepted next_token token"
-    " low high",
+    " low high limits draft_limits places kept found whole",
     "i32": "stride stride_row stride_position width draft_stride_row draft_stride_position entries listed base"
-    " positions drafted slots splits tiles length ranges",
+    " positions drafted slots splits tiles length ranges longest more shift first",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
-CONSTANTS = dict(STEPS=17, LISTED=2, SPAN=2, BLOCK=128, TILES=4, PLACES=4, PURPOSE=3)
+CONSTANTS = dict(
+    STEPS=17, LISTED=2, SPAN=2, BLOCK=128, TILES=4, PLACES=4, PURPOSE=3, SCALE=6, WAYS=16, PART=64, BY_MASS=True
+)
 OPTIONAL = "temperature draft_temperature kind draft_logits index drawn draft_logsumexp sparse_ids sparse_log_q"
-OPTIONAL = {*OPTIONAL.split(), "log_probabilities", "offset", "order"}
-BARE = [sample.sample_kernel, maps.range_sums_kernel, judge.judge_kernel, finish.finish_kernel]
+OPTIONAL = {*OPTIONAL.split(), "limits", "draft_limits", "log_probabilities", "offset", "order", "min_p", "kept"}
+BARE = [sample.sample_kernel, maps.range_sums_kernel, judge.judge_kernel, finish.finish_kernel, filters.floor_kernel]
 FULL = [*BARE, sample.measure_kernel, sample.softmax_kernel, maps.project_kernel, maps.tile_sums_kernel]
 
 
-def compiled(kernel, capability, rule, left_out=()):
+def compiled(kernel, capability, left_out=(), **changed):
     signature = {n: "constexpr" if n in left_out else TYPES.get(n, "constexpr") for n in kernel.arg_names}
-    values = {"RULE": rule, **CONSTANTS, **dict.fromkeys(left_out)}
+    signature |= {n: kind for n, kind in changed.items() if n in TYPES}
+    values = {"RULE": 2, **CONSTANTS, **dict.fromkeys(left_out), **changed}
     constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
     target = GPUTarget("cuda", capability, 32)
     assert triton.compile(ASTSource(kernel, signature, constants), target=target).asm["cubin"]
 
 
 for kernel in FULL:
-    compiled(kernel, 90, 2)
+    compiled(kernel, 90)
+compiled(filters.narrow_kernel, 90)
 for kernel in BARE:
-    compiled(kernel, 80, 0, OPTIONAL)
+    compiled(kernel, 80, OPTIONAL, RULE=0)
+compiled(filters.narrow_kernel, 80, OPTIONAL, BY_MASS=False, amount="*i32")
+compiled(finish.finish_kernel, 100)
+compiled(filters.narrow_kernel, 100)
 """
 
 

@@ -8,6 +8,7 @@ from specdec_fast.triton_kernels.numbers import ACCEPT, RESIDUAL, in_units_of_on
 from specdec_fast.triton_kernels.rows import (
     arrive,
     draw,
+    limit_of,
     log_prob,
     merge,
     parameter,
@@ -25,6 +26,7 @@ def finish_kernel(
     stride_position,
     width,
     temperature,
+    limits,
     tokens,
     count,
     kind,
@@ -33,6 +35,7 @@ def finish_kernel(
     draft_stride_position,
     entries,
     draft_temperature,
+    draft_limits,
     index,
     sparse_ids,
     sparse_log_q,
@@ -118,9 +121,9 @@ def finish_kernel(
                 else:
                     rest = residual(
                         b, spot, tile, weight,
-                        logits, stride_row, stride_position, width, temperature, tokens, kind, draft_logits,
-                        draft_stride_row, draft_stride_position, entries, draft_temperature, index, sparse_ids,
-                        sparse_log_q, listed, positions, drafted, tops, totals, STEPS, BLOCK,
+                        logits, stride_row, stride_position, width, temperature, limits, tokens, kind, draft_logits,
+                        draft_stride_row, draft_stride_position, entries, draft_temperature, draft_limits, index,
+                        sparse_ids, sparse_log_q, listed, positions, drafted, tops, totals, STEPS, BLOCK,
                     )  # fmt: skip
                     left = tl.sum(in_units_of_one(rest), 0)
                 tl.store(rests + slot * tiles + tile, left)
@@ -149,6 +152,7 @@ def finish_kernel(
     undefined = tl.full((), 0, tl.int32)
     if stay < positions:
         row = logits + b * stride_row + stay.to(tl.int64) * stride_position
+        limit = limit_of(limits, b * positions + stay)
         here = (at + stay) * tiles
         top, total, mass = merge(peaks + here, masses + here, width, heat, BLOCK, TILES)
         token = tl.full((), 0, tl.int64)
@@ -157,7 +161,7 @@ def finish_kernel(
             undefined = tl.full((), 1, tl.int32)
         elif matching:
             token = tl.load(own + stay)
-            log_p = log_prob(scores_at(row, token, width, heat), top, total)
+            log_p = log_prob(scores_at(row, token, width, heat, limit), top, total)
             if heat == 0.0:
                 log_p = tl.full((), 0.0, tl.float64)
         else:
@@ -173,16 +177,16 @@ def finish_kernel(
                 tile, depth, own_mass = pick_tile(left, u, TILES)
                 rest = residual(
                     b, stay, tile, weight_at(log_ratios, tl.where(blockwise, stay, 0)),
-                    logits, stride_row, stride_position, width, temperature, tokens, kind, draft_logits,
-                    draft_stride_row, draft_stride_position, entries, draft_temperature, index, sparse_ids,
-                    sparse_log_q, listed, positions, drafted, tops, totals, STEPS, BLOCK,
+                    logits, stride_row, stride_position, width, temperature, limits, tokens, kind, draft_logits,
+                    draft_stride_row, draft_stride_position, entries, draft_temperature, draft_limits, index,
+                    sparse_ids, sparse_log_q, listed, positions, drafted, tops, totals, STEPS, BLOCK,
                 )  # fmt: skip
                 # Relative to the tile, so that a tile with any mass has an entry with some
                 entry = pick_entry(in_units_of_one(rest * (1125899906842624.0 / own_mass)), depth)
                 token = (tile * BLOCK + entry).to(tl.int64)
             else:
-                token = draw(row, width, heat, top, total, mass, u, BLOCK, TILES)
-            log_p = log_prob(scores_at(row, token, width, heat), top, total)
+                token = draw(row, width, heat, limit, top, total, mass, u, BLOCK, TILES)
+            log_p = log_prob(scores_at(row, token, width, heat, limit), top, total)
     tl.store(next_token + b, token)
     tl.store(status + b, undefined)
     if log_probabilities is not None:

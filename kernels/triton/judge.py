@@ -13,7 +13,7 @@ from specdec_fast.triton_kernels.laws import (
     sparse_undefined,
 )
 from specdec_fast.triton_kernels.numbers import ACCEPT, TARGET, uniform
-from specdec_fast.triton_kernels.rows import arrive, draw, log_prob, measure, merge, parameter, scores_at
+from specdec_fast.triton_kernels.rows import arrive, draw, limit_of, log_prob, measure, merge, parameter, scores_at
 
 
 @triton.jit
@@ -23,6 +23,7 @@ def judge_kernel(
     stride_position,
     width,
     temperature,  # [B] or None, as every draft_* below
+    limits,  # [B, P] int64 or None
     tokens,  # [B, G]
     count,  # [B]
     kind,  # [B, G]
@@ -31,6 +32,7 @@ def judge_kernel(
     draft_stride_position,
     entries,
     draft_temperature,  # [B]
+    draft_limits,  # [B, G] int64
     index,  # [K]
     drawn,  # [B, G]
     draft_logsumexp,  # [B, G]
@@ -77,6 +79,7 @@ def judge_kernel(
         return
 
     heat = parameter(temperature, b, 1.0)
+    limit = limit_of(limits, b * positions + i)
     matching = (RULE == 0) | (heat == 0.0)
     row = logits + b * stride_row + i.to(tl.int64) * stride_position
     place = b * drafted + i
@@ -96,25 +99,26 @@ def judge_kernel(
     unknown = (known != known) | (tl.abs(known) == float("inf"))
 
     if slot < positions:
-        measure(row, width, heat, first, peaks + at * tiles, masses + at * tiles, SPAN, BLOCK)
+        measure(row, width, heat, limit, first, peaks + at * tiles, masses + at * tiles, SPAN, BLOCK)
     elif draft_logits is not None:
         if (law == COMPACT) & unknown:
             here = draft_at * tiles
-            measure(draft_row, entries, draft_heat, first, peaks + here, masses + here, SPAN, BLOCK)
+            draft_limit = limit_of(draft_limits, place)
+            measure(draft_row, entries, draft_heat, draft_limit, first, peaks + here, masses + here, SPAN, BLOCK)
     if not arrive(counters + b * positions + i, tl.where(tested, slots // positions, 1) * splits):
         return
 
     top, total, mass = merge(peaks + at * tiles, masses + at * tiles, width, heat, BLOCK, TILES)
     tl.store(tops + at, top.to(tl.float64))
     tl.store(totals + at, total)
-    log_p = log_prob(scores_at(row, token, width, heat), top, total)
+    log_p = log_prob(scores_at(row, token, width, heat, limit), top, total)
     log_ratio = tl.full((), -float("inf"), tl.float64)
     choice = tl.full((), -1, tl.int64)
     kept = tl.full((), 0, tl.int32)
     if matching:
         if total == total:
             number = uniform(tl.load(seed + b), tl.load(start + b) + base + i, tl.full((), 0, tl.int64), TARGET)
-            choice = draw(row, width, heat, top, total, mass, number, BLOCK, TILES)
+            choice = draw(row, width, heat, limit, top, total, mass, number, BLOCK, TILES)
         kept = ((choice == token) & (token >= 0)).to(tl.int32)
         if heat == 0.0:
             log_p = tl.where(kept > 0, 0.0, -float("inf")).to(tl.float64)
@@ -132,7 +136,8 @@ def judge_kernel(
                     entry = tl.load(drawn + place)
                 else:
                     entry = entry_of(token, index, entries, STEPS).to(tl.int64)
-                log_q = log_prob(scores_at(draft_row, entry, entries, draft_heat), draft_top, draft_total)
+                scores = scores_at(draft_row, entry, entries, draft_heat, limit_of(draft_limits, place))
+                log_q = log_prob(scores, draft_top, draft_total)
                 tl.store(tops + draft_at, draft_top)
         if sparse_ids is not None:
             if law == SPARSE:

@@ -1,11 +1,12 @@
 """The ops' entry points for tensors: workspace and grids.
 
 Each function takes the arguments of its op's schema (``specdec_fast/ops.py``) in order. A grid depends on shapes alone,
-and everything else a kernel decides by is on the device, so a CUDA graph can replay a call. A call that is given a
-top-k, top-p or min-p, switched off or not, is left to the reference, which sorts: these kernels know temperature only.
+and everything else a kernel decides by is on the device, so a CUDA graph can replay a call.
 
 Per call of ``verify`` there are two launches and one clearing of a few counters. Workspace is 12 bytes a tile and row
-of logits and 8 a tile and measured residual: 0.7 MB at B = 64, γ = 4, V = 152k.
+of logits and 8 a tile and measured residual: 0.7 MB at B = 64, γ = 4, V = 152k. Filters (filters.py) come before that,
+for each side that is given any: one launch for the largest scores and min-p, one a digit of top-k's and of top-p's
+place (8 and 13 at V = 152k), and 4 bytes a tile and 164 a row.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from specdec_fast import reference_ops
+from specdec_fast.triton_kernels.filters import floor_kernel, narrow_kernel
 from specdec_fast.triton_kernels.finish import finish_kernel
 from specdec_fast.triton_kernels.judge import judge_kernel
 from specdec_fast.triton_kernels.maps import project_kernel, range_sums_kernel, tile_sums_kernel
@@ -23,7 +24,8 @@ from specdec_fast.triton_kernels.sample import measure_kernel, sample_kernel, so
 __all__ = ["project", "range_sums", "sample", "softmax", "verify"]
 
 BLOCK = 2048  # entries a tile, at most 8192
-SPAN = 2  # tiles a program
+SPAN = 2  # tiles a program, of at most 8192 entries together
+DIGIT = 4  # bits of a filter's place that a launch finds, a divisor of 32
 WARPS = 4
 
 Outputs = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -41,8 +43,6 @@ def sample(
     purpose: int,
 ) -> Outputs:
     _check(logits)
-    if _filtered(top_k, top_p, min_p):
-        return reference_ops.sample(logits, temperature, top_k, top_p, min_p, seed, position, offset, purpose)
     rows, width = logits.shape
     logits = _unit_stride(logits)
     tiles, splits = _tiles(width), _splits(width)
@@ -55,6 +55,7 @@ def sample(
             logits.stride(0),
             width,
             _flat(temperature),
+            _limits(logits.unsqueeze(1), temperature, top_k, top_p, min_p),
             _flat(seed),
             _flat(position),
             _flat(offset),
@@ -76,8 +77,6 @@ def softmax(
     logits: Tensor, temperature: Tensor | None, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
     _check(logits)
-    if _filtered(top_k, top_p, min_p):
-        return reference_ops.softmax(logits, temperature, top_k, top_p, min_p)
     rows, width = logits.shape
     logits = _unit_stride(logits)
     tiles, splits = _tiles(width), _splits(width)
@@ -85,7 +84,8 @@ def softmax(
     if rows:
         peaks = logits.new_empty(rows * tiles, dtype=torch.float32)
         masses = logits.new_empty(rows * tiles, dtype=torch.int64)
-        row = (logits, logits.stride(0), width, _flat(temperature), peaks, masses)
+        limits = _limits(logits.unsqueeze(1), temperature, top_k, top_p, min_p)
+        row = (logits, logits.stride(0), width, _flat(temperature), limits, peaks, masses)
         measure_kernel[(rows * splits,)](*row, splits, SPAN=SPAN, BLOCK=BLOCK, num_warps=WARPS)
         softmax_kernel[(rows * splits,)](*row, out, splits, **_tuning(tiles))
     return out
@@ -117,32 +117,6 @@ def verify(
     log_probs: bool,
 ) -> Outputs:
     _check(logits)
-    if _filtered(top_k, top_p, min_p, draft_top_k, draft_top_p, draft_min_p):
-        return reference_ops.verify(
-            logits,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            tokens,
-            count,
-            kind,
-            draft_logits,
-            draft_temperature,
-            draft_top_k,
-            draft_top_p,
-            draft_min_p,
-            index,
-            drawn,
-            draft_logsumexp,
-            sparse_ids,
-            sparse_log_q,
-            seed,
-            start,
-            base,
-            rule,
-            log_probs,
-        )
     rows, positions, width = logits.shape
     drafted = tokens.shape[1]
     new = logits.new_empty
@@ -170,7 +144,23 @@ def verify(
     log_ps, log_ratios = new((2, rows * positions), dtype=torch.float64)
     own, keep = new(rows * positions, dtype=torch.int64), new(rows * positions, dtype=torch.int32)
     rests = new(rows * slots * tiles, dtype=torch.int64)
-    target = (logits, logits.stride(0), logits.stride(1), width, _flat(temperature), _flat(tokens), _flat(count))
+    used = (count, min(positions, drafted))
+    limits = _limits(logits, temperature, top_k, top_p, min_p, *used, 1)
+    draft_limits = None
+    if compact is not None:
+        draft_limits = _limits(compact, draft_temperature, draft_top_k, draft_top_p, draft_min_p, *used)
+        if draft_limits is not None:
+            draft_logsumexp = None
+    target = (
+        logits,
+        logits.stride(0),
+        logits.stride(1),
+        width,
+        _flat(temperature),
+        limits,
+        _flat(tokens),
+        _flat(count),
+    )
     draft = (
         _flat(kind),
         compact,
@@ -178,6 +168,7 @@ def verify(
         0 if compact is None else compact.stride(1),
         entries,
         _flat(draft_temperature),
+        draft_limits,
         _flat(index),
     )
     sparse = (_flat(sparse_ids), _flat(sparse_log_q), listed)
@@ -279,8 +270,71 @@ def _check(tensor: Tensor) -> None:
         )
 
 
-def _filtered(*filters: Tensor | None) -> bool:
-    return any(f is not None for f in filters)
+def _limits(
+    logits: Tensor,
+    temperature: Tensor | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    count: Tensor | None = None,
+    longest: int = 0,
+    more: int = 0,
+) -> Tensor | None:
+    """Where the filters of ``logits [B, P, V]`` start to keep, ``[B, P]`` int64; None where none is given.
+
+    With a count, of the first ``min(count, longest) + more`` positions of a row.
+    """
+    if top_k is None and top_p is None and min_p is None:
+        return None
+    rows, positions, width = logits.shape
+    tiles, splits, ways = _tiles(width), _splits(width), 1 << DIGIT
+    new, lowest = logits.new_empty, -(2**63)
+    if not rows * positions:
+        return new((rows, positions), dtype=torch.int64)
+    counters = logits.new_zeros(rows * positions, dtype=torch.int32)
+    sums = logits.new_zeros(rows * positions * ways, dtype=torch.int64)
+    peaks = new(rows * positions * tiles, dtype=torch.float32)
+    totals = new(rows * positions, dtype=torch.int64)
+    floor, kth, nucleus = logits.new_full((3, rows, positions), lowest, dtype=torch.int64)
+    row = (logits, logits.stride(0), logits.stride(1), width, _flat(temperature))
+    used = (_flat(count), longest, more)
+    grid = (rows * positions * splits,)
+    floor_kernel[grid](*row, _flat(min_p), *used, counters, peaks, floor, positions, splits, **_tuning(tiles))
+
+    def narrow(amount: Tensor, kept: Tensor | None, places: Tensor, shifts: list[int], by_mass: bool) -> None:
+        for shift in shifts:
+            narrow_kernel[grid](
+                *row,
+                _flat(amount),
+                *used,
+                counters,
+                peaks,
+                kept,
+                places,
+                sums,
+                totals,
+                positions,
+                splits,
+                shift,
+                shift == shifts[0],
+                BY_MASS=by_mass,
+                SCALE=max(width.bit_length() - 12, 0),
+                WAYS=ways,
+                PART=min(BLOCK, 4096 >> DIGIT),
+                **_tuning(tiles),
+            )
+
+    of_score = list(range(64 - DIGIT, 31, -DIGIT))
+    if top_k is not None:
+        narrow(top_k, None, kth, of_score, False)
+    if top_p is not None:
+        of_id = range(_rounded_up((width - 1).bit_length(), DIGIT) - DIGIT, -1, -DIGIT)
+        narrow(top_p, None if top_k is None else kth, nucleus, of_score + list(of_id), True)
+    return torch.maximum(torch.maximum(floor, kth), nucleus)
+
+
+def _rounded_up(n: int, step: int) -> int:
+    return -(-n // step) * step
 
 
 def _tiles(width: int) -> int:

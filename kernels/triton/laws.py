@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from specdec_fast.triton_kernels.rows import parameter, probabilities, scores_at
+from specdec_fast.triton_kernels.rows import limit_of, parameter, probabilities, scores_at
 
 POINT = tl.constexpr(0)  # ops.LawKind
 COMPACT = tl.constexpr(1)
@@ -75,6 +75,7 @@ def residual(
     stride_position,
     width,
     temperature,
+    limits,
     tokens,
     kind,
     draft_logits,
@@ -82,6 +83,7 @@ def residual(
     draft_stride_position,
     entries,
     draft_temperature,
+    draft_limits,
     index,
     sparse_ids,
     sparse_log_q,
@@ -99,7 +101,7 @@ def residual(
     place = b * drafted + spot
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     row = logits + b * stride_row + spot.to(tl.int64) * stride_position
-    scores = scores_at(row, ids, width, parameter(temperature, b, 1.0))
+    scores = scores_at(row, ids, width, parameter(temperature, b, 1.0), limit_of(limits, b * positions + spot))
     rest = probabilities(scores, tl.load(tops + at), weight / tl.load(totals + at))
     draft_heat = parameter(draft_temperature, b, 1.0)
     law = kind_at(kind, place, draft_heat, draft_logits, sparse_ids)
@@ -110,7 +112,8 @@ def residual(
         if draft_logits is not None:
             if law == COMPACT:
                 draft_row = draft_logits + b * draft_stride_row + spot.to(tl.int64) * draft_stride_position
-                scores = scores_at(draft_row, entry_of(ids, index, entries, STEPS), entries, draft_heat)
+                draft_limit = limit_of(draft_limits, place)
+                scores = scores_at(draft_row, entry_of(ids, index, entries, STEPS), entries, draft_heat, draft_limit)
                 rest -= probabilities(scores, tl.load(tops + draft_at), 1.0 / draft_total)
         if sparse_ids is not None:
             if law == SPARSE:

@@ -1,9 +1,12 @@
 """Rows of scores: read tile by tile, merged, and drawn from. The law of a row is defined in specdec_fast/ops.py.
 
 A tile is BLOCK entries. A first pass leaves two numbers a tile, its largest score and its mass relative to that;
-whoever needs the row's law merges them. A draw finds the tile by those masses and reads that one again.
+whoever needs the row's law merges them. A draw finds the tile by those masses and reads that one again. Filters are one
+limit a row (filters.py): what comes before it in the order of ``order_of`` has the score ``-inf``. A limit of None
+filters nothing.
 """
 
+# ruff: noqa: SIM102  - a condition known when compiling stands alone
 import triton
 import triton.language as tl
 
@@ -26,12 +29,30 @@ def parameter(pointer, row, default: tl.constexpr):
 
 
 @triton.jit
-def scores_at(row, ids, width, temperature):
+def limit_of(limits, row):
+    """A row's limit, or None where nothing is filtered."""
+    if limits is None:
+        return None
+    else:
+        return tl.load(limits + row)
+
+
+@triton.jit
+def order_of(scores, ids):
+    """Entries as int64 in the order of their scores, lower id first among equals; both zeros are one score."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.int32, bitcast=True)
+    return (tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64) << 32) | ids
+
+
+@triton.jit
+def scores_at(row, ids, width, temperature, limit):
     """Scores as the law has them; -inf for ids outside the row. At temperature 0 the logits themselves."""
     inside = (ids >= 0) & (ids < width)
     scores = tl.load(row + ids, mask=inside, other=-float("inf")).to(tl.float32)
     if temperature != 1.0:
         scores = tl.div_rn(scores, tl.zeros_like(scores) + tl.where(temperature == 0.0, 1.0, temperature))
+    if limit is not None:
+        scores = tl.where(order_of(scores, ids) < limit, -float("inf"), scores)
     return scores
 
 
@@ -45,15 +66,16 @@ def tile_weights(scores, peak):
 
 
 @triton.jit
-def measure(row, width, temperature, first, peaks, masses, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """Writes peak (NaN where the tile holds one) and mass of SPAN tiles from tile ``first`` on."""
+def measure(row, width, temperature, limit, first, peaks, masses, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+    """Writes peak (NaN where the tile holds one) and, where asked for, mass of SPAN tiles from tile ``first`` on."""
     for tile in range(first, tl.minimum(first + SPAN, tl.cdiv(width, BLOCK))):
-        scores = scores_at(row, tile * BLOCK + tl.arange(0, BLOCK), width, temperature)
+        scores = scores_at(row, tile * BLOCK + tl.arange(0, BLOCK), width, temperature, limit)
         undefined = tl.max((scores != scores).to(tl.int32), 0) > 0
         scores = tl.where(scores != scores, -float("inf"), scores)
         peak = tl.max(scores, 0)
-        if temperature != 0.0:
-            tl.store(masses + tile, tl.sum(tile_weights(scores, peak), 0))
+        if masses is not None:
+            if temperature != 0.0:
+                tl.store(masses + tile, tl.sum(tile_weights(scores, peak), 0))
         tl.store(peaks + tile, tl.where(undefined, float("nan"), peak))
 
 
@@ -119,17 +141,17 @@ def pick_entry(weights, depth):
 
 
 @triton.jit
-def draw(row, width, temperature, top, total, masses, u, BLOCK: tl.constexpr, TILES: tl.constexpr):
+def draw(row, width, temperature, limit, top, total, masses, u, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """One draw from a defined row as ``merge`` left it: the argmax at temperature 0."""
     place = tl.arange(0, BLOCK)
     if temperature == 0.0:
         tiles = tl.arange(0, TILES)
         tile = tl.min(tl.where(masses > 0.0, tiles, TILES), 0)
-        scores = scores_at(row, tile * BLOCK + place, width, temperature)
+        scores = scores_at(row, tile * BLOCK + place, width, temperature, limit)
         entry = tl.min(tl.where(scores == top, place, BLOCK - 1), 0)
     else:
         tile, depth, _ = pick_tile(in_units_of_one(masses / total), u, TILES)
-        scores = scores_at(row, tile * BLOCK + place, width, temperature)
+        scores = scores_at(row, tile * BLOCK + place, width, temperature, limit)
         entry = pick_entry(tile_weights(scores, tl.max(scores, 0)), depth)
     return (tile * BLOCK + entry).to(tl.int64)
 

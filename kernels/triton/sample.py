@@ -7,6 +7,7 @@ from specdec_fast.triton_kernels.numbers import uniform
 from specdec_fast.triton_kernels.rows import (
     arrive,
     draw,
+    limit_of,
     log_prob,
     measure,
     merge,
@@ -22,6 +23,7 @@ def sample_kernel(
     stride,
     width,
     temperature,  # [B] or None
+    limits,  # [B] int64 or None
     seed,
     position,
     offset,  # [B] or None
@@ -43,10 +45,11 @@ def sample_kernel(
     b = (program // splits).to(tl.int64)
     row = logits + b * stride
     heat = parameter(temperature, b, 1.0)
+    limit = limit_of(limits, b)
     tiles = tl.cdiv(width, BLOCK)
     peaks += b * tiles
     masses += b * tiles
-    measure(row, width, heat, program % splits * SPAN, peaks, masses, SPAN, BLOCK)
+    measure(row, width, heat, limit, program % splits * SPAN, peaks, masses, SPAN, BLOCK)
     if not arrive(counters + b, splits):
         return
 
@@ -60,9 +63,9 @@ def sample_kernel(
             u = uniform(tl.load(seed + b), tl.load(position + b), tl.full((), 0, tl.int64), PURPOSE)
         else:
             u = uniform(tl.load(seed + b), tl.load(position + b), tl.load(offset + b), PURPOSE)
-        drawn = draw(row, width, heat, top, total, mass, u, BLOCK, TILES)
+        drawn = draw(row, width, heat, limit, top, total, mass, u, BLOCK, TILES)
         normaliser = top.to(tl.float64) + tl.log(total)
-        log_p = log_prob(scores_at(row, drawn, width, heat), top, total)
+        log_p = log_prob(scores_at(row, drawn, width, heat, limit), top, total)
         if heat == 0.0:
             log_p = tl.full((), 0.0, tl.float64)
     tl.store(token + b, drawn)
@@ -72,13 +75,16 @@ def sample_kernel(
 
 
 @triton.jit
-def measure_kernel(logits, stride, width, temperature, peaks, masses, splits, SPAN: tl.constexpr, BLOCK: tl.constexpr):
+def measure_kernel(
+    logits, stride, width, temperature, limits, peaks, masses, splits, SPAN: tl.constexpr, BLOCK: tl.constexpr
+):
     program = tl.program_id(0)
     b = (program // splits).to(tl.int64)
     tiles = tl.cdiv(width, BLOCK)
     heat = parameter(temperature, b, 1.0)
     first = program % splits * SPAN
-    measure(logits + b * stride, width, heat, first, peaks + b * tiles, masses + b * tiles, SPAN, BLOCK)
+    limit = limit_of(limits, b)
+    measure(logits + b * stride, width, heat, limit, first, peaks + b * tiles, masses + b * tiles, SPAN, BLOCK)
 
 
 @triton.jit
@@ -87,6 +93,7 @@ def softmax_kernel(
     stride,
     width,
     temperature,
+    limits,
     peaks,
     masses,
     out,  # [B, V] float64
@@ -100,15 +107,16 @@ def softmax_kernel(
     b = (program // splits).to(tl.int64)
     row = logits + b * stride
     heat = parameter(temperature, b, 1.0)
+    limit = limit_of(limits, b)
     tiles = tl.cdiv(width, BLOCK)
     top, total, mass = merge(peaks + b * tiles, masses + b * tiles, width, heat, BLOCK, TILES)
     certain = tl.full((), -1, tl.int64)
     if heat == 0.0:
-        certain = draw(row, width, heat, top, total, mass, 0.5, BLOCK, TILES)
+        certain = draw(row, width, heat, limit, top, total, mass, 0.5, BLOCK, TILES)
     first = program % splits * SPAN
     for tile in range(first, tl.minimum(first + SPAN, tiles)):
         ids = tile * BLOCK + tl.arange(0, BLOCK)
-        scores = scores_at(row, ids, width, heat)
+        scores = scores_at(row, ids, width, heat, limit)
         p = probabilities(scores, top.to(tl.float64), 1.0 / total)
         if heat == 0.0:
             p = tl.where(ids == certain, 1.0, 0.0).to(tl.float64)
