@@ -20,12 +20,12 @@ from specdec_fast import native
 __all__ = ["BACKENDS", "CAPABILITIES", "OPS", "VARIABLE", "overload", "status", "triton_kernel", "why_not"]
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
-OPS = ("sample", "verify", "softmax", "project", "range_sums")
+OPS = ("sample", "verify", "softmax", "project", "range_sums", "decode_attention")
 CAPABILITIES = ("plain", "avx2", "avx512")  # what SPECDEC_FAST_CPU_CAPABILITY may name
 VARIABLE = "SPECDEC_FAST_BACKEND"
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
-_CUDA_OPS = ("sample", "verify")
+_WRITTEN = {"cpu": OPS[:-1], "cuda": ("sample", "verify")}  # the ops of a backend that has not all of them
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # the kind of device a compiled backend needs
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _chosen: dict[tuple[str, str, str], str] = {}
@@ -77,8 +77,8 @@ def why_not(op: str, backend: str) -> str | None:
         except Exception as error:  # a broken Triton fails in ways other than ImportError
             return f"{type(error).__name__}: {error}"
         return None
-    if backend == "cuda" and op not in _CUDA_OPS:
-        return f"the CUDA kernels are those of {' and '.join(_CUDA_OPS)}"
+    if op not in _WRITTEN.get(backend, OPS):
+        return f"the {backend} kernels are those of {', '.join(_WRITTEN[backend])}"
     part = native.status()[f"_ops_{backend}"]
     if not part["loaded"]:
         return part["reason"]
@@ -111,6 +111,8 @@ def status() -> dict[str, dict[str, Any]]:
 def _best(op: str, device: str) -> str:
     missing: dict[str, str] = {}
     for name in _PREFERRED.get(device, ("reference",)):
+        if op not in _WRITTEN.get(name, OPS):
+            continue
         if reason := why_not(op, name):
             missing[name] = reason
         else:

@@ -14,7 +14,7 @@ import torch
 from op_cases import FAST, proposal
 from typer.testing import CliRunner
 
-from specdec_fast import cli, dispatch, ops
+from specdec_fast import attention_ops, cli, dispatch, ops
 from specdec_fast.reference_ops import compressed_rows
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +33,9 @@ def arguments(op):
         return (torch.randn(4, 20, generator=generator), *law)
     if op == "project":
         return (q, *compressed_rows(torch.arange(20) % 7, 8))
+    if op == "decode_attention":
+        keys = torch.randn(2, 4, 2, 20, 8, generator=generator)
+        return (torch.randn(4, 6, 3, 8, generator=generator), *keys, key, key // 2, key, 0.3, 0.0)
     if op == "range_sums":
         return (q, torch.arange(20, dtype=torch.int32), key.view(4, 1), key.view(4, 1) + 5)
     case = proposal("compact", 4, 2, 20, torch.float32, generator)
@@ -77,7 +80,7 @@ def test_auto_says_what_is_missing_only_where_the_reference_is_left(monkeypatch,
 
 
 @CPU.marks[0]
-@pytest.mark.parametrize("op", dispatch.OPS)
+@pytest.mark.parametrize("op", [op for op in dispatch.OPS if op != "decode_attention"])
 def test_auto_takes_the_kernels_that_are_there(op):
     assert dispatch._best(op, "cpu") == "cpu"
     assert dispatch.why_not(op, "cpu") is None
@@ -174,6 +177,13 @@ def test_every_instruction_set_gives_the_same_bits():
         assert dispatch.CAPABILITIES[int(used)] == name
     assert len({values for name, values in outputs.items() if name != "plain"}) == 1
     assert len({values.partition("]")[0] for values in outputs.values()}) == 1
+
+
+def test_an_op_that_a_backend_was_not_written_for_warns_of_nothing(recwarn):
+    assert dispatch._best("decode_attention", "cpu") == "reference"
+    assert not recwarn
+    assert "sample, verify" in (dispatch.why_not("decode_attention", "cpu") or "")
+    assert attention_ops.decode_attention(*arguments("decode_attention")[:4]).shape == (4, 3, 6, 8)
 
 
 def test_env_says_what_is_there_and_why_not():

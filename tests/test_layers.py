@@ -51,7 +51,7 @@ LAYERS = (
     {"token_map"},
     {"vocab", "encoder"},
     {"pieces"},
-    {"ops"},
+    {"ops", "attention_ops"},
     {"dispatch", "reference_ops"},
     {"reference", "randomness"},
     {"native"},

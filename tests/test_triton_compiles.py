@@ -13,18 +13,21 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdec_fast.triton_kernels import filters, finish, judge, maps, sample
+from specdec_fast.triton_kernels import attention, filters, finish, judge, maps, sample
 
 TYPES = {
     "*bf16": "logits draft_logits",
-    "*fp32": "temperature draft_temperature peaks q min_p amount",
+    "*fp32": "temperature draft_temperature peaks q min_p amount weighted",
     "*fp64": "draft_logsumexp sparse_log_q tops totals log_ps log_ratios log_probability log_probabilities logsumexp"
     " out sums",
     "*i32": "kind index counters keep status row_start column order",
     "*i64": "tokens count drawn sparse_ids seed start position offset masses own rests accepted next_token token"
-    " low high limits draft_limits places kept found whole",
+    " low high limits draft_limits places kept found whole hidden window",
     "i32": "stride stride_row stride_position width draft_stride_row draft_stride_position entries listed base"
-    " positions drafted slots splits tiles length ranges longest more shift first",
+    " positions drafted slots splits tiles length ranges longest more shift first query_row query_head query_position"
+    " key_row key_head key_column value_row value_head value_column start_row hidden_row window_row heads group queries"
+    " capacity dim",
+    "fp32": "scale softcap",
 }
 TYPES = {name: kind for kind, names in TYPES.items() for name in names.split()}
 CONSTANTS = dict(
@@ -38,7 +41,7 @@ FULL = [*BARE, sample.measure_kernel, sample.softmax_kernel, maps.project_kernel
 
 def compiled(kernel, capability, left_out=(), **changed):
     signature = {n: "constexpr" if n in left_out else TYPES.get(n, "constexpr") for n in kernel.arg_names}
-    signature |= {n: kind for n, kind in changed.items() if n in TYPES}
+    signature |= {n: kind for n, kind in changed.items() if str(kind)[0] == "*"}
     values = {"RULE": 2, **CONSTANTS, **dict.fromkeys(left_out), **changed}
     constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
     target = GPUTarget("cuda", capability, 32)
@@ -53,6 +56,11 @@ for kernel in BARE:
 compiled(filters.narrow_kernel, 80, OPTIONAL, BY_MASS=False, amount="*i32")
 compiled(finish.finish_kernel, 100)
 compiled(filters.narrow_kernel, 100)
+for capability, element, dim in ((80, "*bf16", 64), (90, "*fp32", 16), (100, "*fp16", 64)):
+    shape = dict(ROWS=16, COLUMNS=16, DIM=dim, SPLITS=16, SOFTCAPPED=capability > 80, WIDEN=False)
+    states = dict.fromkeys(("query", "key", "value", "out"), element) | {"masses": "*fp32"}
+    compiled(attention.attend_kernel, capability, () if capability > 80 else ("hidden", "window"), **states, **shape)
+compiled(attention.merge_kernel, 90, SPLITS=16, PLACES=16, DIM=128, out="*bf16", masses="*fp32")
 """
 
 
