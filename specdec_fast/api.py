@@ -16,12 +16,12 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from specdec_fast import methods
+from specdec_fast import costs, methods, warmup
 from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
 from specdec_fast.fused import Fused
 from specdec_fast.lean import lean_model
-from specdec_fast.lookahead import lookahead_for
+from specdec_fast.lookahead import Adaptive, lookahead_for
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
 from specdec_fast.runner import Runner, text_positions
@@ -290,7 +290,7 @@ class _Loop:
         compiled = options.compile == "auto" and not config.disable_compile
         lean = lean_model(model, rounded=False) if compiled else None
         native = lean is not None
-        plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask, native)
+        plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
@@ -316,7 +316,6 @@ class _Loop:
             )
         _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
-        drafter = methods.build_drafter(plan, model, options, batch, logits_processor, do_sample, input_ids.device)
         target = Runner(
             model,
             batch,
@@ -334,6 +333,19 @@ class _Loop:
             limit,
             0 if pad is None else int(pad),
         )
+        parts: methods.Parts = model, options, batch, logits_processor, do_sample, input_ids.device
+        outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
+        lookahead = lookahead_for(
+            plan.schedule,
+            batch,
+            plan.lookahead,
+            outlook,
+            unread=[len(text) for text in rows.tokens],
+            horizon=limit - columns,
+            watched=methods.asks(plan, options),
+        )
+        drafter = methods.build_drafter(plan, *parts, further=lookahead.further if lookahead.watches else None)
+        meter = costs.Meter() if known is not None else None
         record = Record(
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
             logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
@@ -346,7 +358,7 @@ class _Loop:
             rule=Apart(Fused(rule_for(plan.verification, do_sample=do_sample), greedy=not do_sample)),
             processors=logits_processor,
             stops=stops,
-            lookahead=lookahead_for(plan.schedule, batch, plan.lookahead, plan.draft_cost),
+            lookahead=lookahead,
             source=options.source or Philox(),
             statistics=statistics,
             pad=rows.pad,
@@ -354,10 +366,14 @@ class _Loop:
             embeds=embeds,
             record=record,
             streamer=options.streamer,
+            meter=meter,
         )
         if options.streamer is not None:
             options.streamer.put(input_ids.to("cpu", copy=True))
         sequences = engine.run()
+        if known is not None and meter is not None and isinstance(lookahead, Adaptive):
+            known.take(meter)
+            known.count(lookahead.tested, lookahead.accepted, (lookahead.sure_tested, lookahead.sure_accepted))
         statistics.reason = methods.reason_of(plan, drafter)
         if options.streamer is not None:
             options.streamer.end()

@@ -11,6 +11,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import sampling
+from specdec_fast.costs import Meter
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.lookahead import Lookahead
 from specdec_fast.proposal import Proposal
@@ -60,6 +61,7 @@ class Engine:
         embeds: ``[B, n, H]`` the prompt as embeddings, fed instead of the prompt's ids.
         record: what to keep of scores and logits.
         streamer: receives a ``[B]`` tensor a column, as ``generate`` calls it.
+        meter: takes down what rounds took, None where nobody asks.
     """
 
     rows: Rows
@@ -76,12 +78,15 @@ class Engine:
     embeds: Tensor | None = None
     record: Record = field(default_factory=Record)
     streamer: BaseStreamer | None = None
+    meter: Meter | None = None
 
     def __post_init__(self) -> None:
         self._manner = sampling.manner_of(self.processors)
         self._in_order = self._manner is sampling.Manner.IN_ORDER or self.stops.in_order
         self._stop: list[int | None] = [None] * self.rows.batch  # columns of each row once it has ended
         self._streamed = self.rows.prompt_columns
+        self._feeding = 0.0  # seconds of this round's target pass
+        self._drafted_at = [0] * self.rows.batch  # tokens of each row when a draft was last asked for
         self._history: list[Tensor] = []  # [B, V] scores of each step, for criteria called with the whole batch
 
     def run(self) -> Tensor:
@@ -90,11 +95,15 @@ class Engine:
         with torch.no_grad():
             while self.rows.active:
                 self.statistics.rounds += 1
+                start, drafting, self._feeding = time.perf_counter(), self.statistics.draft_seconds, 0.0
                 if self._in_order:
                     self._round_in_order()
                 else:
                     self._round()
                 self._stream()
+                if self.meter is not None:
+                    parts = self.statistics.draft_seconds - drafting + self._feeding
+                    self.meter.rests.append(time.perf_counter() - start - parts)
         self.statistics.translate_seconds = self.drafter.translate_seconds
         self.statistics.total_seconds = time.perf_counter() - begin
         return self.rows.ids[:, : max(self.rows.length)]
@@ -224,7 +233,15 @@ class Engine:
                 room = min(room, places)
             limit.append(max(min(self.lookahead[row], room), 0) if self.embeds is None else 0)
         proposal = self.drafter.propose(self.rows, active, limit, draws)
-        self.statistics.draft_seconds += time.perf_counter() - begin
+        seconds = time.perf_counter() - begin
+        self.statistics.draft_seconds += seconds
+        if any(limit):
+            if self.meter is not None and len(active) == self.rows.batch:
+                unread = max(len(self.rows.tokens[row]) - self._drafted_at[row] for row in active)
+                self.meter.drafts.append((max(proposal.count), unread, seconds))
+            for row, most in zip(active, limit, strict=True):
+                if most:
+                    self._drafted_at[row] = len(self.rows.tokens[row])
         return proposal
 
     def _score(self, rows: list[int], proposal: Proposal) -> Tensor:
@@ -245,7 +262,11 @@ class Engine:
             tokens = torch.nn.functional.pad(known, (0, width))
             for r, u in enumerate(unseen):
                 tokens[r, u : u + width] = proposal.tokens[r]
+        begin = time.perf_counter()
         logits = self.target.feed(rows, tokens[:, : max(lanes)], lanes, [c + 1 for c in proposal.count])
+        self._feeding = time.perf_counter() - begin
+        if self.meter is not None and len(rows) == self.rows.batch and max(unseen) == 1:
+            self.meter.passes.append((max(lanes), self._feeding))
         # A copy in float32, as plain decoding takes it: processors write into it
         return logits.to(device=self.rows.ids.device, dtype=torch.float32, copy=True)
 

@@ -18,7 +18,7 @@ from specdec_fast.proposal import CompactLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
 
-__all__ = ["Fused", "drafted_token"]
+__all__ = ["Fused", "confidence", "drafted_token"]
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,16 @@ def drafted_token(scores: Tensor, draws: Draws, step: int) -> Tensor:
         purpose=Purpose.DRAFT,
     )
     return torch.where(found.status != 0, -1, found.token)
+
+
+def confidence(scores: Tensor, token: Tensor) -> list[float]:
+    """The drafter's probability of ``token [R]`` under ``scores [R, K]``, 0 where they are no law: one a row.
+
+    It decides whether to draft on and nothing else; summed in a fixed order, so that it does not hang on the batch.
+    """
+    if scores.dtype == torch.float64:
+        return reference.log_prob(scores, token).exp().nan_to_num(0.0).tolist()
+    zero = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
+    whole = ops.sample(scores, seed=zero, position=zero, purpose=Purpose.DRAFT).logsumexp
+    own = scores.gather(1, token.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return (own - whole).exp().nan_to_num(0.0).tolist()

@@ -1,14 +1,18 @@
 """How many tokens a row drafts in its next round.
 
-A row's lookahead depends on its own history alone, never on a clock or another row, so that seeded results repeat.
+A row's lookahead depends on its own history and on a table frozen for the call, never on a clock or another row, so
+that seeded results repeat. ``docs/lookahead.md`` says what :class:`Adaptive` optimises and why ending a draft early is
+lossless.
 """
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "lookahead_for"]
+from specdec_fast.costs import Costs, Outlook
+
+__all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "best_lookahead", "lookahead_for"]
 
 SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 
@@ -16,17 +20,38 @@ SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 class Lookahead(Protocol):
     """One lookahead a row."""
 
+    watches: bool
+    """Whether a drafter that knows how sure it is should ask :meth:`further` behind every token."""
+
     def __getitem__(self, row: int) -> int:
-        """Draft tokens of the row's next round, 0 included."""
+        """Draft tokens of the row's next round at most, 0 included."""
+
+    def further(self, row: int, drafted: int, confidence: float) -> bool:
+        """Whether to draft another token behind one of this probability. The token itself stays, whatever it is.
+
+        Args:
+            drafted: tokens of the row's draft so far, at least 1.
+            confidence: the drafter's probability of the newest one.
+        """
 
     def update(self, row: int, drafted: int, accepted: int) -> None:
         """Learns from a round of a row."""
 
 
-def lookahead_for(schedule: str, rows: int, initial: int, draft_cost: float) -> Lookahead:
+def lookahead_for(
+    schedule: str,
+    rows: int,
+    initial: int,
+    outlook: Outlook,
+    *,
+    unread: Sequence[int] = (),
+    horizon: int = 64,
+    watched: bool = False,
+) -> Lookahead:
     """The schedule of that name; see the classes for what the arguments mean."""
     if schedule == "adaptive":
-        return Adaptive(rows, min(2 * initial, Adaptive.MOST), draft_cost)
+        most = min(3 * initial, Adaptive.MOST)
+        return Adaptive(rows, most, outlook, unread=unread, horizon=horizon, watched=watched)
     # heuristic and heuristic_transient differ in what outlives a call, and here nothing does
     return Constant(initial) if schedule == "constant" else Heuristic(rows, initial)
 
@@ -34,11 +59,16 @@ def lookahead_for(schedule: str, rows: int, initial: int, draft_cost: float) -> 
 class Constant:
     """Always the same."""
 
+    watches = False
+
     def __init__(self, initial: int):
         self._initial = initial
 
     def __getitem__(self, row: int) -> int:
         return self._initial
+
+    def further(self, row: int, drafted: int, confidence: float) -> bool:
+        return True
 
     def update(self, row: int, drafted: int, accepted: int) -> None:
         pass
@@ -47,72 +77,254 @@ class Constant:
 class Heuristic:
     """Transformers' rule: two more after a round that accepted everything, one less after any other, at least one."""
 
+    watches = False
+
     def __init__(self, rows: int, initial: int):
         self._next = [initial] * rows
 
     def __getitem__(self, row: int) -> int:
         return self._next[row]
 
+    def further(self, row: int, drafted: int, confidence: float) -> bool:
+        return True
+
     def update(self, row: int, drafted: int, accepted: int) -> None:
         if drafted:
             self._next[row] = self._next[row] + 2 if accepted == drafted else max(1, self._next[row] - 1)
 
 
-class Adaptive:
-    """The lookahead with the most expected tokens for its cost; none, with probes now and then, where none pays.
+def best_lookahead(acceptance: Sequence[float], costs: Costs, least: int = 0) -> tuple[int, float]:
+    """The lookahead with the most expected tokens for its cost, and how many tokens a unit of cost that is.
 
-    With acceptance α a round of γ draft tokens commits ``(1 - α^(γ+1)) / (1 - α)`` tokens (Leviathan et al.,
-    arXiv 2211.17192, equation 1) and costs ``1 + γ (draft_cost + SCORE_COST)`` target passes; γ = 0 is plain decoding.
-    α is a row's own share of accepted among tested tokens, old rounds fading, drawn to a guess while there are few.
+    With a_i the acceptance of position i given that the positions before it were accepted, a round of γ draft tokens
+    commits ``1 + a_1 + a_1 a_2 + ... + a_1 ... a_γ`` tokens and costs ``costs.round(γ)``.
+
+    Args:
+        acceptance: a_1, a_2, ...; no lookahead is longer.
+        least: smallest lookahead considered.
+    """
+    tokens, reach = 1.0, 1.0
+    best, speed = 0, 1 / costs.round(0) if not least else 0.0
+    for gamma, accepted in enumerate(acceptance, 1):
+        reach *= accepted
+        tokens += reach
+        if gamma >= least and tokens / costs.round(gamma) > speed:
+            best, speed = gamma, tokens / costs.round(gamma)
+    return best, speed
+
+
+class Adaptive:
+    """The lookahead with the most expected tokens for its cost, draft by draft; never much more than plain decoding.
+
+    The expected acceptance of a position is the row's own count, old rounds fading, drawn to what is known of the
+    position from earlier calls times how well this row does; the expected acceptance of a drawn token is counted by the
+    drafter's confidence in the same way. A draft ends where going on is expected to cost more than it brings at the
+    row's best speed. What speculation may lose is held down by an account in units of cost: a row begins with a credit
+    of a few plain rounds, every token adds ``ALLOWANCE`` of one, a round of speculation adds what it saved and takes
+    what it lost, and no round is begun whose worst case is not covered.
 
     Args:
         rows: how many rows.
         most: largest lookahead.
-        draft_cost: one draft token's cost in target passes, frozen for the call.
+        outlook: costs, and acceptance in earlier calls.
+        unread: tokens of each row's prompt, which a drafter has to read before its first draft.
+        horizon: tokens a row may still write.
+        watched: whether the drafter asks :meth:`further` behind every token.
     """
 
-    SCORE_COST = 0.015  # one more position in a target pass; a few percent of it on CPUs, less on GPUs
-    FADING = 0.93  # weight of a round after the next one: a memory of about 14 rounds
-    GUESS, WEIGHT = 0.6, 3.0
     MOST = 64  # beyond it a draft hardly ever pays
-    PROBE, LONGEST_WAIT = 2, 64  # tokens of a probe; rounds without speculation, doubled up to this
+    CREDIT, SHARE, LARGEST = 1.5, 0.015, 6.0  # plain rounds: at once, for every token that may come, and at most
+    ALLOWANCE, CAP = 0.02, 12.0  # plain rounds for every token written; of what was saved, so much may be lost again
+    REMEMBERED, SOON = 16.0, 128  # tested tokens from which earlier calls are believed; tokens a pause looks ahead
+    GUESS, GUESSED = 0.6, 2.0  # acceptance of an unknown pair, and how many tested tokens that is worth
+    ROW, POSITION, SURE = 4.0, 5.0, 6.0  # ... that what is drawn to is worth: for a row, a position, a confidence
+    FADING, IDLE = 0.96, 0.995  # weight of what was counted after the next count of its kind, and after any round
+    STEPS = 8  # of confidence
 
-    def __init__(self, rows: int, most: int, draft_cost: float):
-        self._accepted = [0.0] * rows
-        self._tested = [0.0] * rows
-        self._wait = [0] * rows
-        self._waited = [0] * rows
-        self._best = _best_lookahead(most, draft_cost + self.SCORE_COST)
+    def __init__(
+        self,
+        rows: int,
+        most: int,
+        outlook: Outlook,
+        *,
+        unread: Sequence[int] = (),
+        horizon: int = 64,
+        watched: bool = False,
+    ):
+        self.watches = watched
+        self._costs = costs = outlook.costs
+        self._most = most
+        self._plain = costs.round(0)
+        self._round = [costs.round(gamma) for gamma in range(most + 1)]
+        self._prior = _profile(outlook.tested, outlook.accepted, most, self.GUESS, self.GUESSED)
+        known = outlook.tested[0] if outlook.tested else 0.0
+        self._row_weight = self.ROW + min(known, 2 * self.ROW)
+        self._sure_prior = _by_confidence(outlook, self.STEPS)
+        credit = min(self.CREDIT + self.SHARE * horizon, self.LARGEST) * self._plain
+        if known >= self.REMEMBERED:
+            credit += self._promise(best_lookahead(self._prior, costs)[1], horizon)
+        self._rows = [_Row(most, self.STEPS, credit, horizon) for _ in range(rows)]
+        for own, tokens in zip(self._rows, unread, strict=False):
+            own.unread = tokens
+        self.tested, self.accepted = [0.0] * most, [0.0] * most
+        self.sure_tested, self.sure_accepted = [0.0] * self.STEPS, [0.0] * self.STEPS
+
+    def _promise(self, speed: float, horizon: int) -> float:
+        """Half of what this speed saves soon, beside plain decoding."""
+        return 0.5 * max(self._plain - 1 / speed, 0.0) * min(max(horizon, 0), self.SOON)
+
+    # What is expected ------------------------------------------------------------------------------------------------
+
+    def _acceptance(self, own: _Row) -> list[float]:
+        """The expected acceptance of each position, given that those before it were accepted."""
+        hoped = sum(t * p for t, p in zip(own.tested, self._prior, strict=True))
+        # How well the row does beside what was expected of it
+        factor = (sum(own.accepted) + self._row_weight * self._prior[0]) / (hoped + self._row_weight * self._prior[0])
+        own.factor = factor
+        weight = self.POSITION
+        return [
+            (a + weight * min(p * factor, 0.99)) / (t + weight)
+            for a, t, p in zip(own.accepted, own.tested, self._prior, strict=True)
+        ]
 
     def __getitem__(self, row: int) -> int:
-        rate = (self._accepted[row] + self.GUESS * self.WEIGHT) / (self._tested[row] + self.WEIGHT)
-        best = self._best[round(rate * (len(self._best) - 1))]
-        if best:
-            return best
-        return self.PROBE if self._waited[row] >= self._wait[row] else 0
+        own = self._rows[row]
+        if own.stale:
+            self._choose(own)
+        return own.limit
+
+    def _choose(self, own: _Row) -> None:
+        own.stale, own.limit, own.reach = False, 0, 1.0
+        own.sure.clear()
+        own.expected = self._acceptance(own)
+        # The drafter reads what it has missed; an ordinary round's few tokens are part of its start
+        own.catch_up = self._costs.read * max(own.unread - self._most - 1, 0)
+        affordable = self._affordable(own.balance - own.catch_up)
+        best, own.speed = best_lookahead(own.expected, self._costs)
+        if best and own.catch_up <= self._promise(own.speed, own.horizon):
+            # A draft that turns out sure may go on
+            own.limit = min(max(best + 1, 2 * best) if self.watches else best, affordable, self._most)
+        elif affordable:
+            probe, speed = best_lookahead(own.expected, self._costs, 1)
+            loss = self._round[probe] * max(1 - speed * self._plain, 0.0) + own.catch_up
+            if own.saved >= loss or (self._hopeful(own) and own.balance >= 2 * loss):
+                own.limit = min(probe, affordable)
+
+    def _hopeful(self, own: _Row) -> bool:
+        """Whether drafting would pay if acceptance were a standard deviation better than it looks."""
+        better = [
+            min(a + (a * (1 - a) / (t + self.POSITION)) ** 0.5, 0.99)
+            for a, t in zip(own.expected, own.tested, strict=True)
+        ]
+        best, speed = best_lookahead(better, self._costs)
+        return best > 0 and own.catch_up <= self._promise(speed, own.horizon)
+
+    def _affordable(self, balance: float) -> int:
+        """The longest draft whose loss is covered if nothing of it is accepted."""
+        for gamma in range(self._most, 0, -1):
+            if self._round[gamma] - self._plain <= balance:
+                return gamma
+        return 0
+
+    def further(self, row: int, drafted: int, confidence: float) -> bool:
+        own = self._rows[row]
+        step = min(int(confidence * self.STEPS), self.STEPS - 1) if confidence > 0 else 0
+        own.sure.append(step)
+        if drafted >= own.limit:
+            return False
+        own.reach *= self._sure_acceptance(own, step)
+        return self._worth(own, drafted)
+
+    def _worth(self, own: _Row, drafted: int) -> bool:
+        """Whether some number of further tokens brings more than it costs at the row's best speed."""
+        reach, gained = own.reach, 0.0
+        here = self._round[drafted]
+        for more in range(drafted + 1, own.limit + 1):
+            reach *= own.expected[more - 1]
+            gained += reach
+            if gained > own.speed * (self._round[more] - here):
+                return True
+        return False
+
+    def _sure_acceptance(self, own: _Row, step: int) -> float:
+        prior = min(self._sure_prior[step] * own.factor, 0.99)
+        return (own.sure_accepted[step] + self.SURE * prior) / (own.sure_tested[step] + self.SURE)
+
+    # What happened ---------------------------------------------------------------------------------------------------
 
     def update(self, row: int, drafted: int, accepted: int) -> None:
+        own = self._rows[row]
+        own.stale = True
+        committed = accepted + 1
+        own.unread += committed
+        own.horizon -= committed
+        own.balance += self.ALLOWANCE * committed * self._plain
+        own.saved = min(own.saved + self.ALLOWANCE * committed * self._plain, self.CREDIT * self._plain)
+        for counts in (own.tested, own.accepted, own.sure_tested, own.sure_accepted):
+            counts[:] = [self.IDLE * count for count in counts]
         if not drafted:
-            self._waited[row] += 1
+            if own.limit:  # tried, and nothing came of it
+                own.balance -= self._round[1] - self._plain + own.catch_up
+                own.unread = committed
             return
-        self._accepted[row] = self._accepted[row] * self.FADING + accepted
-        self._tested[row] = self._tested[row] * self.FADING + min(accepted + 1, drafted)
-        # Reached after every draft; it only matters where the next lookahead is none
-        paid = accepted >= self.PROBE
-        self._wait[row] = 4 if paid else min(max(2 * self._wait[row], 4), self.LONGEST_WAIT)
-        self._waited[row] = 0
+        gain = committed * self._plain - self._costs.round(drafted) - own.catch_up
+        own.balance = min(own.balance + gain, self.CAP * self._plain)
+        own.saved = 0.0
+        own.unread = committed
+        for i in range(min(accepted + 1, drafted, self._most)):
+            stays = float(i < accepted)
+            own.tested[i] = self.FADING * own.tested[i] + 1
+            own.accepted[i] = self.FADING * own.accepted[i] + stays
+            self.tested[i] += 1
+            self.accepted[i] += stays
+        # A drafter whose tokens are not the target's has a confidence for each of its own
+        written = len(own.sure)
+        kept = accepted if written == drafted else accepted * written // drafted
+        for i, step in enumerate(own.sure[: min(kept + 1, written)]):
+            stays = float(i < kept)
+            own.sure_tested[step] = self.FADING * own.sure_tested[step] + 1
+            own.sure_accepted[step] = self.FADING * own.sure_accepted[step] + stays
+            self.sure_tested[step] += 1
+            self.sure_accepted[step] += stays
 
 
-@functools.cache
-def _best_lookahead(most: int, cost: float, steps: int = 100) -> list[int]:
-    """The best lookahead for acceptance 0, 1/steps, ..., 1: a table, so that a round costs one look-up."""
-    table = []
-    for step in range(steps + 1):
-        alpha = step / steps
-        tokens, best, speed = 1.0, 0, 1.0
-        for gamma in range(1, most + 1):
-            tokens += alpha**gamma
-            if tokens / (1 + gamma * cost) > speed:
-                best, speed = gamma, tokens / (1 + gamma * cost)
-        table.append(best)
-    return table
+class _Row:
+    """What is known of one row."""
+
+    def __init__(self, most: int, steps: int, credit: float, horizon: int):
+        self.balance = credit
+        self.saved = 0.0  # of the allowance since the last draft: what a probe may lose
+        self.unread = 0
+        self.horizon = horizon
+        self.tested, self.accepted = [0.0] * most, [0.0] * most
+        self.sure_tested, self.sure_accepted = [0.0] * steps, [0.0] * steps
+        # Of the round at hand
+        self.stale = True
+        self.limit = 0
+        self.expected: list[float] = []
+        self.factor = 1.0
+        self.speed = 0.0
+        self.catch_up = 0.0
+        self.reach = 1.0
+        self.sure: list[int] = []
+
+
+def _profile(tested: Sequence[float], accepted: Sequence[float], most: int, guess: float, weight: float) -> list[float]:
+    """The acceptance of each position in earlier calls, drawn to that of the position before it."""
+    result, before = [], guess
+    for i in range(most):
+        t, a = (tested[i], accepted[i]) if i < len(tested) else (0.0, 0.0)
+        before = (a + weight * before) / (t + weight)
+        result.append(before)
+    return result
+
+
+def _by_confidence(outlook: Outlook, steps: int, weight: float = 8.0) -> list[float]:
+    """The acceptance of a token by its confidence, drawn to a rise from .35 to .95."""
+    result = []
+    for step in range(steps):
+        hope = 0.35 + 0.6 * (step + 0.5) / steps
+        known = step < len(outlook.sure_tested)
+        t, a = (outlook.sure_tested[step], outlook.sure_accepted[step]) if known else (0.0, 0.0)
+        result.append((a + weight * hope) / (t + weight))
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,11 @@ from specdec_fast.choice import Choice, across_vocabularies, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
-from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter
+from specdec_fast.drafters.model import CompactDrafter, Further, ModelWriter, SameText, SlemDrafter
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.drafters.projection import ProjectionDrafter, ProjectionWriter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
 from specdec_fast.drafters.slrs import SlrsDrafter
-from specdec_fast.lean import lean_model
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
 from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
@@ -29,16 +29,27 @@ from specdec_fast.text import Reader, TextProposer
 from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
-__all__ = ["Plan", "build_drafter", "check_length", "check_model", "logit_width", "make_plan", "reason_of"]
+__all__ = [
+    "Parts",
+    "Plan",
+    "asks",
+    "build_drafter",
+    "check_length",
+    "check_model",
+    "logit_width",
+    "make_plan",
+    "reason_of",
+]
 
 # Methods that say by what law they drew; what the others propose is certain
 LAW_KNOWN = ("model", "tli", "projection", "slrs", "slrs_literal")
 # Acceptance hoped for before a method was tried, and what its cost beyond the others is worth. SLRS looks at the law of
 # some tokens with drafter passes of its own, and accepts .60 to .63 on code (docs/auto.md)
 HOPES = {"tli": (0.45, 0.0), "projection": (0.5, 0.0), "slrs": (0.65, 0.04)}
-LEAST_DRAFT_COST = 0.04  # launching a small model's layers costs something, however small they are
-MOST_DRAFT_COST = 0.5  # sizes are a guess at cost, and a guess alone must not rule a drafter out
-LEAN_SCORE_COST = 0.04  # another position in a pass that is quick to read its weights: it is no longer free
+
+
+Parts = tuple[PreTrainedModel, Options, int, LogitsProcessorList, bool, torch.device]
+"""What a drafter is built from beside a plan, as :func:`build_drafter` takes it."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,6 @@ class Plan:
         reason: one line for the statistics.
         lookahead: draft tokens a round, or what the schedule starts from.
         schedule: how the lookahead changes.
-        draft_cost: one draft token's cost in target passes, as far as their sizes tell.
         others: methods that a row's running acceptance may change to.
         rows: those that draft; None: all.
     """
@@ -61,7 +71,6 @@ class Plan:
     reason: str
     lookahead: int
     schedule: str
-    draft_cost: float
     others: tuple[str, ...] = ()
     rows: frozenset[int] | None = None
 
@@ -136,12 +145,10 @@ def make_plan(
     do_sample: bool,
     prompts: Tensor,
     mask: Tensor | None,
-    native: bool,
 ) -> Plan:
     """Resolves ``method`` and ``verification``.
 
     Args:
-        native: the target's short passes run as one operation.
         prompts: ``[B, P]`` ids.
         mask: ``[B, >= P]``, 0 at padding; its last columns are those of ``prompts``.
 
@@ -168,7 +175,6 @@ def make_plan(
         f"{choice.reason}; {why}",
         given or default,
         schedule,
-        0.0 if method == "autoregressive" else _draft_cost(model, options, native),
         choice.others,
         choice.rows,
     )
@@ -180,17 +186,16 @@ def reason_of(plan: Plan, drafter: Drafter) -> str:
     return "; ".join(filter(None, [plan.reason, changes]))
 
 
-def _draft_cost(model: PreTrainedModel, options: Options, native: bool) -> float:
-    cost, drafter = 0.0, options.assistant_model
-    if drafter is not None:
-        share = drafter.num_parameters() / max(model.num_parameters(), 1)
-        if lean_model(drafter) is not None:  # a byte a weight, where the target reads two or four
-            cost = min(max(share / 2, LEAST_DRAFT_COST / 2), MOST_DRAFT_COST)
-        else:
-            cost = min(max(share, LEAST_DRAFT_COST), MOST_DRAFT_COST)
-    if native:
-        cost += LEAN_SCORE_COST
-    return cost
+def asks(plan: Plan, options: Options) -> bool:
+    """Whether the plan's drafter asks behind every token if it should draft on.
+
+    Each answer waits for the drafter's device, so only drafters on the CPU ask; a threshold that the caller gave is
+    kept.
+    """
+    drafter = options.assistant_model
+    given = options.assistant_confidence_threshold
+    asking = plan.method in ("model", "tli", "slem") and not plan.others
+    return asking and given is None and drafter is not None and drafter.device.type == "cpu"
 
 
 def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order: bool) -> Choice:
@@ -275,8 +280,13 @@ def build_drafter(
     processors: LogitsProcessorList,
     do_sample: bool,
     device: torch.device,
+    further: Further | None = None,
 ) -> Drafter:
-    """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``."""
+    """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``.
+
+    Args:
+        further: whether to draft on; asked where :func:`asks` says so.
+    """
     if plan.method == "autoregressive":
         return NoDrafter(device)
     if plan.method == "prompt_lookup":
@@ -284,14 +294,16 @@ def build_drafter(
     if plan.others:
         alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
         rest = model, options, rows, processors, do_sample, device
+        # SLRS and projection do not ask, so a lookahead that waits to be asked would let them write on
         tried = [Candidate(own.method, partial(build_drafter, own, *rest), *HOPES[own.method]) for own in alone]
         return AutoDrafter(tried, rows)
     drafter = options.assistant_model
     assert drafter is not None
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
     confidence = options.assistant_confidence_threshold or 0.0
+    stop: dict[str, Any] = {"confidence": confidence, "further": further}
     if plan.method == "model":
-        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, confidence=confidence)
+        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **stop)
         return CompactDrafter(same, None, device)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
@@ -301,7 +313,7 @@ def build_drafter(
     if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass
-            writer = ModelWriter(drafter, contexts, warpers=warpers, confidence=confidence)
+            writer = ModelWriter(drafter, contexts, warpers=warpers, **stop)
             return SlemDrafter(writer, proposer, device)
         return LiteralSlrsDrafter(
             drafter,
@@ -337,6 +349,6 @@ def build_drafter(
         contexts,
         warpers=warpers,
         choices=shared.drafter_ids,
-        confidence=confidence,
+        **stop,
     )
     return CompactDrafter(writer, shared.target_ids, device)

@@ -12,6 +12,7 @@ from specdec_fast.randomness import Purpose
 
 FOUND = 1e-3
 CONFIDENT = {"assistant_confidence_threshold": 0.4}
+ADAPTIVE = {"num_assistant_tokens_schedule": "adaptive"}
 
 
 def worst(setting, *, whole=False, count=4, **how):
@@ -76,6 +77,17 @@ def dropped_after_a_look(patch):
     patch.setattr(ModelWriter, "_write", dropping)
 
 
+def dropped_where_it_ends(patch):
+    """The token behind which the adaptive lookahead ends a draft is dropped."""
+    asked = ModelWriter._asked
+
+    def dropping(self, active, count, drafted, scores, token):
+        kept = asked(self, active, count, drafted, scores, token)
+        return [k - 1 if k == drafted < c else k for k, c in zip(kept, count, strict=True)]
+
+    patch.setattr(ModelWriter, "_asked", dropping)
+
+
 def weights_of_the_position_before(patch):
     right = reference.block_weights
     patch.setattr(reference, "block_weights", lambda *laws: right(*laws)[:, [0, *range(right(*laws).shape[1] - 1)]])
@@ -104,6 +116,9 @@ def no_residual(patch):
         (dropped_after_a_look, "model", "token", CONFIDENT),
         (dropped_after_a_look, "model", "block", CONFIDENT),
         (dropped_after_a_look, "tli", "token", CONFIDENT),
+        (dropped_where_it_ends, "model", "token", ADAPTIVE),
+        (dropped_where_it_ends, "model", "block", ADAPTIVE),
+        (dropped_where_it_ends, "tli", "token", ADAPTIVE),
         (weights_of_the_position_before, "model", "block", {}),
         (weights_of_the_position_behind, "tli", "block", {}),
         (no_residual, "model", "token", {}),

@@ -26,7 +26,7 @@ LAYERS = (
     {"console"},
     {"__init__"},
     {"api"},
-    {"methods", "engine"},
+    {"methods", "engine", "warmup"},
     {"choice"},
     {"options"},
     {
@@ -42,6 +42,7 @@ LAYERS = (
         "drafters.slrs",
     },
     {"runner", "verification", "fused", "sampling", "stops", "lookahead", "state", "stats"},
+    {"costs"},
     {"block", "thinning", "rule", "proposal"},
     {"lean"},
     {"walk"},

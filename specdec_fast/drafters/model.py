@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,7 +24,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
-from specdec_fast.fused import drafted_token
+from specdec_fast.fused import confidence, drafted_token
 from specdec_fast.lean import lean_model
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.runner import Runner
@@ -32,9 +32,11 @@ from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws
 
-__all__ = ["CompactDrafter", "Context", "ModelWriter", "SameText", "SlemDrafter"]
+__all__ = ["CompactDrafter", "Context", "Further", "ModelWriter", "SameText", "SlemDrafter"]
 
 MOST_STEPS = 4.0  # drafter tokens written for one target token, at most
+Further = Callable[[int, int, float], bool]
+"""Whether a row drafts on: from its number, the tokens of its draft and the newest one's probability."""
 
 
 class Context(Protocol):
@@ -69,6 +71,7 @@ class ModelWriter:
             and where that pays no others are computed.
         confidence: stop a row's draft behind a token whose probability is below this; 0: never. The token itself
             stays: dropping it after having looked at it would change the output's law.
+        further: asked behind every token whether the row drafts on, in place of ``confidence``.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class ModelWriter:
         warpers: LogitsProcessorList | None,
         choices: Tensor | None = None,
         confidence: float = 0.0,
+        further: Further | None = None,
     ):
         self.contexts = contexts
         self.device = model.device
@@ -94,6 +98,7 @@ class ModelWriter:
         self._choices = None if choices is None else choices.to(model.device)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
+        self._further = further
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
         self._first = [0] * len(contexts)
@@ -134,6 +139,8 @@ class ModelWriter:
             if self._confidence:
                 sure = reference.log_prob(scores, token).exp() >= self._confidence
                 count = [c if ok else min(c, step + 1) for c, ok in zip(count, sure.tolist(), strict=True)]
+            if self._further is not None:
+                count = self._asked(active, count, step + 1, scores, token)
             if step + 1 >= max(count):
                 break
             token = token.clamp(min=0)
@@ -145,6 +152,14 @@ class ModelWriter:
             self._drafted[row] = ids
         law = None if self.warpers is None else torch.stack(kept_scores, 1)
         return Written(torch.stack(drawn, 1), law, count)
+
+    def _asked(self, active: list[int], count: list[int], drafted: int, scores: Tensor, token: Tensor) -> list[int]:
+        """How long each draft becomes, now that so many tokens of it are drawn; none of them is dropped."""
+        assert self._further is not None
+        sure = confidence(scores, token)
+        asked = zip(active, count, sure, strict=True)
+        on = [drafted <= c and self._further(row, drafted, mass) for row, c, mass in asked]
+        return [c if goes else min(c, drafted) for c, goes in zip(count, on, strict=True)]
 
     def _make_room(self, row: int, steps: int) -> int:
         """Slides a row's window where its text would leave the drafter's positions; returns the steps possible."""

@@ -1,0 +1,126 @@
+"""Measures a pair before a call: short passes of the target, and drafts, on text that is thrown away.
+
+It costs a few percent of a call of 256 tokens and is done once a pair, shape and process; from then on the passes that
+calls make anyway keep the table up to date (:mod:`specdec_fast.costs`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, observed
+from specdec_fast.drafters.base import Drafter
+from specdec_fast.lean import LeanModel
+from specdec_fast.methods import Parts, Plan, build_drafter
+from specdec_fast.randomness import Philox
+from specdec_fast.runner import Runner
+from specdec_fast.state import Rows
+from specdec_fast.verification import Draws
+
+__all__ = ["measure", "outlook_for"]
+
+CONTEXT = 48  # tokens of a prompt that are read
+SIZES = (1, 6, 3, 10, 2, 16, 4, 8)  # positions of a pass, the most telling first
+NEEDED = 2  # of them are measured in any case
+DRAFTS = (1, 4, 1)
+WORTH_IT = 64  # tokens that a call may write, from which it is measured for
+SHARE = 0.03  # of a call that its measurement may take
+
+
+def outlook_for(
+    plan: Plan, parts: Parts, texts: list[list[int]], lean: LeanModel | None, horizon: int
+) -> tuple[Outlook, Observed | None]:
+    """What a call's lookahead is computed from.
+
+    With a seed it is a constant table, in which neither a clock nor earlier calls have a part.
+
+    Args:
+        plan: of the call.
+        parts: of the call.
+        texts: each row's prompt without padding.
+        lean: the target's short passes.
+        horizon: tokens a row may write.
+
+    Returns:
+        the table, and where what the call measures goes (None: nowhere).
+    """
+    model, options, batch, _, do_sample, device = parts
+    pair = model, options.assistant_model
+    constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
+    if plan.schedule != "adaptive" or plan.method == "autoregressive":
+        return Outlook(constant), None
+    known = observed(*pair, (plan.method, batch, do_sample, lean is None, model.dtype, torch.get_num_threads()))
+    if options.seed is not None or options.source is not None:
+        return Outlook(constant), known
+    if not known.ready and horizon >= WORTH_IT and all(texts):
+        drafter = build_drafter(replace(plan, others=(), rows=None), *parts)
+        known.take(measure(lambda: Runner(model, batch, lean=lean), drafter, texts, device, budget=SHARE * horizon))
+    return known.outlook() if known.ready else known.counted(constant), known
+
+
+@torch.no_grad()
+def measure(
+    runner: Callable[[], Runner],
+    drafter: Drafter,
+    texts: list[list[int]],
+    device: torch.device,
+    *,
+    budget: float,
+    repetitions: int = 1,
+) -> Meter:
+    """Times passes and drafts of as many rows as there are texts.
+
+    Args:
+        runner: makes a target's runner for that many rows.
+        drafter: one that was made for this; what it learns here is of no use elsewhere.
+        texts: each row's prompt without padding, at least one token.
+        budget: how long to go on, in target passes at one position.
+        repetitions: of every pass and draft.
+    """
+    length = min(CONTEXT, *map(len, texts))
+    ids = torch.tensor([text[-length:] for text in texts], device=device)
+    batch = len(texts)
+    meter = Meter()
+    _time_drafts(meter, drafter, ids, repetitions)
+    target, rows = runner(), list(range(batch))
+    target.feed(rows, ids, [length] * batch, [1] * batch)
+    places = target.positions - length
+    text = ids.repeat(1, -(-max(SIZES) // length))
+    begin = time.perf_counter()
+    for number, size in enumerate((1, *SIZES * repetitions)):
+        if size > places:
+            continue
+        for row in rows:
+            target.rollback(row, length)
+        start = time.perf_counter()
+        target.feed(rows, text[:, :size], [size] * batch, [size] * batch)
+        _wait(device)
+        end = time.perf_counter()
+        if number:  # the first one warms up
+            meter.passes.append((size, end - start))
+        if number > NEEDED and end - begin > budget * min(seconds for n, seconds in meter.passes if n == 1):
+            break
+    return meter
+
+
+def _time_drafts(meter: Meter, drafter: Drafter, ids: Tensor, repetitions: int) -> None:
+    batch, length = ids.shape
+    rows = Rows(ids, None, torch.zeros(batch, dtype=torch.long), length + max(DRAFTS) + 1, 0)
+    start = torch.full((batch,), length, device=ids.device)
+    for number, steps in enumerate(DRAFTS * repetitions):
+        # Numbers of its own: those of the call are drawn once, by the call
+        draws = Draws(Philox(), rows.seed, start + number)
+        begin = time.perf_counter()
+        drafter.propose(rows, list(range(batch)), [steps] * batch, draws)
+        _wait(ids.device)
+        meter.drafts.append((steps, 1 if number else length, time.perf_counter() - begin))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
