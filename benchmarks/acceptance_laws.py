@@ -283,7 +283,7 @@ def _drafters(
         proposer = TextProposer(pair.tokenizer, target, own, lookbehind=LOOKBEHIND)
         made = {"union": UnionDrafter(writer, index), "slem": SlemDrafter(writer, proposer, device)}
     for method in set(methods) - {"union", "slem"}:
-        plan = Plan(method, "block", "", lookahead, "constant", 0.0)
+        plan = Plan(method, "block", "", lookahead, "constant")
         made[method] = build_drafter(plan, pair.target, options, rows, processors, True, device)
     return {method: made[method] for method in METHODS if method in methods}
 

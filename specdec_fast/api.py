@@ -96,10 +96,12 @@ def fast_generate(
             token in order.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
-            None: from torch's global generator.
+            None: from torch's global generator; how much is drafted then hangs on what was measured, so that under
+            rules "token" and "block" a result need not repeat.
         num_assistant_tokens: lookahead, draft tokens a round (in target tokens); constant unless a schedule is given.
-        num_assistant_tokens_schedule: "adaptive" (default: from the acceptance so far and the models' sizes, none at
-            all where drafting does not pay), "constant", "heuristic" or "heuristic_transient" as in Transformers.
+        num_assistant_tokens_schedule: "adaptive" (default: from the acceptance so far and from costs, measured or, with
+            a seed, guessed from the models' sizes; none at all where drafting does not pay), "constant", "heuristic"
+            or "heuristic_transient" as in Transformers.
         assistant_confidence_threshold: end a draft behind a token less probable than this.
         assistant_temperature: the drafter's own temperature; None: the target's. 0: its argmax.
         prompt_lookup_num_tokens: draft from the text itself, this many tokens a round.

@@ -87,7 +87,9 @@ def test_a_constant_table_hangs_on_sizes_alone():
 
 
 @pytest.fixture
-def pair():
+def pair(monkeypatch):
+    monkeypatch.setattr(warmup, "observed", costs.observed)
+    monkeypatch.setattr(warmup, "WORTH_IT", 64)
     target = build_model("llama", seed=3)
     return target, make_noisy(target, 0.2)
 
