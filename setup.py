@@ -30,7 +30,7 @@ import toolchain
 PACKAGE = "specdec_fast"
 STRICT = os.environ.get("SPECDEC_FAST_STRICT_BUILD", "0") not in ("", "0")
 OPS = ["ops", "sample", "verify", "residual", "filter", "rows", "maps", "chunk_plain", "chunk_avx2", "chunk_avx512"]
-OPS += ["llama"]
+OPS += ["llama", "pass_plain", "pass_avx2", "pass_avx512", "pass_dot"]
 FLAGS = ["-O3", "-g0"]
 
 

@@ -27,7 +27,9 @@ from specdec_fast.cache import RaggedCache, ragged_layers
 
 __all__ = ["MOST_LANES", "LeanModel", "lean_model"]
 
+CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
+ZERO = 128  # of a weight in 8 bits
 SAMPLES = 64  # of each matrix, to see whether it has been changed
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
 # What these compute is known; others may differ where a short trial does not reach (scaling by position, windows)
@@ -54,6 +56,8 @@ class LeanModel:
         rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
         if rope.get("rope_type") in ("dynamic", "longrope"):
             raise ValueError("frequencies that change with the length")
+        self.capability = -1
+        """Place in :data:`CAPABILITIES` of the instruction set to run on, -1 for the best there is."""
         self._dtype = model.dtype
         self._rounded = rounded
         self._dim = int(attention.head_dim)
@@ -97,7 +101,9 @@ class LeanModel:
             other = copy.copy(self)
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
-                parts[-1] = parts[-1][place] if len(parts[-1]) else parts[-1]
+                if len(parts[-1]):
+                    packed = name == "_weights" and self._rounded
+                    parts[-1] = _packed(_unpacked(parts[-1])[place]) if packed else parts[-1][place]
                 setattr(other, name, parts)
             self._restrictions = {key: other}
         return other
@@ -111,8 +117,7 @@ class LeanModel:
         """
         if self._rounded:
             return [lanes <= MOST_LANES for lanes in count]
-        most = MOST_LANES if self._dtype == torch.float32 else MOST_LANES // 2
-        return [len(count) * max(count) <= most] * len(count)
+        return [len(count) * max(count) <= MOST_LANES] * len(count)
 
     def __call__(
         self, tokens: Tensor, columns: Tensor, hidden: list[int], cache: RaggedCache, lanes: list[int]
@@ -157,6 +162,7 @@ class LeanModel:
             self._kv_heads,
             self._scaling,
             self._epsilon,
+            self.capability,
         )
         return logits.view(rows, len(lanes), -1)
 
@@ -200,7 +206,19 @@ def _matrix(module: Any, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not rounded:
         return weights.contiguous(), torch.empty(0), offsets
     scales = weights.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return (weights.float() / scales.unsqueeze(1)).round_().to(torch.int8), scales, offsets
+    return _packed((weights.float() / scales.unsqueeze(1)).round_().add_(ZERO).to(torch.uint8)), scales, offsets
+
+
+def _packed(weights: Tensor) -> Tensor:
+    """Bytes ``[N, K]``, each :data:`ZERO` above its weight, as ``csrc/pass.h`` reads them: ``[N/16, K/4, 16, 4]``."""
+    n, k = weights.shape
+    whole = torch.nn.functional.pad(weights, (0, -k % 4, 0, -n % 16), value=ZERO)
+    return whole.view(-1, 16, whole.shape[1] // 4, 4).transpose(1, 2).contiguous()
+
+
+def _unpacked(weights: Tensor) -> Tensor:
+    """``[N, K]`` of :func:`_packed`, with what it filled in."""
+    return weights.transpose(1, 2).reshape(weights.shape[0] * 16, -1)
 
 
 _Kept = dict[bool, tuple[list[Any], LeanModel | None]]
@@ -284,6 +302,6 @@ _library = torch.library.Library("specdec_fast", "FRAGMENT")
 _library.define(
     "llama_forward(Tensor tokens, Tensor rows, Tensor columns, Tensor hidden_columns, Tensor wanted, Tensor embedding, "
     "Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, Tensor head_norms, Tensor rotations, "
-    "Tensor(a!)[] keys, Tensor(b!)[] values, int[] windows, int heads, int kv_heads, float scaling, float epsilon) "
-    "-> Tensor"
+    "Tensor(a!)[] keys, Tensor(b!)[] values, int[] windows, int heads, int kv_heads, float scaling, float epsilon, "
+    "int capability) -> Tensor"
 )
