@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from specdec_fast import costs, methods, warmup
+from specdec_fast import costs, dispatch, methods, warmup
 from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
 from specdec_fast.engine import Engine, Record
 from specdec_fast.fused import Fused
@@ -284,6 +284,7 @@ class _Loop:
         options = self._options.completed_by(generation_config, prepared=True)
         config = generation_config
         _refuse_unsupported(model, config, model_kwargs)
+        dispatch.check_default(input_ids.device.type)
         if options.assistant_model is not None:
             methods.check_model(options.assistant_model, "assistant_model")
         do_sample = bool(config.do_sample)

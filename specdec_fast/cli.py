@@ -341,9 +341,13 @@ def env(
     lines = [(name, version or "not installed") for name, version in report["versions"].items()]
     lines += [(device["name"], device["about"]) for device in report["devices"]]
     for name, part in report["native"].items():
-        if name != "build":
+        if name == "build":
+            lines.append(("built", _build_line(part)))
+        else:
             lines.append((name, f"loaded from {part['path']}" if part["loaded"] else f"not loaded: {part['reason']}"))
     lines += [(f"backend {name}", _backend_line(part)) for name, part in report["backends"].items()]
+    if report["problem"]:
+        lines.append(("problem", report["problem"]))
     for name, place in report["models"].items():
         lines.append((f"default {name}", f"{place['path']} ({place['state']})" if place["path"] else place["state"]))
     # Not a table: a path that is cut or wrapped cannot be copied
@@ -353,11 +357,25 @@ def env(
         out.print(Text.assemble((name.ljust(width), "dim"), "  ", text), soft_wrap=True)
 
 
+def _build_line(record: dict[str, Any] | None) -> str:
+    if record is None:
+        return "no record: the package was not built where it lies"
+    line = f"by Python {record['python']} with torch {record['torch'] or 'missing'}"
+    if cuda := record.get("cuda"):
+        line += f", CUDA {cuda['release']} for {', '.join(cuda['architectures'])}"
+    return line
+
+
 def _backend_line(part: dict[str, Any]) -> str:
-    ops = ", ".join(part["ops"])
+    line = ", ".join(part["ops"])
     if "capability" in part:
-        ops += f" ({part['capability']})"
-    return f"{ops}; not the rest: {part['reason']}" if ops and part["reason"] else ops or f"none: {part['reason']}"
+        line += f" ({part['capability']})"
+    by_reason: dict[str, list[str]] = {}
+    for op, reason in part["missing"].items():
+        by_reason.setdefault(reason, []).append(op)
+    if len(by_reason) == 1 and not part["ops"]:
+        return f"none: {next(iter(by_reason))}"
+    return "; ".join([line or "none", *(f"not {', '.join(ops)}: {reason}" for reason, ops in by_reason.items())])
 
 
 if __name__ == "__main__":

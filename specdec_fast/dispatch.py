@@ -17,12 +17,24 @@ from torch import Tensor
 
 from specdec_fast import native
 
-__all__ = ["BACKENDS", "CAPABILITIES", "OPS", "VARIABLE", "overload", "status", "triton_kernel", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "CAPABILITIES",
+    "OPS",
+    "VARIABLE",
+    "check_default",
+    "overload",
+    "setting_problem",
+    "status",
+    "triton_kernel",
+    "why_not",
+]
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS = ("sample", "verify", "softmax", "project", "range_sums", "decode_attention")
-CAPABILITIES = ("plain", "avx2", "avx512")  # what SPECDEC_FAST_CPU_CAPABILITY may name
+CAPABILITIES = ("plain", "avx2", "avx512")
 VARIABLE = "SPECDEC_FAST_BACKEND"
+CAPABILITY_VARIABLE = "SPECDEC_FAST_CPU_CAPABILITY"
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
 _WRITTEN = {"cpu": OPS[:-1], "cuda": ("sample", "verify")}  # the ops of a backend that has not all of them
@@ -76,15 +88,44 @@ def why_not(op: str, backend: str) -> str | None:
             triton_kernel(op)
         except Exception as error:  # a broken Triton fails in ways other than ImportError
             return f"{type(error).__name__}: {error}"
-        return None
+        if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+            return None
+        return "there is no GPU (TRITON_INTERPRET=1 runs the kernels on the CPU, very slowly)"
     if op not in _WRITTEN.get(backend, OPS):
         return f"the {backend} kernels are those of {', '.join(_WRITTEN[backend])}"
     part = native.status()[f"_ops_{backend}"]
     if not part["loaded"]:
         return part["reason"]
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"specdec_fast::{op}", backend.upper()):
-        return f"{part['path']} has no kernel for {op}: it was built from older sources"
+        return f"{part['path']} has no kernel for {op}: it was built from older sources, build or install it again"
+    if backend == "cuda" and not torch.cuda.is_available():
+        return "there is no CUDA device"
     return None
+
+
+def check_default(device: str) -> None:
+    """Refuses environment variables by which the rules cannot run on a kind of device.
+
+    Raises:
+        ValueError: an unknown name, a backend that is not there, or one for another kind of device.
+    """
+    if problem := setting_problem():
+        raise ValueError(problem)
+    for op in ("sample", "verify"):
+        _overload_name(op, device, _DEFAULT)
+
+
+def setting_problem() -> str | None:
+    """What is wrong with ``SPECDEC_FAST_BACKEND`` or ``SPECDEC_FAST_CPU_CAPABILITY``; None where nothing is."""
+    asked = os.environ.get(CAPABILITY_VARIABLE)
+    if asked and asked not in CAPABILITIES:
+        return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}, not {asked!r}"
+    if _DEFAULT == "auto":
+        return None
+    if _DEFAULT not in BACKENDS:
+        return f"{VARIABLE} must be auto, {', '.join(BACKENDS)}, not {_DEFAULT!r}"
+    missing = why_not("verify", _DEFAULT)
+    return f"{VARIABLE}={_DEFAULT} is not there: {missing}" if missing else None
 
 
 def triton_kernel(op: str) -> Callable[..., Any]:
@@ -95,15 +136,15 @@ def triton_kernel(op: str) -> Callable[..., Any]:
 def status() -> dict[str, dict[str, Any]]:
     """What each backend can run here, and why not the rest.
 
-    ``{"cpu": {"ops": [...], "reason": str | None, "capability": str}, ...}``; the instruction set of the CPU kernels
+    ``{"cpu": {"ops": [...], "missing": {op: reason}, "capability": str}, ...}``; the instruction set of the CPU kernels
     is there where they are.
     """
     report: dict[str, dict[str, Any]] = {}
     for backend in BACKENDS:
         reasons = {op: why_not(op, backend) for op in OPS}
-        missing = [reason for reason in reasons.values() if reason]
-        report[backend] = {"ops": [op for op in OPS if not reasons[op]], "reason": missing[0] if missing else None}
-    if report["cpu"]["ops"]:
+        missing = {op: reason for op, reason in reasons.items() if reason}
+        report[backend] = {"ops": [op for op in OPS if op not in missing], "missing": missing}
+    if "sample" in report["cpu"]["ops"]:
         report["cpu"]["capability"] = CAPABILITIES[torch.ops.specdec_fast.cpu_capability()]
     return report
 

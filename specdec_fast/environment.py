@@ -13,19 +13,21 @@ __all__ = ["report"]
 
 def report() -> dict[str, Any]:
     """Versions, devices, native parts, backends of the ops and default models, ready for JSON."""
-    from specdec_fast import native, ops
+    from specdec_fast import dispatch, native, ops
 
     versions: dict[str, str | None] = {"specdec_fast": __version__, "python": sys.version.split()[0]}
-    for name in ("torch", "transformers", "tokenizers", "triton"):
+    # A CUDA wheel has its toolkit in the version; in a tree that is not installed there is none to ask for
+    for name in ("specdec_fast", "torch", "transformers", "tokenizers", "triton"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            versions[name] = None
+            versions.setdefault(name, None)
     return {
         "versions": versions,
         "devices": _devices(),
         "native": native.status(),
         "backends": ops.status(),
+        "problem": dispatch.setting_problem(),
         "models": _models(),
     }
 

@@ -239,7 +239,7 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
     # Hooks and devices may come and go between calls
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with _lock:
-        if hooked or model.device.type != "cpu" or not native.load_ops():
+        if hooked or model.device.type != "cpu" or not _native():
             _kept.pop(model, None)
             return None
         state = _state(model, rounded)
@@ -247,6 +247,11 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
         if rounded not in forms or not _equal(forms[rounded][0], state):
             forms[rounded] = (state, _made(model, rounded))
         return forms[rounded][1]
+
+
+def _native() -> bool:
+    """Whether the native pass is there: a library built from older sources may lack it."""
+    return native.load_ops() and torch._C._dispatch_has_kernel_for_dispatch_key("specdec_fast::llama_forward", "CPU")
 
 
 @torch.no_grad()

@@ -1,9 +1,12 @@
 """Which backend an op runs on, what is said where one is missing, and what torch's compiler sees."""
 
 import contextlib
+import copy
 import importlib
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import FAST, proposal
+from tiny import model
 from typer.testing import CliRunner
 
-from specdec_fast import attention_ops, cli, dispatch, ops
+from specdec_fast import attention_ops, cli, dispatch, fast_generate, native, ops
 from specdec_fast.reference_ops import compressed_rows
 
 ROOT = Path(__file__).parent.parent
@@ -152,6 +156,43 @@ def test_a_missing_binary_warns_once_and_changes_no_token(tmp_path):
     assert chosen.stdout == done.stdout
 
 
+@pytest.mark.parametrize(
+    "variables, words",
+    [
+        (
+            {"SPECDEC_FAST_BACKEND": "abacus"},
+            "SPECDEC_FAST_BACKEND must be auto, reference, cpu, triton, cuda, not 'abacus'",
+        ),
+        (
+            {"SPECDEC_FAST_CPU_CAPABILITY": "sse"},
+            "SPECDEC_FAST_CPU_CAPABILITY must be one of plain, avx2, avx512, not 'sse'",
+        ),
+        (
+            {"SPECDEC_FAST_BACKEND": "cpu", "SPECDEC_FAST_DISABLE_NATIVE": "1"},
+            "SPECDEC_FAST_BACKEND=cpu is not there: disabled by SPECDEC_FAST_DISABLE_NATIVE",
+        ),
+    ],
+)
+def test_a_wrong_environment_is_refused_before_anything_runs(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(native, "_modules", {})
+    monkeypatch.setattr(native, "_reasons", {})
+    try:
+        importlib.reload(dispatch)
+        with pytest.raises(ValueError, match=re.escape(words)):
+            dispatch.check_default("cpu")
+        target = copy.deepcopy(model())
+        monkeypatch.setattr(target, "forward", lambda *_, **__: pytest.fail("the model ran"))
+        with pytest.raises(ValueError, match=re.escape(words)):
+            fast_generate(target, torch.tensor([[1, 2, 3]]), max_new_tokens=3)
+        result = CliRunner().invoke(cli.app, ["env"])
+        assert result.exit_code == 0 and words in result.stdout
+    finally:
+        monkeypatch.undo()
+        importlib.reload(dispatch)
+
+
 def test_the_environment_names_the_backend(monkeypatch):
     logits, key = torch.zeros(1, 3), torch.zeros(1, dtype=torch.int64)
     monkeypatch.setenv(dispatch.VARIABLE, "abacus")
@@ -163,6 +204,25 @@ def test_the_environment_names_the_backend(monkeypatch):
     finally:
         monkeypatch.undo()
         importlib.reload(dispatch)
+
+
+@CPU.marks[0]
+def test_a_library_of_older_sources_says_so_op_by_op(tmp_path):
+    """A library that loads and has none of the kernels: a stand-in for one that was built before an op was written."""
+    package = tmp_path / "specdec_fast"
+    shutil.copytree(ROOT / "specdec_fast", package, ignore=shutil.ignore_patterns("*.so", "drafter", "__pycache__"))
+    source = tmp_path / "old.c"
+    source.write_text("int old(void) { return 1; }")
+    subprocess.run(["gcc", "-shared", "-o", str(package / "_ops_cpu.so"), str(source)], check=True, timeout=60)
+    script = CALL + "from specdec_fast import dispatch, environment, lean; import json; print(lean._native())\n"
+    done = python(script + "print(json.dumps(environment.report()['backends']['cpu']))", tmp_path)
+    tokens, native_pass, report = done.stdout.splitlines()
+    assert tokens == python(CALL, SPECDEC_FAST_DISABLE_NATIVE="1").stdout.strip()
+    assert native_pass == "False"
+    missing = json.loads(report)["missing"]
+    assert json.loads(report)["ops"] == []
+    assert "has no kernel for sample: it was built from older sources" in missing["sample"]
+    assert len([line for line in done.stderr.splitlines() if "UserWarning" in line]) == 1
 
 
 @CPU.marks[0]
@@ -192,4 +252,17 @@ def test_env_says_what_is_there_and_why_not():
     for backend, part in dispatch.status().items():
         (line,) = (line for line in result.stdout.splitlines() if line.startswith(f"backend {backend} "))
         assert all(op in line for op in part["ops"])
-        assert part["reason"] is None or part["reason"] in line
+        assert set(part["ops"]) | set(part["missing"]) == set(dispatch.OPS)
+        for op, reason in part["missing"].items():
+            assert reason in line
+            assert op in line or not part["ops"]
+    assert "built" in result.stdout
+
+
+def test_triton_without_a_gpu_says_what_would_run_it(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in (dispatch.why_not("sample", "triton") or "")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert dispatch.why_not("sample", "triton") is None

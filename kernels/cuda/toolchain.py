@@ -5,6 +5,7 @@ needs, which bring their CUDA part where there is one; the CUDA runtime is linke
 """
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -15,24 +16,50 @@ KERNELS = ROOT / "csrc" / "cuda_kernels.cu"  # torch-free
 OPS = ROOT / "csrc" / "cuda_ops.cpp"
 SOURCES = [KERNELS, OPS]
 HOME = "SPECDEC_FAST_CUDA_HOME"
+RELEASE = "SPECDEC_FAST_CUDA"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest supported
 ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 # Fused operations are written out, so that host and device compute the same bits
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
+def wanted_release() -> str | None:
+    """What SPECDEC_FAST_CUDA names, `13.0`; None where it is not set.
+
+    Raises:
+        RuntimeError: it is no release.
+    """
+    given = os.environ.get(RELEASE, "")
+    if given and not re.fullmatch(r"\d+\.\d+", given):
+        raise RuntimeError(f"{RELEASE} is {given!r}: give a release of CUDA as 13.0")
+    return given or None
+
+
 def nvcc() -> str | None:
     """The compiler of the toolkit that SPECDEC_FAST_CUDA_HOME names, else CUDA_HOME, PATH, or /usr/local/cuda.
 
+    Where SPECDEC_FAST_CUDA names a release, the first of those, or of /usr/local/cuda-<release>, that is of it.
+
     Raises:
-        RuntimeError: SPECDEC_FAST_CUDA_HOME names a folder without one.
+        RuntimeError: SPECDEC_FAST_CUDA_HOME names a folder without one, or none is of the release wanted.
     """
-    if home := os.environ.get(HOME):
-        if named := shutil.which("nvcc", path=str(Path(home) / "bin")):
-            return named
-        raise RuntimeError(f"{HOME} is {home}, which has no bin/nvcc")
-    usual = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    return shutil.which("nvcc", path=usual) or shutil.which("nvcc")
+    wanted, home = wanted_release(), os.environ.get(HOME)
+    if home:
+        found = [shutil.which("nvcc", path=str(Path(home) / "bin"))]
+        if not found[0]:
+            raise RuntimeError(f"{HOME} is {home}, which has no bin/nvcc")
+    else:
+        usual = [f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"]
+        usual += [f"/usr/local/cuda-{wanted}/bin"] if wanted else []
+        found = [*(shutil.which("nvcc", path=path) for path in usual), shutil.which("nvcc")]
+    there = [path for path in found if path]
+    if wanted is None:
+        return there[0] if there else None
+    for path in there:
+        if release(path) == wanted:
+            return path
+    others = ", ".join(f"{path} is of {release(path)}" for path in there) or "nvcc was not found"
+    raise RuntimeError(f"{RELEASE} asks for CUDA {wanted}, but {others}: set {HOME} to the folder of that toolkit")
 
 
 def release(compiler: str) -> str:
