@@ -62,7 +62,7 @@ class Runs:
 
 
 class Node:
-    """What a draw at one node leads to: of the tokens below it, the longest that the text with that draw begins with.
+    """What a draw at one node leads to.
 
     Args:
         below: ``[C]`` target tokens.
@@ -110,12 +110,14 @@ class Leftover:
         offset: bytes of each that have been used.
         tokens: ``[N]`` target ids; -1: none.
         whole: ``[N]`` bool, whether that token is all of the rest.
+        joins: ``[N]`` bool, whether a walk begins at it: it is all of the rest, and a node.
     """
 
     entries: Ints
     offset: int
     tokens: Ints
     whole: NDArray[np.bool_]
+    joins: NDArray[np.bool_]
 
 
 class Spelling:
@@ -135,6 +137,7 @@ class Spelling:
     """
 
     def __init__(self, target: Vocabulary, drafter: Vocabulary, *, target_size: int, drafter_size: int):
+        self._target = weakref.ref(target)  # whoever uses the spelling keeps it alive
         self._tokens = {data: t for data, t in target._id_of.items() if t < target_size}
         self._texts = {t: data for data, t in self._tokens.items()}
         self._most = max(map(len, self._tokens), default=0)
@@ -160,12 +163,12 @@ class Spelling:
         self._nodes: dict[int, Node] = {}
         self._rests: dict[tuple[int, int], tuple[int, bool]] = {}
         self._leftovers: dict[tuple[int | None, int], Leftover] = {}
-        self._longer: dict[int, Leftover] = {}
+        self._longer: dict[tuple[int, int], Leftover] = {}
 
     def _find_paths(self, drafter: Vocabulary, entry_of: dict[int, int]) -> None:
         # Shorter texts first: a path may pass through the tokens that are known by then
         for data, t in sorted(self._tokens.items(), key=lambda pair: len(pair[0])):
-            path = tuple(entry_of.get(d, -1) for d in _written(data, drafter))
+            path = tuple(entry_of.get(d, -1) for d in _drafted(data, drafter))
             above = [self.at.get(path[:j], -1) for j in range(1, len(path))]
             if not path or len(path) > LONGEST_PATH or -1 in path or -1 in above:
                 continue
@@ -199,7 +202,28 @@ class Spelling:
             leads_to[low:high] = i
             if len(self.path[t]) == len(path) + 1:
                 steps[self.path[t][-1]] = t
+        index = {t: i for i, t in enumerate(below)}
+        for k in np.flatnonzero(leads_to >= 0).tolist():
+            if k not in steps and (written := self._written(text + self._pieces[k])):
+                leads_to[k] = index.get(written[0], -1)
         return Node(below, leads_to, steps)
+
+    def _written(self, data: bytes) -> list[int]:
+        """What the target's own tokenizer makes of a text in mid-sentence; nothing where that is another text."""
+        target = self._target()
+        if target is None:
+            raise RuntimeError("the target vocabulary of this spelling no longer exists")
+        if target.encoder is None:
+            return []
+        try:
+            ids, _ = target.encode_inside(data.decode())
+        except UnicodeDecodeError:
+            return []
+        pieces = [target.token_bytes[i] for i in ids]
+        if not all(pieces) or b"".join(filter(None, pieces)) != data:
+            return []
+        tokens = [self._tokens.get(piece, -1) for piece in pieces if piece]
+        return [] if -1 in tokens else tokens
 
     def begun_with(self, data: bytes) -> tuple[int, int]:
         """The range of entries whose text begins with some bytes."""
@@ -229,37 +253,61 @@ class Spelling:
             self._leftovers[node, token] = found
         return found
 
-    def longer(self, entry: int) -> Leftover | None:
-        """What is left, behind its text, of the entries that begin with an entry's text; None for a special."""
+    def longer(self, entry: int, last: int) -> Leftover | None:
+        """What is left, behind its text, of the entries that begin with an entry's text; None: nothing, or a special.
+
+        Args:
+            entry: that the drafter's text ends with.
+            last: target token that the target's text ends with, at the same byte. Entries are left out with which the
+                target, had it meant them, would have written another token than that.
+        """
         if entry >= len(self._pieces):
             return None
-        found = self._longer.get(entry)
+        found = self._longer.get((entry, last))
         if found is None:
-            data = self._pieces[entry]
-            found = self._longer[entry] = self.rest(np.arange(*self.begun_with(data)), len(data))
-        return found
+            data, text = self._pieces[entry], self._texts.get(last, b"")
+            low, high = self.begun_with(data)
+            able = [k for k in range(low, high) if self._parts_at(k, data, last, text)]
+            found = self._longer[entry, last] = self.rest(np.array(able, np.int64), len(data))
+        return found if (found.tokens >= 0).any() else None
+
+    def _parts_at(self, entry: int, data: bytes, last: int, text: bytes) -> bool:
+        """Whether the target would write an entry that begins with ``data`` in tokens that part behind it."""
+        if len(text) <= len(data) or not text.endswith(data):
+            return self._told_at(entry, len(data)) is not None
+        written = self._written(text + self._pieces[entry][len(data) :])
+        return not written or written[0] == last
+
+    def joins(self, token: int) -> bool:
+        """Whether text left over that is just this token begins a walk at it."""
+        return token in self._below
 
     def rest(self, entries: Ints, offset: int) -> Leftover:
         """Of some entries, those with text behind ``offset``, and how it begins."""
         kept = [k for k in entries.tolist() if not self.used_up(k, offset)]
         rests = [self._rest(k, offset) for k in kept]
-        tokens, whole = [token for token, _ in rests], [whole for _, whole in rests]
-        return Leftover(np.array(kept, np.int64), offset, np.array(tokens, np.int64), np.array(whole, bool))
+        tokens, whole = [token for token, _ in rests], np.array([whole for _, whole in rests], bool)
+        joins = whole & np.array([self.joins(token) for token in tokens], bool)
+        return Leftover(np.array(kept, np.int64), offset, np.array(tokens, np.int64), whole, joins)
 
     def _rest(self, entry: int, offset: int) -> tuple[int, bool]:
         """The token that goes on with an entry's text, -1 for none, and whether that is all of it."""
         found = self._rests.get((entry, offset))
         if found is None:
-            data, token, end = self._pieces[entry], -1, 0
-            for told in self.told[entry]:
-                if end >= offset:
-                    token = told if end == offset else -1
-                    break
-                end += len(self._texts[told])
-            if token < 0:  # no told token begins here
-                token = self._longest(data[offset:])
-            found = self._rests[entry, offset] = (token, len(self._texts.get(token, b"")) == len(data) - offset)
+            data, token = self._pieces[entry][offset:], self._told_at(entry, offset)
+            if token is None:
+                token = (self._written(data) or [self._longest(data)])[0]
+            found = self._rests[entry, offset] = (token, len(self._texts.get(token, b"")) == len(data))
         return found
+
+    def _told_at(self, entry: int, offset: int) -> int | None:
+        """The token that begins at a byte of an entry's text as it is told; None: none does."""
+        end = 0
+        for told in self.told[entry]:
+            if end >= offset:
+                return told if end == offset else None
+            end += len(self._texts[told])
+        return None
 
     def _longest(self, data: bytes) -> int:
         """The longest target token that some bytes begin with, -1 for none."""
@@ -270,7 +318,7 @@ class Spelling:
         return -1
 
 
-def _written(data: bytes, drafter: Vocabulary) -> list[int]:
+def _drafted(data: bytes, drafter: Vocabulary) -> list[int]:
     """The drafter's ids for a text; none where it cannot write it."""
     known = drafter.id_of(data)
     if known is not None:

@@ -4,8 +4,9 @@ Words: :mod:`specdec_fast.spelling`. One target token is proposed like this.
 
 - At the *root*, behind the text so far, draw an entry d; t is the first target token that tells it. If d is path(t) and
   t is a node, go on at t. Otherwise propose t.
-- At *node* x draw d; of the tokens below x take the longest that ``text(x) text(d)`` begins with, t. None: propose x,
-  the walk *stops*. If d completes path(t) and t is a node, go on at t. Otherwise propose t.
+- At *node* x draw d. It extends nothing: propose x, the walk *stops*. It leads to a token t below x (it completes
+  path(t), or the target itself would write ``text(x) text(d)`` beginning with t): if d completes path(t) and t is a
+  node, go on at t. Otherwise propose t.
 
 A walk that ends in t has passed through nothing but prefixes of path(t) = d1 … dm, so its law is the sum
 
@@ -20,7 +21,8 @@ What is revealed behind a proposal is where the walk ended and how, and the next
   next root stands behind path(x) and has that law.
 - *overrun*: the entry drawn at x leads to t and has text left over. It is of law q behind path(x) restricted to all
   such entries; which of them it is stays hidden. The next token is the one that goes on telling the text left over, so
-  its law is a sum of masses for each token (:class:`Rest`), and so on until the text is used up.
+  its law is a sum of masses for each token (:class:`Rest`), and so on until the text is used up. But where the text
+  left over is just that of a node, this and the entry are revealed first, and the next walk begins at the node.
 - *ended*: the entry drawn is used up and revealed. The next root stands behind it.
 
 A root behind a target token x that is a node (the text committed so far ends with it, or an entry was used up) draws
@@ -121,6 +123,7 @@ class Root:
         depth: entries drawn and used up before it in this round.
         weights: of the entries behind them.
         runs: the entries that may be drawn first; None: all.
+        start: path of the node that the walk begins at, whose text has been drawn before; empty: the root.
     """
 
     spelling: Spelling
@@ -129,6 +132,7 @@ class Root:
     runs: Runs | None = None
     seen: dict[Path, Weights] = field(default_factory=dict)
     """The laws behind paths from here."""
+    start: Path = ()
 
     def __post_init__(self) -> None:
         self.total = self.weights.total(self.runs)
@@ -147,21 +151,27 @@ class Root:
         value, more, missing = self._sum(token)
         return (value + more,) * 2 if missing is None else (value, value + more)
 
+    def missing(self, token: int) -> Path | None:
+        """The path that :meth:`mass` would look at."""
+        return self._sum(token)[2]
+
     def _sum(self, token: int) -> tuple[float, float, Path | None]:
         """What is known of ψ, what the rest of the path may add at most, and the path to look at for it."""
-        spelling, scale = self.spelling, 1.0 / self.total
-        value = scale * self._first(spelling.own(token)).sum()
-        path = spelling.path.get(token)
-        if path is None:
+        spelling, begun = self.spelling, len(self.start)
+        path = spelling.path.get(token, ())
+        if path[:begun] != self.start:  # not at or below the node
+            return 0.0, 0.0, None
+        value = 0.0 if begun else self._first(spelling.own(token)).sum() / self.total
+        if not path:
             return value, 0.0, None
+        reach = 1.0 if begun else self._first(np.array(path[:1]))[0] / self.total
         needed = path if spelling.inner(token) else path[:-1]
-        reach = scale * self._first(np.array(path[:1]))[0]
-        for j in range(1, len(needed) + 1):
+        for j in range(begun or 1, len(needed) + 1):
             if not reach:
                 break
-            weights = self.seen.get(path[:j])
+            weights = self.weights if j == begun else self.seen.get(path[begun:j])
             if weights is None:
-                return value, reach, needed
+                return value, reach, needed[begun:]
             node = spelling.node(spelling.at[path[:j]])
             if not weights.total() > 0:  # the drafter's scores are no law: the walk would stop
                 reach *= float(j == len(path))
@@ -181,11 +191,18 @@ class Root:
 class Rest:
     """The law of a token that is proposed from the text left over of a hidden draw.
 
+    Where that text is just a node's, it is known, and which entry it was: the walk goes on at the node, and this law
+    is that of the others.
+
     Args:
         spelling: of the two vocabularies.
         depth: entries used up before the hidden one.
         weights: of the entries behind them.
         leftover: what the hidden one may be.
+
+    Attributes:
+        total: mass of the entries that this is the law of.
+        joining: mass of those that a walk goes on from.
     """
 
     def __init__(self, spelling: Spelling, depth: int, weights: Weights, leftover: Leftover):
@@ -193,9 +210,12 @@ class Rest:
         self._spelling = spelling
         self._weights = weights
         self._leftover = leftover
-        self._masses = np.where(leftover.tokens >= 0, weights.of(leftover.entries), 0.0)
+        masses = np.where(leftover.tokens >= 0, weights.of(leftover.entries), 0.0)
+        self._joins = np.where(leftover.joins, masses, 0.0)
+        self._masses = masses - self._joins
         self._edges = np.concatenate([[0.0], np.cumsum(self._masses)])
         self.total = float(self._edges[-1])
+        self.joining = float(self._joins.sum())
 
     def mass(self, token: int, look: Look) -> float:
         """ψ of a token; no look is needed."""
@@ -211,6 +231,16 @@ class Rest:
         left = self._leftover
         return int(left.entries[i]), int(left.tokens[i]), bool(left.whole[i])
 
+    def join(self, u: float, more: float = 0.0) -> tuple[int, int] | None:
+        """An entry that a walk goes on from, and the node; None: the hidden entry is none of these.
+
+        Args:
+            more: mass of what else may have been drawn.
+        """
+        i = Masses(np.append(self._joins, self.total + more)).draw(u)
+        left = self._leftover
+        return None if i == len(left.entries) else (int(left.entries[i]), int(left.tokens[i]))
+
     def behind(self, token: int) -> Rest:
         """The law of the next token where ``token`` has not used up the text."""
         left = self._leftover
@@ -223,7 +253,8 @@ class Healed:
     """The law of a token behind a text whose last entry may turn out to be the beginning of a longer one.
 
     The entry is taken back and drawn again, from those that begin with its text: a longer one, told from there on, or
-    itself, with a walk behind it.
+    itself, with a walk behind it. (A longer one that leaves just a node's text is known, see :class:`Rest`, and not in
+    this law.)
 
     Args:
         ending: the entry.
@@ -251,6 +282,10 @@ class Healed:
         """ψ of a token lies between these numbers, without another look."""
         (rest, _), (low, high) = self.rest.bounds(token), self.root.bounds(token) if self._parts[1] else (0.0, 0.0)
         return self._mix(rest, low), self._mix(rest, high)
+
+    def missing(self, token: int) -> Path | None:
+        """The path behind the entry that :meth:`mass` would look at."""
+        return self.root.missing(token) if self._parts[1] else None
 
     def choose(self, u: float) -> Rest | Root:
         """Which of the two the walk goes on with."""
@@ -314,6 +349,7 @@ class Walk:
         self._law: Root | Rest
         self._stated: Law | None = None  # the law of the next token, where it is not _law
         self._path: Path = ()
+        self._start: Path = ()  # of the node that the next walk begins at
 
     @property
     def able(self) -> bool:
@@ -335,12 +371,17 @@ class Walk:
         Returns:
             Whether it is needed; False: the walk is over.
         """
-        if not self._path:
+        if self._start:
+            self._law = Root(self._spelling, len(self.fed), weights, start=self._start)
+            self._path, self._start = self._start, ()
+            if not self._law.total > 0:
+                return False
+        elif not self._path:
             self._law = self._open(weights)
-            if self._ending is not None and before is not None and isinstance(self._law, Root):
-                self._heal(before, self._ending, self._law)
+            if before is not None and self._heal(before, self._law):
+                return True
         elif isinstance(self._law, Root):
-            self._law.seen[self._path] = weights
+            self._law.seen[self._path[len(self._law.start) :]] = weights
         while self._path or self._may_begin():
             if isinstance(self._law, Rest):
                 goes_on = self._from_rest(self._law)
@@ -353,19 +394,30 @@ class Walk:
                 return goes_on
         return False
 
-    def _heal(self, before: Weights, ending: int, root: Root) -> None:
-        """Takes back the entry that the text ends with, and draws it or a longer one."""
-        self._ending = None
-        leftover = self._spelling.longer(ending)
+    def _heal(self, before: Weights, root: Root | Rest) -> bool:
+        """Takes back the entry that the text ends with, and draws it or a longer one.
+
+        Returns:
+            whether another law is needed first.
+        """
+        ending, self._ending = self._ending, None
+        if ending is None or isinstance(root, Rest):
+            return False
+        leftover = self._spelling.longer(ending, self._last)
         if leftover is None or not self.able:
-            return
+            return False
         whole = float(before.of(np.array([ending]))[0]) if root.total > 0 else 0.0
-        healed = Healed(ending, Rest(self._spelling, 0, before, leftover), root, whole)
-        if not healed.total > 0:
-            return
+        rest = Rest(self._spelling, 0, before, leftover)
+        if not rest.total + rest.joining + whole > 0:
+            return False
+        if rest.joining and (found := rest.join(self._number(), whole)):
+            self.fed.clear()
+            return self._join(*found)
+        healed = Healed(ending, rest, root, whole)
         self._stated, self._law = healed, healed.choose(self._number())
         if self._law is not root:
             self.fed.clear()
+        return False
 
     def _at_node(self, node: int, weights: Weights) -> bool | None:
         """One draw at a node; returns what `advance` does, None where it needs no other law yet."""
@@ -380,12 +432,20 @@ class Walk:
 
     def _from_rest(self, law: Rest) -> bool | None:
         """One token of the text left over."""
+        # A first token's law may be a mixture with this one, stated after it was known that none is joined
+        if law.joining and self._stated is None and (found := law.join(self._number())):
+            return self._join(*found)
         entry, token, whole = law.draw(self._number())
         self._propose(token)
         if whole:
             return self._end(entry)
         self._law = law.behind(token)
         return None
+
+    def _join(self, entry: int, node: int) -> bool:
+        """The text left over of an entry is a node's: the next walk begins there."""
+        self._start = self._spelling.path[node]
+        return self._feed(entry)
 
     def _lead(self, node: int | None, entry: int, token: int, weights: Weights) -> bool | None:
         """An entry drawn at a node (None: the root) leads to a token."""
@@ -414,7 +474,8 @@ class Walk:
 
     def _may_begin(self) -> bool:
         """Whether there is a law for another token, and room for it."""
-        return self.able and self._law.total > 0
+        law = self._law
+        return self.able and law.total + (law.joining if isinstance(law, Rest) else 0.0) > 0
 
     def _more(self) -> bool:
         return len(self.drawn) < self._limit

@@ -82,6 +82,8 @@ PAIRS = {
     ),
     # tokenizers that do not take the longest piece
     "ways of writing": ([b"a", b"b", b"ab", b"c", b"bc", b"abca"], [b"a", b"b", b"abc", b"ca", b"ab", b"bcc"]),
+    # text left over that is a node's (b), beside some that is not (c)
+    "line ends": ([b"a", b"b", b"c", b"bc", b"bcc"], [b"ab", b"ac", b"a", b"b", b"c", b"cc", b"abc"]),
     # a path that passes through a text which is no target token
     "gap": ([b"a", b"abc", b"b", b"c"], [b"a", b"b", b"c", b"ab"]),
 }
@@ -155,15 +157,21 @@ class Brute:
         fitting = [t for t, text in self.of.items() if data.startswith(text) and (among is None or t in among)]
         return max(fitting, key=lambda t: len(self.of[t]), default=None)
 
+    def written(self, data):
+        """The target tokens of a text, None where the encoder does not give it back."""
+        with contextlib.suppress(UnicodeDecodeError):
+            ids = self.target.encoder.encode(data.decode())[0]
+            if b"".join(self.target.token_bytes[t] for t in ids) == data:
+                return [self.texts[self.target.token_bytes[t]] for t in ids]
+        return None
+
     def told(self, d):
         """The target tokens of d's text: itself, else the encoder's, else the longest ones."""
         data = self.pieces[d]
         if data in self.texts:
             return [self.texts[data]]
-        with contextlib.suppress(UnicodeDecodeError):
-            ids = self.target.encoder.encode(data.decode())[0]
-            if b"".join(self.of[t] for t in ids) == data:
-                return ids
+        if (ids := self.written(data)) is not None:
+            return ids
         ids = []
         while (t := self.longest(data)) is not None:
             ids.append(t)
@@ -171,39 +179,64 @@ class Brute:
         return ids
 
     def goes_on(self, d, used):
-        """The token that goes on with d's text: as it is told, where a told token begins there."""
+        """The token that goes on with d's text: as it is told, where a told token begins there; else the encoder's."""
         ids = self.told(d)
-        ends = [sum(len(self.of[t]) for t in ids[:i]) for i in range(len(ids))]
-        return ids[ends.index(used)] if used in ends else self.longest(self.pieces[d][used:])
+        ends = self._begins(ids)
+        if used in ends:
+            return ids[ends.index(used)]
+        rest = self.pieces[d][used:]
+        return (self.written(rest) or [self.longest(rest)])[0]
+
+    def _begins(self, ids):
+        return [sum(len(self.of[t]) for t in ids[:i]) for i in range(len(ids))]
+
+    def joins(self, t):
+        return t in self.paths and bool(self.below(self.paths[t]))
 
     def extends(self, node, d):
         """The token that d leads to at a node, None: it extends nothing."""
         if self.pieces[d] is None:
             return None
-        text = self.of[node]
-        found = self.longest(text + self.pieces[d], self.below(self.paths[node]))
-        return found if found is not None and len(self.of[found]) > len(text) else None
+        text, below = self.of[node], self.below(self.paths[node])
+        for t in below:
+            if self.paths[t] == (*self.paths[node], d):
+                return t
+        data = text + self.pieces[d]
+        ids = self.written(data)
+        found = self.longest(data, below) if ids is None else ids[0]
+        return found if found in below else None
+
+    def parts(self, d, data, last):
+        """Whether the target, writing d, might have written ``data`` with ``last`` at its end."""
+        text = self.of.get(last, b"")
+        if len(text) > len(data) and text.endswith(data):
+            ids = self.written(text + self.pieces[d][len(data) :])
+            return ids is None or ids[0] == last
+        return len(data) in self._begins(self.told(d))
 
     def outcomes(self, q, steps, last=-1, held=b"", ending=None):
         """Every way to propose ``steps`` tokens: probability, and for each the token and what is revealed behind it.
 
-        What the next token's law must be follows by Bayes: draws are carried along, hidden or not.
+        What the next token's law must be follows by Bayes: draws are carried along, hidden or not. The first pair
+        stands for the text so far.
         """
+        steps, begin = steps + 1, (("begin", None),)
         if ending is None or self.pieces[ending] is None:
-            yield from self._root(() if ending is None else (ending,), 1.0, (), q, steps, last, held)
+            yield from self._root(() if ending is None else (ending,), 1.0, begin, q, steps, last, held)
             return
         data, law = self.pieces[ending], q(())
         longer = [d for d, piece in enumerate(self.pieces) if piece and piece.startswith(data) and piece != data]
-        longer = [d for d in longer if self._sayable(d) and self.goes_on(d, len(data)) is not None]
+        longer = [d for d in longer if self._sayable(d) and self.parts(d, data, last)]
+        longer = [d for d in longer if self.goes_on(d, len(data)) is not None]
         total = law[[ending, *longer]].sum()
         if not total > 0:
-            yield from self._root((ending,), 1.0, (), q, steps, last)
+            yield from self._root((ending,), 1.0, begin, q, steps, last)
             return
         if law[ending] > 0:
-            yield from self._root((ending,), law[ending] / total, (), q, steps, last)
+            yield from self._root((ending,), law[ending] / total, begin, q, steps, last)
         for d in longer:
             if law[d] > 0:
-                yield from self._left((), d, len(data), law[d] / total, (), q, steps)
+                yield from self._left((), d, len(data), law[d] / total, begin, q, steps)
 
     def _root(self, fed, chance, done, q, steps, last, held=b""):
         if len(done) == steps:
@@ -244,8 +277,10 @@ class Brute:
             kind = ("over", fed)
             yield from self._left(fed, d, len(self.of[t]), chance, (*done, (t, kind)), q, steps)
 
-    def _at(self, fed, path, node, chance, done, q, steps):
-        law = q((*fed, *path))
+    def _at(self, fed, path, node, chance, done, q, steps, drawn=()):
+        """At a node with this path, of which ``drawn`` was no draw: its text was that of the draw before."""
+        behind = (*fed, *path[len(drawn) :])
+        law = q(behind)
         usable = np.array([d in self.markers or self._sayable(d) for d in range(len(law))])
         law = np.where(usable, law, 0.0)
         law = law / law.sum()
@@ -259,16 +294,16 @@ class Brute:
                 if len(after) == steps:
                     yield now, after
                 else:  # d itself is the next token's first draw
-                    yield from self._begun((*fed, *path), d, now, after, q, steps)
+                    yield from self._begun(behind, d, now, after, q, steps)
                 continue
             longer = (*path, d)
             if self.paths[t] == longer and self.below(longer):
-                yield from self._at(fed, longer, t, now, done, q, steps)
+                yield from self._at(fed, longer, t, now, done, q, steps, drawn)
             elif self.of[t] == self.of[node] + self.pieces[d]:
-                yield from self._root((*fed, *longer), now, (*done, (t, ("end", d))), q, steps, t)
+                yield from self._root((*behind, d), now, (*done, (t, ("end", d))), q, steps, t)
             else:
                 used = len(self.of[t]) - len(self.of[node])
-                yield from self._left((*fed, *path), d, used, now, (*done, (t, ("over", (*fed, *path)))), q, steps)
+                yield from self._left(behind, d, used, now, (*done, (t, ("over", behind))), q, steps)
 
     def _left(self, fed, d, used, chance, done, q, steps):
         """Text of a hidden d is left over."""
@@ -279,6 +314,9 @@ class Brute:
         t = self.goes_on(d, used)
         if t is None:
             yield chance, (*done, (None, ("lost",)))
+        elif self.of[t] == rest and self.joins(t):
+            done = (*done[:-1], (done[-1][0], ("join", d)))
+            yield from self._at((*fed, d), self.paths[t], t, chance, done, q, steps, drawn=self.paths[t])
         elif self.of[t] == rest:
             yield from self._root((*fed, d), chance, (*done, (t, ("end", d))), q, steps, t)
         else:
@@ -290,7 +328,7 @@ def brute_laws(brute, q, steps, **start):
     """The law of each next token, by what has been proposed and revealed before it."""
     laws = {}
     for chance, done in brute.outcomes(q, steps, **start):
-        for i in range(len(done)):
+        for i in range(1, len(done)):
             token = done[i][0]
             if token is not None:
                 law = laws.setdefault(done[:i], {})
@@ -357,9 +395,15 @@ def walks(spelling, q, steps, monkeypatch, **start):
         i = script.choose(self._masses)
         return int(self._leftover.entries[i]), int(self._leftover.tokens[i]), bool(self._leftover.whole[i])
 
+    def rest_join(self, u, more=0.0):
+        i = script.choose(np.append(self._joins, self.total + more))
+        left = self._leftover
+        return None if i == len(left.entries) else (int(left.entries[i]), int(left.tokens[i]))
+
     def healed_choose(self, u):
         return (self.rest, self.root)[script.choose(self._parts)]
 
+    monkeypatch.setattr(Rest, "join", rest_join)
     monkeypatch.setattr(Rest, "draw", rest_draw)
     monkeypatch.setattr(Healed, "choose", healed_choose)
     while True:
@@ -384,17 +428,23 @@ def look_of(spelling, q, walk):
 
 def revealed(spelling, walk, ending=None):
     """What a walk has revealed behind each token, in brute force's words."""
-    ids, kinds = spelling.ids, []
-    for now, then in zip(walk.drawn, walk.drawn[1:], strict=False):
-        if isinstance(then.law, Rest):
-            kinds.append((now.token, ("over", tuple(ids[k] for k in walk.fed[: then.law.depth]))))
-            continue
-        law = now.law
-        if isinstance(law, Healed):
-            law = law.root if walk.fed[:1] == [ending] else law.rest
-        fed = tuple(walk.fed[law.depth : then.law.depth])
-        if isinstance(law, Root) and spelling.at.get(fed) == now.token and spelling.inner(now.token):
-            kinds.append((now.token, ("stop",)))
+    ids, kinds, token = spelling.ids, [], "begin"
+    for place, then in enumerate(walk.drawn):
+        now = walk.drawn[place - 1].law if place else None
+        if isinstance(then.law, Root) and then.law.start:
+            kinds.append((token, ("join", ids[walk.fed[then.law.depth - 1]])))
+        elif now is None:
+            kinds.append((token, None))
+        elif isinstance(then.law, Rest):
+            kinds.append((token, ("over", tuple(ids[k] for k in walk.fed[: then.law.depth]))))
         else:
-            kinds.append((now.token, ("end", ids[fed[-1]])))
+            if isinstance(now, Healed):
+                now = now.root if walk.fed[:1] == [ending] else now.rest
+            fed = tuple(walk.fed[now.depth : then.law.depth])
+            path = (*now.start, *fed) if isinstance(now, Root) else ()
+            if spelling.at.get(path) == token and spelling.inner(token):
+                kinds.append((token, ("stop",)))
+            else:
+                kinds.append((token, ("end", ids[fed[-1]])))
+        token = then.token
     return tuple(kinds)

@@ -189,14 +189,17 @@ class SlrsDrafter:
             room = self._room(row, most)
             text = self._contexts[row].ids[self._first[row] :]
             held = _unfinished(self._target, rows.tokens[row])
+            last = rows.tokens[row][-1]
             ending = self._spelling.entry_of.get(text[-1]) if len(text) > 1 and not held else None
+            if ending is not None and self._spelling.longer(ending, last) is None:
+                ending = None
             walks.append(
                 Walk(
                     self._spelling,
                     most,
                     room + (ending is not None),
                     numbers.of(r),
-                    last=rows.tokens[row][-1],
+                    last=last,
                     held=held,
                     ending=ending,
                     confidence=self._confidence,
