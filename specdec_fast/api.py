@@ -17,7 +17,12 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, warmup
-from specdec_fast.cache import RaggedCache, check_cache, ragged_layers, read_cache, write_cache
+from specdec_fast.cache import check_cache, ragged_layers
+from specdec_fast.continuation import load, store
+from specdec_fast.device_engine import DeviceEngine
+from specdec_fast.device_plan import Call, constant_outlook, mode_of, open_session
+from specdec_fast.drafters.base import Drafter
+from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine, Record
 from specdec_fast.fused import Fused
 from specdec_fast.lean import lean_model
@@ -290,8 +295,8 @@ class _Loop:
         do_sample = bool(config.do_sample)
         stops = Stops(stopping_criteria)
         mask = model_kwargs.get("attention_mask")
-        compiled = options.compile == "auto" and not config.disable_compile
-        lean = lean_model(model, rounded=False) if compiled else None
+        mode = mode_of(options, model, bool(config.disable_compile))
+        lean = lean_model(model, rounded=False) if mode == "native" else None
         native = lean is not None
         plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
@@ -319,25 +324,39 @@ class _Loop:
             )
         _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
-        target = Runner(
-            model,
-            batch,
+        record = Record(
+            scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
+            logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
+        )
+        statistics = Speculation(plan.method, plan.verification, plan.reason, forward="native" if native else "eager")
+        call = Call(
+            plan=plan,
+            options=options,
+            processors=logits_processor,
+            stops=stops,
+            do_sample=do_sample,
             visible=visible,
+            prompt=shift + columns,
+            longest=shift + max(limit, columns + 1),
+            recorded=not record.empty,
+            embeds=embeds is not None,
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
-            lean=lean,
         )
-        if past:
-            _load(target, cache, past)
+        resident = open_session(model, mode, config.compile_config, batch, call, statistics)
+        device = input_ids.device if resident is None else torch.device("cpu")
         rows = Rows(
-            input_ids,
+            input_ids.to(device),
             None if visible is None else visible[:, shift:],
             seeds,
             limit,
             0 if pad is None else int(pad),
         )
-        parts: methods.Parts = model, options, batch, logits_processor, do_sample, input_ids.device
-        outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
+        parts: methods.Parts = model, options, batch, logits_processor, do_sample, device
+        if resident is None:
+            outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
+        else:
+            outlook, known = constant_outlook(model, options), None
         lookahead = lookahead_for(
             plan.schedule,
             batch,
@@ -345,50 +364,68 @@ class _Loop:
             outlook,
             unread=[len(text) for text in rows.tokens],
             horizon=limit - columns,
-            watched=methods.asks(plan, options),
+            watched=resident is None and methods.asks(plan, options),
         )
-        drafter = methods.build_drafter(plan, *parts, further=lookahead.further if lookahead.watches else None)
         meter = costs.Meter() if known is not None else None
-        record = Record(
-            scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
-            logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
-        )
-        statistics = Speculation(plan.method, plan.verification, plan.reason, forward="native" if native else "eager")
-        engine = Engine(
-            rows=rows,
-            target=target,
-            drafter=drafter,
-            rule=Apart(Fused(rule_for(plan.verification, do_sample=do_sample), greedy=not do_sample)),
-            processors=logits_processor,
-            stops=stops,
-            lookahead=lookahead,
-            source=options.source or Philox(),
-            statistics=statistics,
-            pad=rows.pad,
-            shift=shift,
-            embeds=embeds,
-            record=record,
-            streamer=options.streamer,
-            meter=meter,
-        )
-        if options.streamer is not None:
-            options.streamer.put(input_ids.to("cpu", copy=True))
-        sequences = engine.run()
-        if known is not None and meter is not None and isinstance(lookahead, Adaptive):
-            known.take(meter)
-            known.count(lookahead.tested, lookahead.accepted, (lookahead.sure_tested, lookahead.sure_accepted))
-        statistics.reason = methods.reason_of(plan, drafter)
-        if options.streamer is not None:
-            options.streamer.end()
-        remember(statistics)
-        handed_in = getattr(cache, "_is_user_defined", False)
-        if handed_in or config.return_dict_in_generate:
-            engine.fill()
-        if config.use_cache is False:
-            cache = None
-        elif handed_in or config.return_dict_in_generate:
-            cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
-            _store(target, cache, shift + sequences.shape[1] - 1)
+        everything: dict[str, Any] = {
+            "rows": rows,
+            "rule": Apart(Fused(rule_for(plan.verification, do_sample=do_sample), greedy=not do_sample)),
+            "processors": logits_processor,
+            "stops": stops,
+            "lookahead": lookahead,
+            "source": options.source or Philox(),
+            "statistics": statistics,
+            "pad": rows.pad,
+            "shift": shift,
+            "embeds": embeds,
+            "record": record,
+            "streamer": options.streamer,
+            "meter": meter,
+        }
+        try:
+            engine: Engine
+            drafter: Drafter
+            target: Runner
+            if resident is not None:
+                target, drafter = resident.target, NoDrafter(device)
+            else:
+                further = lookahead.further if lookahead.watches else None
+                drafter = methods.build_drafter(plan, *parts, further=further)
+                target = Runner(
+                    model,
+                    batch,
+                    visible=visible,
+                    use_cache=call.use_cache,
+                    prefill_chunk=config.prefill_chunk_size,
+                    lean=lean,
+                )
+            if past:
+                load(target, cache, past)
+            if options.streamer is not None:
+                options.streamer.put(input_ids.to("cpu", copy=True))
+            if resident is None:
+                engine = Engine(target=target, drafter=drafter, **everything)
+            else:
+                engine = DeviceEngine(target=target, drafter=drafter, launcher=resident, **everything)
+            sequences = engine.run().to(input_ids.device)
+            if known is not None and meter is not None and isinstance(lookahead, Adaptive):
+                known.take(meter)
+                known.count(lookahead.tested, lookahead.accepted, (lookahead.sure_tested, lookahead.sure_accepted))
+            statistics.reason = methods.reason_of(plan, drafter)
+            if options.streamer is not None:
+                options.streamer.end()
+            remember(statistics)
+            handed_in = getattr(cache, "_is_user_defined", False)
+            if handed_in or config.return_dict_in_generate:
+                engine.fill()
+            if config.use_cache is False:
+                cache = None
+            elif handed_in or config.return_dict_in_generate:
+                cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
+                store(target, cache, shift + sequences.shape[1] - 1)
+        finally:
+            if resident is not None:
+                resident.close()
         if not config.return_dict_in_generate:
             return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}
@@ -449,41 +486,6 @@ def _check_positions(given: Tensor | None, columns: int, visible: Tensor | None)
     own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
     if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
         raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
-
-
-def _load(target: Runner, cache: Any, past: int) -> None:
-    for group, own in target.caches:
-        source = cache if len(group) == target.rows else _row_of(cache, group[0])
-        read_cache(source, own)
-        for row in group:
-            target.length[row] = past
-
-
-def _row_of(cache: Any, row: int) -> Any:
-    """One row of a cache, as a cache."""
-    part = copy.copy(cache)
-    part.layers = [copy.copy(layer) for layer in cache.layers]
-    for layer in part.layers:
-        if getattr(layer, "is_initialized", False):
-            layer.keys, layer.values = layer.keys[row : row + 1], layer.values[row : row + 1]
-    return part
-
-
-def _store(target: Runner, cache: Any, columns: int) -> None:
-    """Writes the columns of the result into a Transformers cache."""
-    caches = [own for _, own in target.caches]
-    if len(caches) == 1:
-        write_cache(caches[0], cache, columns)
-        return
-    joined = RaggedCache(target.rows, caches[0].layer_count)
-    layers: Any = joined.cache.layers
-    for index, layer in enumerate(layers):
-        parts: Any = [own.cache.layers[index] for own in caches]
-        if parts[0].is_initialized:
-            layer.keys = torch.cat([part.keys[:, :, :columns] for part in parts])
-            layer.values = torch.cat([part.values[:, :, :columns] for part in parts])
-            layer.is_initialized = True
-    write_cache(joined, cache, columns)
 
 
 def _by_step(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:

@@ -22,7 +22,7 @@ from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
 from specdec_fast.verification import Draws, Rule
 
-__all__ = ["Engine", "Record"]
+__all__ = ["Engine", "Record", "refuse_undefined"]
 
 
 @dataclass
@@ -161,7 +161,7 @@ class Engine:
         accepted, token, drafts = _to_host(verdict.accepted, verdict.token, proposal.tokens)
         self.statistics.verify_seconds += time.perf_counter() - begin
         for r, row in enumerate(active):
-            _refuse_undefined(token[r][0], row)
+            refuse_undefined(token[r][0], row)
             block = drafts[r][: accepted[r][0]] + token[r]
             kept = self._commit(row, block)
             self._learn(row, proposal.count[r], accepted[r][0], kept, proposal.count[r])
@@ -196,7 +196,7 @@ class Engine:
             column[active] = torch.where(kept, drafted, verdict.token)
             kept_rows, chosen = _to_host(kept, column[active])
             for row, (token,) in zip(active, chosen, strict=True):
-                _refuse_undefined(token, row)
+                refuse_undefined(token, row)
             self._append_column(column)
             for row in range(batch):
                 self.record.add(row, scores[row].unsqueeze(0), None if raw is None else raw[row].unsqueeze(0))
@@ -380,7 +380,8 @@ def _to_host(*tensors: Tensor) -> list[list[list[int]]]:
     return result
 
 
-def _refuse_undefined(token: int, row: int) -> None:
+def refuse_undefined(token: int, row: int) -> None:
+    """Raises where a row has no next token."""
     if token < 0:
         raise RuntimeError(
             f"row {row}: the target's scores hold a NaN or forbid every token, so there is no next token to draw"

@@ -17,7 +17,7 @@ __all__ = ["METHODS", "VERIFICATIONS", "Options"]
 
 METHODS = ("auto", "autoregressive", "model", "tli", "projection", "slem", "slrs", "slrs_literal", "prompt_lookup")
 VERIFICATIONS = ("auto", "match", "token", "block")
-COMPILES = ("auto", "off")
+COMPILES = ("auto", "off", "static", "inductor")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
 LOOKBEHIND = 10

@@ -76,7 +76,10 @@ class Runner:
         if joint is None:
             joint = rows == 1 or supports_ragged_batches(model)
         groups = [list(range(rows))] if joint else [[row] for row in range(rows)]
-        self._units = [(group, RaggedCache(len(group), layers)) for group in groups]
+        self._units = self._make_caches(groups, layers)
+
+    def _make_caches(self, groups: list[list[int]], layers: int) -> list[tuple[list[int], RaggedCache]]:
+        return [(group, RaggedCache(len(group), layers)) for group in groups]
 
     @property
     def caches(self) -> list[tuple[list[int], RaggedCache]]:

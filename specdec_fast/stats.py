@@ -23,7 +23,14 @@ class Speculation:
     reason: str
     """Why these two."""
     forward: str = "eager"
-    """How short passes of the target ran: native (one operation a pass) or eager (the model's own forward)."""
+    """How short passes of the target ran: native (one operation a pass), eager (the model's own forward), static (the
+    same at fixed shapes over a static cache) or inductor (those compiled)."""
+    loop: str = "host"
+    """Where rounds lived: on the host, which waits for the device in between, or on the device."""
+    loop_reason: str = ""
+    """Why not as ``compile`` asked for, or why rounds were not captured as graphs."""
+    static_bytes: int = 0
+    """Memory of static caches and rows of this call, kept for the next one of that shape."""
     rounds: int = 0
     row_rounds: int = 0
     """Rounds summed over the rows that took part in each."""

@@ -33,7 +33,8 @@ class Stops:
         self.pads = any(hasattr(c, "eos_token_id") for c in criteria)
         """Whether a finished row is filled up with padding, as ``generate`` does where an EOS is known."""
         self.max_length: int | None = criteria.max_length
-        self._eos = {int(i) for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.reshape(-1)}
+        self.eos = {int(i) for c in criteria if type(c) is EosTokenCriteria for i in c.eos_token_id.reshape(-1)}
+        """Ids that end a row."""
         self._others = StoppingCriteriaList(
             [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         )
@@ -50,7 +51,7 @@ class Stops:
         """
         for i, token in enumerate(tokens):
             end = length + i + 1
-            if token in self._eos or (self.max_length is not None and end >= self.max_length):
+            if token in self.eos or (self.max_length is not None and end >= self.max_length):
                 return i
             if self._others and bool(self._others(ids[:, :end], None)[0]):
                 return i

@@ -32,7 +32,7 @@ from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws
 
-__all__ = ["CompactDrafter", "Context", "Further", "ModelWriter", "SameText", "SlemDrafter"]
+__all__ = ["CompactDrafter", "Context", "Further", "ModelWriter", "SameText", "SlemDrafter", "common"]
 
 MOST_STEPS = 4.0  # drafter tokens written for one target token, at most
 Further = Callable[[int, int, float], bool]
@@ -113,7 +113,7 @@ class ModelWriter:
             kept = context.append(text[self._read[row] :])
             self._read[row] = len(text)
             if kept == before:  # draft tokens that were accepted are in the cache already
-                kept += _common(self._drafted[row], context.ids[before:])
+                kept += common(self._drafted[row], context.ids[before:])
             self._runner.rollback(row, max(kept - self._first[row], 0))
         self.translate_seconds += time.perf_counter() - begin
 
@@ -302,7 +302,7 @@ class SlemDrafter:
         return Proposal.of_lists(drafts, self._device)
 
 
-def _common(left: Sequence[int], right: Sequence[int]) -> int:
+def common(left: Sequence[int], right: Sequence[int]) -> int:
     """Length of the common start of two sequences."""
     for length, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:

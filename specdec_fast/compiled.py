@@ -1,0 +1,288 @@
+"""What is kept between calls for passes of fixed shape: caches, rows, compiled passes, captured rounds.
+
+A :class:`Pair` belongs to a target, a drafter and a shape (rows, columns), both rounded up to few sizes, so that other
+prompts and batches find it again. Pairs are held weakly by their models and go with them; a target keeps a few, the
+ones used last. Memory is that of the two caches, and of what a graph needs.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+import types
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec_fast.device_round import State
+from specdec_fast.runner import Head
+from specdec_fast.static_cache import StaticCache
+from specdec_fast.static_runner import Forward, empty_cache, static_forward
+
+__all__ = ["Compilation", "Compiled", "Pair", "check_out", "hand_back", "kept_bytes", "upload"]
+
+MOST_KEPT = 4  # pairs of one target
+NOTICE = 3.0  # seconds after which a first call says what it is doing
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """How passes of fixed shape run.
+
+    Args:
+        compiled: by ``torch.compile``; else as they are.
+        settings: its arguments.
+        captured: rounds as CUDA graphs.
+        why_not: compiled or captured.
+    """
+
+    compiled: bool = False
+    settings: tuple[tuple[str, Any], ...] = ()
+    captured: bool = False
+    why_not: str = ""
+
+    @classmethod
+    def of(cls, mode: str, model: PreTrainedModel, config: Any) -> Compilation:
+        """For ``compile="static"`` or ``"inductor"``.
+
+        Args:
+            model: the target.
+            config: Transformers' ``CompileConfig``, or None.
+        """
+        captured = model.device.type == "cuda"
+        if mode != "inductor":
+            return cls(captured=captured)
+        quantizer = getattr(model, "hf_quantizer", None)
+        if not model._can_compile_fullgraph or (quantizer is not None and not quantizer.is_compileable):
+            return cls(captured=captured, why_not=f"{type(model).__name__} cannot be compiled as one graph")
+        given = {} if config is None else config.to_dict()
+        settings: dict[str, Any] = {"fullgraph": True, "dynamic": False, "backend": given.get("backend", "inductor")}
+        if given.get("options"):
+            settings["options"] = given["options"]
+        elif str(given.get("mode") or "").startswith("max-autotune"):
+            settings["mode"] = "max-autotune-no-cudagraphs"  # rounds are captured whole, here
+        return cls(True, tuple(settings.items()), captured)
+
+
+class Compiled:
+    """:func:`static_forward`, compiled anew for each number of lanes.
+
+    Args:
+        settings: of ``torch.compile``.
+        what: it is, for the line that a first call prints.
+    """
+
+    def __init__(self, settings: dict[str, Any], what: str):
+        self._settings = settings
+        self._what = what
+        self._made: dict[tuple[int, bool], Forward] = {}
+
+    def __call__(
+        self, model: Any, cache: StaticCache, head: Head | None, tokens: Tensor, lane: Tensor | None, *rest: int
+    ) -> Tensor:
+        key = (tokens.shape[1], lane is None)
+        if key in self._made:
+            return self._made[key](model, cache, head, tokens, lane, *rest)
+        # Dynamo counts compilations by code object, and gives up on one with many: each shape has its own
+        own = types.FunctionType(
+            static_forward.__code__.replace(co_name=f"static_forward_{key[0]}"),
+            static_forward.__globals__,
+            f"static_forward_{key[0]}",
+        )
+        made = torch.compile(own, **self._settings)
+        for tensor in cache.tensors():
+            torch._dynamo.mark_static_address(tensor)
+        with notice(f"compiling {self._what} for {key[0]} positions of {cache.rows} rows, {cache.capacity} columns"):
+            result = made(model, cache, head, tokens, lane, *rest)
+        self._made[key] = made
+        return result
+
+
+@contextmanager
+def notice(doing: str) -> Iterator[None]:
+    """Says on stderr what takes long, and when it is done; nothing of what is quick."""
+    told = threading.Event()
+
+    def tell() -> None:
+        told.set()
+        print(f"specdec_fast: {doing} (once) ...", file=sys.stderr, flush=True)
+
+    timer = threading.Timer(NOTICE, tell)
+    timer.daemon = True
+    begin = time.perf_counter()
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if told.is_set():
+            print(f"specdec_fast: done in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+@dataclass(eq=False)
+class Pair:
+    """Everything of fixed address for one target, drafter and shape.
+
+    Args:
+        key: what it is for.
+        target, drafter: the caches.
+        state: the rows.
+        choices: of the drafter, on its device; see :class:`specdec_fast.device_round.DeviceWriter`.
+        forwards: passes of target and drafter.
+        parameters: fused sampling parameters ``[B]`` of target and drafter.
+        graphs: captured rounds, by what they depend on.
+    """
+
+    key: tuple[Any, ...]
+    target: StaticCache
+    drafter: StaticCache | None
+    state: State
+    choices: dict[str, Tensor]
+    forwards: tuple[Forward, Forward]
+    parameters: tuple[dict[str, Tensor], dict[str, Tensor]]
+    head: Head | None = None
+    graphs: dict[Any, Any] = field(default_factory=dict)
+    weights: tuple[int, ...] = ()
+    drafter_model: weakref.ref[PreTrainedModel] | None = None
+    busy: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """Memory of caches and rows."""
+        return self.target.bytes + (self.drafter.bytes if self.drafter else 0) + self.state.ids.nbytes
+
+    def set_parameters(self, side: int, values: dict[str, float]) -> dict[str, Tensor]:
+        """Writes a law's fused parameters; returns those of its names."""
+        own = self.parameters[side]
+        for name, value in values.items():
+            own[name].fill_(value)
+        return {name: own[name] for name in values}
+
+
+def _parameters(rows: int, device: torch.device) -> dict[str, Tensor]:
+    names = ("temperature", "top_k", "top_p", "min_p")
+    return {
+        name: torch.zeros(rows, dtype=torch.int32 if name == "top_k" else torch.float32, device=device)
+        for name in names
+    }
+
+
+_kept: weakref.WeakKeyDictionary[PreTrainedModel, list[Pair]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()  # a model may go, and its pairs with it, while this thread looks among them
+
+
+def check_out(
+    model: PreTrainedModel,
+    drafter: PreTrainedModel | None,
+    rows: int,
+    capacity: int,
+    how: Compilation,
+    *,
+    head: Head | None = None,
+    choices: dict[str, Tensor] | None = None,
+) -> Pair:
+    """A pair that nobody else uses, kept from an earlier call or made.
+
+    Args:
+        model, drafter: that have nothing against static caches.
+        rows, capacity: of the caches.
+        how: passes run.
+        head: of the drafter.
+        choices: ``index``, ``choices`` and ``picks`` of the drafter's writer, those that it has.
+    """
+    names = tuple(sorted((name, len(t), hash(t.cpu().numpy().tobytes())) for name, t in (choices or {}).items()))
+    implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
+    key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype)
+    weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
+    with _lock:
+        found = _kept.setdefault(model, [])
+        for pair in found:
+            same = drafter is None if pair.drafter_model is None else pair.drafter_model() is drafter
+            if pair.key == key and same and not pair.busy:
+                found.remove(pair)
+                found.append(pair)  # used last
+                pair.busy = True
+                break
+        else:
+            pair = None
+    if pair is None:
+        pair = _made(model, drafter, key, rows, capacity, how, choices or {})
+        pair.busy = True
+        with _lock:
+            found = _kept.setdefault(model, [])
+            found.append(pair)
+            for old in [p for p in found if not p.busy][: max(len(found) - MOST_KEPT, 0)]:
+                found.remove(old)
+    if pair.weights != weights or pair.head is not head:
+        pair.graphs.clear()  # they read the old ones
+    pair.weights, pair.head = weights, head
+    return pair
+
+
+def hand_back(pair: Pair) -> None:
+    """Gives a pair back, emptied of what it held."""
+    pair.target.forget()
+    if pair.drafter is not None:
+        pair.drafter.forget()
+    pair.state.ids.zero_()
+    pair.busy = False
+
+
+def kept_bytes(model: PreTrainedModel) -> int:
+    """Memory kept for a target's later calls, graphs' own not counted."""
+    with _lock:
+        return sum(pair.bytes for pair in _kept.get(model, []))
+
+
+def _made(
+    model: PreTrainedModel,
+    drafter: PreTrainedModel | None,
+    key: tuple[Any, ...],
+    rows: int,
+    capacity: int,
+    how: Compilation,
+    choices: dict[str, Tensor],
+) -> Pair:
+    def forward(side: str) -> Forward:
+        return Compiled(dict(how.settings), f"passes of the {side}") if how.compiled else static_forward
+
+    device = model.device
+    pair = Pair(
+        key,
+        empty_cache(model, rows, capacity),
+        None if drafter is None else empty_cache(drafter, rows, capacity),
+        State.empty(rows, capacity, device),
+        {name: tensor.to(device) for name, tensor in choices.items()},
+        (forward("target"), forward("drafter")),
+        (_parameters(rows, device), _parameters(rows, device)),
+    )
+    if drafter is not None:
+        owner, own = weakref.ref(model), weakref.ref(pair)
+        pair.drafter_model = weakref.ref(drafter, lambda _: _drop(owner, own))
+    return pair
+
+
+def _drop(owner: weakref.ref[PreTrainedModel], pair: weakref.ref[Pair]) -> None:
+    """Forgets a pair whose drafter is gone."""
+    model, gone = owner(), pair()
+    if model is None or gone is None:
+        return
+    with _lock:
+        pairs = _kept.get(model, [])
+        if any(p is gone for p in pairs):
+            _kept[model] = [p for p in pairs if p is not gone]
+
+
+def upload(values: Sequence[Any], to: Tensor) -> None:
+    """Writes values into the first places of a tensor, without a wait."""
+    staged = torch.tensor(values, dtype=to.dtype)
+    if to.device.type == "cuda":
+        staged = staged.pin_memory()
+    to[: staged.shape[0]].copy_(staged, non_blocking=True)

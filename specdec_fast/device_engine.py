@@ -1,0 +1,131 @@
+"""The loop around rounds that live on the device: launch, read what the round before gave, decide the next lookahead.
+
+The host keeps the text as the eager loop does, with the same code (:class:`specdec_fast.engine.Engine`), from a small
+report a round. On a GPU it reads a report while the next round runs, so it never makes the device wait; a row that has
+ended drafts nothing and commits nothing in the rounds launched meanwhile.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specdec_fast.engine import Engine, refuse_undefined
+from specdec_fast.state import Rows
+
+__all__ = ["BUCKETS", "DeviceEngine", "Launcher", "bucket_of"]
+
+# Draft tokens of a round, rounded up to one of these: each is a shape to compile or capture
+BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+
+
+def bucket_of(gamma: int) -> int:
+    """The smallest bucket that holds so many draft tokens; the largest where none does."""
+    return next((bucket for bucket in BUCKETS if bucket >= gamma), BUCKETS[-1])
+
+
+class Launcher(Protocol):
+    """Runs rounds on the device (:class:`specdec_fast.device_session.Session`)."""
+
+    late: int
+    """How many rounds may be launched beyond the one that is read."""
+    why_not_captured: str
+    """Why rounds are not replayed as graphs, where they were to be."""
+
+    def start(self, rows: Rows, shift: int) -> None:
+        """Reads the prompt; ``shift`` columns of the target's cache are in front of it."""
+
+    def tell(self, texts: list[list[int]], active: list[int], gamma: int) -> float:
+        """Hands the drafter what it cannot read on the device; returns the seconds this has taken so far."""
+
+    def launch(self, gamma: int) -> Report:
+        """Starts a round of a bucket; what it reports can be read as soon as it is through."""
+
+    def limit(self, values: list[int]) -> None:
+        """Sets how many tokens each row of the call may draft."""
+
+    def stop(self, row: int) -> None:
+        """Ends a row for a reason that only the host can see."""
+
+    def reserve(self, columns: int) -> None:
+        """Makes room in the caches for texts of so many columns, a round's drafts not counted."""
+
+
+class Report(Protocol):
+    """What a round gave."""
+
+    def read(self) -> list[list[int]]:
+        """``[B][3 + gamma + 1]``, as :class:`specdec_fast.device_round.Round` returns it; waits until it is there."""
+
+
+@dataclass
+class DeviceEngine(Engine):
+    """One generation whose rounds live on the device.
+
+    ``rows`` is on the host; ``target`` is the runner the rounds use.
+
+    Args:
+        launcher: runs the rounds.
+    """
+
+    launcher: Launcher = None  # type: ignore[assignment]  # fields behind those with a default need one
+    _limits: list[int] = field(default_factory=list)
+
+    def run(self) -> Tensor:
+        """Generates; returns ``sequences [B, L]`` on the host."""
+        begin = time.perf_counter()
+        reports: deque[Report] = deque()
+        gamma = 0
+        with torch.no_grad():
+            self.launcher.start(self.rows, self.shift)
+            while self.rows.active:
+                told = self.launcher.tell(self.rows.tokens, self.rows.active, gamma)
+                self.statistics.translate_seconds = told
+                gamma = self._next_gamma(len(reports))
+                reports.append(self.launcher.launch(gamma))
+                if len(reports) > self.launcher.late:
+                    self._take(reports.popleft())
+            # Rounds launched behind the last one hold nothing, but their writes must be over before the caches go on
+            for report in reports:
+                report.read()
+        for row, length in enumerate(self.rows.length):
+            self.target.length[row] = self.shift + length - 1
+        self.statistics.loop_reason = self.launcher.why_not_captured or self.statistics.loop_reason
+        self.statistics.total_seconds = time.perf_counter() - begin
+        return self.rows.ids[:, : max(self.rows.length)]
+
+    def _next_gamma(self, unread: int) -> int:
+        """Tells the rows their lookahead; the bucket of the round to come."""
+        limits = [0] * self.rows.batch
+        longest = 0
+        for row in self.rows.active:
+            room = self.rows.capacity - self.rows.length[row] - 1
+            limits[row] = max(min(self.lookahead[row], BUCKETS[-1], room), 0)
+            longest = max(longest, self.rows.length[row])
+        if limits != self._limits:
+            self._limits = limits
+            self.launcher.limit(limits)
+        gamma = bucket_of(max(limits))
+        ahead = longest + unread * (BUCKETS[-1] + 1)
+        self.launcher.reserve(self.shift + min(ahead + gamma + 1, self.rows.capacity))
+        return gamma
+
+    def _take(self, report: Report) -> None:
+        """Takes note of a round."""
+        self.statistics.rounds += 1
+        for row, (new, accepted, drafted, *block) in enumerate(report.read()[: self.rows.batch]):
+            if not new or self.rows.done[row]:
+                continue
+            refuse_undefined(block[min(accepted, new - 1)], row)
+            kept = self._commit(row, block[: accepted + 1])
+            self._learn(row, drafted, accepted, kept, drafted)
+        self._settle()
+        for row, done in enumerate(self.rows.done):
+            if done:
+                self.launcher.stop(row)
+        self._stream()

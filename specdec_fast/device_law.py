@@ -1,0 +1,90 @@
+"""How logits become a law on the device: as parameters of the fused operations, or by Transformers' own warpers.
+
+Temperature, top-k, top-p and min-p, each once and in Transformers' order, are parameters ``[B]`` of
+:func:`specdec_fast.ops.sample` and :func:`~specdec_fast.ops.verify`. Other processors that look at nothing but the
+scores are called on all positions before the operations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from specdec_fast import sampling
+
+__all__ = ["DeviceLaw"]
+
+_FUSED = (
+    (hf.TemperatureLogitsWarper, "temperature"),
+    (hf.TopKLogitsWarper, "top_k"),
+    (hf.TopPLogitsWarper, "top_p"),
+    (hf.MinPLogitsWarper, "min_p"),
+)
+
+
+@dataclass(frozen=True)
+class DeviceLaw:
+    """The law of one side.
+
+    Args:
+        values: the fused parameters; temperature 0 is the argmax.
+        processors: called before, where the parameters cannot say it.
+    """
+
+    values: dict[str, float]
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+
+    @classmethod
+    def of(cls, processors: LogitsProcessorList | None, *, do_sample: bool) -> DeviceLaw:
+        """The law of a list of pointwise processors, at ``do_sample=False`` the argmax of what they leave."""
+        processors = LogitsProcessorList() if processors is None else processors
+        values: dict[str, float] = {} if do_sample else {"temperature": 0.0}
+        if do_sample and _in_order(processors):
+            return cls({name: _value(processor, name) for processor, (_, name) in _named(processors)})
+        return cls(values, processors)
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What a captured round depends on, values of fused parameters not among it."""
+        # A processor's numbers are baked into a graph, so the object itself is named
+        return (tuple(sorted(self.values)), tuple(id(p) for p in self.processors))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether it is the argmax."""
+        return self.values.get("temperature") == 0.0
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits ``[.., V]`` after the processors."""
+        if not self.processors:
+            return logits
+        flat = logits.float().reshape(-1, logits.shape[-1])
+        none = torch.zeros((flat.shape[0], 1), dtype=torch.long, device=logits.device)
+        return sampling.apply(self.processors, none, flat).view(logits.shape)
+
+
+def _named(processors: LogitsProcessorList) -> list[tuple[Any, tuple[type, str]]]:
+    known = {kind: (kind, name) for kind, name in _FUSED}
+    return [(processor, known[type(processor)]) for processor in processors]
+
+
+def _in_order(processors: LogitsProcessorList) -> bool:
+    kinds = [kind for kind, _ in _FUSED]
+    if not {type(p) for p in processors} <= set(kinds):
+        return False
+    places = [kinds.index(type(p)) for p in processors]
+    usual = all(
+        getattr(p, "filter_value", -torch.inf) == -torch.inf and getattr(p, "min_tokens_to_keep", 1) == 1
+        for p in processors
+    )
+    return usual and all(a < b for a, b in pairwise(places))
+
+
+def _value(processor: Any, name: str) -> float:
+    return float(getattr(processor, name))

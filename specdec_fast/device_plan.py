@@ -1,0 +1,168 @@
+"""Whether a call's rounds can live on the device, why not, and what its drafter is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from specdec_fast import sampling
+from specdec_fast.compiled import Compilation
+from specdec_fast.costs import Outlook, constant_costs
+from specdec_fast.device_law import DeviceLaw
+from specdec_fast.device_round import State
+from specdec_fast.device_session import DrafterPart, Session
+from specdec_fast.drafters.head import pruned_head
+from specdec_fast.methods import Plan, logit_width
+from specdec_fast.options import LOOKBEHIND, Options
+from specdec_fast.randomness import Philox
+from specdec_fast.static_runner import why_not_static
+from specdec_fast.stats import Speculation
+from specdec_fast.stops import Stops
+from specdec_fast.text import Reader
+from specdec_fast.vocab import Vocabulary, intersection
+
+__all__ = ["Call", "constant_outlook", "drafter_part", "mode_of", "open_session", "why_not_resident"]
+
+METHODS = ("autoregressive", "model", "tli")
+
+
+def mode_of(options: Options, model: PreTrainedModel, disabled: bool) -> str:
+    """How short passes run: "off", "native", "static" or "inductor".
+
+    Args:
+        disabled: Transformers' ``disable_compile``.
+    """
+    if options.compile == "off" or (disabled and options.compile == "auto"):
+        return "off"
+    if options.compile == "auto":
+        return "static" if model.device.type == "cuda" else "native"
+    return "static" if disabled else options.compile
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a call asks for.
+
+    Args:
+        visible: ``[B, P]`` bool, the prompt columns that are not padding; None: all.
+        prompt, longest: columns of the target's cache that the prompt fills, and that the text may reach.
+        recorded: whether scores are to be kept.
+        embeds: whether prompts are embeddings.
+    """
+
+    plan: Plan
+    options: Options
+    processors: LogitsProcessorList
+    stops: Stops
+    do_sample: bool
+    visible: Tensor | None
+    prompt: int
+    longest: int
+    recorded: bool
+    embeds: bool
+    use_cache: bool
+    prefill_chunk: int | None
+
+
+def open_session(
+    model: PreTrainedModel, mode: str, config: Any, batch: int, call: Call, statistics: Speculation
+) -> Session | None:
+    """A session for a call whose rounds can live on the device; None where they cannot, and the statistics say why.
+
+    Args:
+        mode: of :func:`mode_of`.
+        config: Transformers' ``CompileConfig``, or None.
+        batch: rows.
+    """
+    if mode not in ("static", "inductor"):
+        return None
+    reason = why_not_static(model) or why_not_resident(model, call)
+    if reason is not None:
+        statistics.loop_reason = reason
+        return None
+    how = Compilation.of(mode, model, config)
+    session = Session(
+        model,
+        how,
+        batch,
+        call.longest,
+        call.prompt,
+        law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
+        rule=call.plan.verification,
+        drafter=drafter_part(model, batch, call),
+        visible=call.visible,
+        prefill_chunk=call.prefill_chunk,
+        ends=sorted(call.stops.eos) if call.stops.pads else [],
+    )
+    statistics.forward = "inductor" if how.compiled else "static"
+    statistics.loop, statistics.loop_reason = "device", how.why_not
+    statistics.static_bytes = session.bytes
+    return session
+
+
+def constant_outlook(model: PreTrainedModel, options: Options) -> Outlook:
+    """What the lookahead is computed from where nothing was measured."""
+    pair = model, options.assistant_model
+    return Outlook(constant_costs(*(0 if one is None else one.num_parameters() for one in pair)))
+
+
+def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
+    """Why the rounds of a call cannot live on the device; None where they can."""
+    plan, options, visible = call.plan, call.options, call.visible
+    drafter = options.assistant_model
+    if plan.method not in METHODS:
+        return f"method {plan.method} needs the host between draft and verification"
+    if plan.others:
+        return "the method may change from round to round"
+    if sampling.manner_of(call.processors) is not sampling.Manner.POINTWISE:
+        return "a logits processor looks at the text"
+    if call.stops.in_order:
+        return "a custom stopping criterion sees every token"
+    if call.recorded:
+        return "scores or logits of every token were asked for"
+    if call.embeds or not call.use_cache:
+        return "the prompt is given as embeddings" if call.embeds else "use_cache=False keeps no cache"
+    if options.source is not None and type(options.source) is not Philox:
+        return "the source of random numbers is not Philox"
+    if visible is not None and (bool((visible.long().diff(dim=1) < 0).any()) or not bool(visible[:, -1].all())):
+        return "padding is not on the left"
+    if len(call.stops.eos) > State.ENDS:
+        return f"more than {State.ENDS} ids end a row"
+    if plan.method == "autoregressive" or drafter is None:
+        return None
+    if drafter.device != model.device:
+        return "the drafter is on another device"
+    if reason := why_not_static(drafter):
+        return f"the drafter: {reason}"
+    positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < call.longest:
+        return f"the text may leave the drafter's {positions} positions"
+    return None
+
+
+def drafter_part(model: PreTrainedModel, rows: int, call: Call) -> DrafterPart | None:
+    """The drafter of a call that :func:`why_not_resident` has nothing against."""
+    options, drafter = call.options, call.options.assistant_model
+    if call.plan.method == "autoregressive" or drafter is None:
+        return None
+    warpers = sampling.drafter_warpers(
+        call.processors, do_sample=call.do_sample, temperature=options.assistant_temperature
+    )
+    law = DeviceLaw.of(warpers, do_sample=warpers is not None)
+    confidence = options.assistant_confidence_threshold or 0.0
+    if call.plan.method == "model":
+        return DrafterPart(drafter, law, confidence=confidence)
+    target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
+    contexts = [
+        Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
+        for _ in range(rows)
+    ]
+    shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
+    head = pruned_head(drafter, shared.drafter_ids)
+    tensors = {"index": shared.target_ids.int(), "target_ids": shared.target_ids, "choices": shared.drafter_ids}
+    if head is None:
+        tensors["picks"] = shared.drafter_ids
+    return DrafterPart(drafter, law, head, tensors, contexts, confidence)

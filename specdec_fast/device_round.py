@@ -1,0 +1,305 @@
+"""One round that lives on the device: draft, score, verify, commit, in tensors of fixed shape.
+
+No shape and no branch depends on a value, so a round can be captured in a CUDA graph and replayed while the host is
+still reading the one before. ``B`` rows, ``G`` draft tokens at most (the γ bucket); a row drafts as many as its own
+``limit`` says. Numbers are keyed as everywhere (:mod:`specdec_fast.randomness`), so the tokens are those of the eager
+loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from specdec_fast import ops
+from specdec_fast.device_law import DeviceLaw
+from specdec_fast.randomness import Purpose
+from specdec_fast.static_runner import StaticRunner, static_forward
+
+__all__ = ["UNREAD", "DeviceDrafter", "DeviceWriter", "Draft", "NothingDrafted", "Round", "State"]
+
+UNREAD = 2  # a drafter has not read the last draft token that was accepted, nor the token behind it
+_NO_ID = -9  # fills the list of ids that end a row; no token has this id
+
+
+@dataclass(eq=False)
+class State:
+    """What the device knows of every row, written in place.
+
+    Args:
+        ids: ``[B, C]`` int64, the columns of ``sequences``, padding behind a row's length.
+        length: ``[B]`` committed columns.
+        done: ``[B]`` bool.
+        seed: ``[B]`` int64.
+        limit: ``[B]`` how many tokens each row may draft; the host writes it.
+        most: ``[B]`` columns a row can have.
+        places: ``[B]`` positions the target was made for.
+        shift: ``[B]`` columns of the target's cache in front of ``ids``.
+        hidden: ``[B]`` columns of the target's cache that are padding.
+        unread: ``[B]`` columns of ``ids`` that are padding.
+        ends: ``[E]`` ids that end a row, filled up with an id that no token has.
+        tail: ``[B, F]`` the last ids of the drafter's text, where the host writes it (another tokenizer).
+        text: ``[B]`` length of the drafter's text.
+    """
+
+    ids: Tensor
+    length: Tensor
+    done: Tensor
+    seed: Tensor
+    limit: Tensor
+    most: Tensor
+    places: Tensor
+    shift: Tensor
+    hidden: Tensor
+    unread: Tensor
+    ends: Tensor
+    tail: Tensor
+    text: Tensor
+
+    ENDS = 64
+    TAIL = 4
+
+    @classmethod
+    def empty(cls, rows: int, columns: int, device: torch.device) -> State:
+        """Rows of nothing, all done."""
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.long, device=device)
+
+        return cls(
+            ids=numbers(rows, columns),
+            length=torch.ones(rows, dtype=torch.long, device=device),
+            done=torch.ones(rows, dtype=torch.bool, device=device),
+            **{name: numbers(rows) for name in ("seed", "limit", "most", "places", "shift", "hidden", "unread")},
+            ends=torch.full((cls.ENDS,), _NO_ID, device=device),
+            tail=numbers(rows, cls.TAIL),
+            text=torch.ones(rows, dtype=torch.long, device=device),
+        )
+
+    def take(self, other: State) -> None:
+        """Copies the rows of a state with fewer columns."""
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            (mine[:, : theirs.shape[1]] if name == "ids" else mine).copy_(theirs)
+
+    @property
+    def committed(self) -> Tensor:
+        """Tokens committed, padding not counted: what random numbers are keyed by, ``[B]``."""
+        return self.shift + self.length - self.hidden
+
+
+class Draft(NamedTuple):
+    """What a drafter proposes: target ids ``[B, G]`` and how many of them each row drafted ``[B]``.
+
+    Where they have a law, also the logits ``[B, G, K]``, their logsumexp and the entries drawn ``[B, G]``.
+    """
+
+    tokens: Tensor
+    drafted: Tensor
+    logits: Tensor | None = None
+    logsumexp: Tensor | None = None
+    drawn: Tensor | None = None
+
+
+class DeviceDrafter(Protocol):
+    """Drafts on the device."""
+
+    @property
+    def index(self) -> Tensor | None:
+        """``[K]`` int32 ascending target ids of the entries of its logits; None: entry k is id k."""
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """Fused parameters of its law, ``[B]`` each."""
+
+    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
+        """Drafts up to ``room [B]`` tokens a row, at most ``gamma``."""
+
+
+class NothingDrafted:
+    """Plain decoding."""
+
+    index: Tensor | None = None
+    parameters: ClassVar[dict[str, Tensor]] = {}
+
+    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
+        return Draft(state.ids[:, :gamma], torch.zeros_like(room))
+
+
+class DeviceWriter:
+    """A model that drafts on a vocabulary whose every entry is one target token: same tokenizer, TLI.
+
+    Args:
+        runner: the drafter model over a static cache.
+        law: its sampling.
+        parameters: its fused parameters, ``[B]`` each.
+        index: ``[K]`` int32 ascending target ids of what it may draw, None: ids are the same on both sides.
+        target_ids: the same, int64.
+        choices: ``[K]`` int64 its own ids of them.
+        picks: the same, where its head computes other logits as well.
+        confidence: a row's draft ends behind a token whose probability is below this.
+    """
+
+    def __init__(
+        self,
+        runner: StaticRunner,
+        law: DeviceLaw,
+        *,
+        parameters: dict[str, Tensor],
+        index: Tensor | None = None,
+        target_ids: Tensor | None = None,
+        choices: Tensor | None = None,
+        picks: Tensor | None = None,
+        confidence: float = 0.0,
+    ):
+        self.runner = runner
+        self.law = law
+        self.parameters = parameters
+        self.index = index
+        self._target_ids = target_ids
+        self._choices = choices
+        self._picks = picks
+        self._confidence = confidence
+
+    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
+        """Reads what is new of each row's text, then draws token by token."""
+        tail, text = self._tail(state)
+        start = (text - tail.shape[1]).clamp(min=0)
+        logits = self.runner.score(tail, start, (text - 1 - start).clamp(min=0))
+        count, key = torch.where(text > 0, room, 0), state.committed
+        tokens, kept, sums, entries = [], [], [], []
+        for step in range(gamma):
+            scores = self.law.scores(logits if self._picks is None else logits[:, self._picks])
+            found = ops.sample(
+                scores,
+                seed=state.seed,
+                position=key,
+                offset=torch.full_like(key, step),
+                purpose=Purpose.DRAFT,
+                **self.parameters,  # type: ignore[arg-type]
+            )
+            drawn = torch.where(found.status != 0, -1, found.token)
+            kept.append(scores)
+            sums.append(found.logsumexp)
+            entries.append(drawn)
+            known = drawn.clamp(min=0)
+            tokens.append(drawn if self._target_ids is None else torch.where(drawn < 0, -1, self._target_ids[known]))
+            if self._confidence:
+                log_prob = _certainty(scores, drawn) if self.law.greedy else found.log_prob
+                count = torch.where(log_prob.exp() >= self._confidence, count, count.clamp(max=step + 1))
+            if step + 1 < gamma:
+                own = known if self._choices is None else self._choices[known]
+                logits = self.runner.score(own.unsqueeze(1), text + step, torch.zeros_like(text))
+        if not law_wanted or self.law.greedy or not gamma:
+            return Draft(torch.stack(tokens, 1) if tokens else state.ids[:, :0], count)
+        stacked = (torch.stack(part, 1) for part in (tokens, kept, sums, entries))
+        tokens_, logits_, logsumexp, drawn_ = stacked
+        return Draft(tokens_, count, logits_, logsumexp, drawn_)
+
+    def catch_up(self, state: State, unread: int) -> None:
+        """Reads the last tokens of each row after rounds without a draft; same tokenizer."""
+        lanes = 1 << (unread - 1).bit_length()
+        tail, text = self._last(state, lanes)
+        self.runner.score(tail, (text - lanes).clamp(min=0), torch.zeros_like(text), forward=static_forward)
+
+    def _tail(self, state: State) -> tuple[Tensor, Tensor]:
+        """The last ids of each row's text and its length: what may be new, and a token or two more."""
+        if self._choices is not None:  # another tokenizer: the host has written them
+            return state.tail, state.text
+        return self._last(state, UNREAD)
+
+    @staticmethod
+    def _last(state: State, lanes: int) -> tuple[Tensor, Tensor]:
+        text = state.length - state.unread
+        first = state.unread + (text - lanes).clamp(min=0)
+        columns = first.unsqueeze(1) + torch.arange(lanes, device=first.device)
+        return state.ids.gather(1, columns.clamp(max=state.ids.shape[1] - 1)), text
+
+
+def _certainty(scores: Tensor, token: Tensor) -> Tensor:
+    """Log-probability of a token under the softmax of scores, ``[B]`` float64."""
+    wide = scores.double()
+    return wide.gather(1, token.clamp(min=0).unsqueeze(1)).squeeze(1) - wide.logsumexp(1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """The parts of a round that stay the same during a call.
+
+    Args:
+        target: scores.
+        drafter: drafts.
+        rule: "match", "token" or "block".
+        law: the target's sampling.
+        parameters: its fused parameters, ``[B]`` each.
+    """
+
+    target: StaticRunner
+    drafter: DeviceDrafter
+    rule: str
+    law: DeviceLaw
+    parameters: dict[str, Tensor]
+
+    def __call__(self, state: State, gamma: int) -> Tensor:
+        """Runs a round and commits what it gave.
+
+        Returns:
+            ``[B, 3 + gamma + 1]`` int64: how many columns were committed (0: the row was done), draft tokens accepted,
+            draft tokens drafted, then the accepted tokens and the one behind them (-1: there is none that the target's
+            scores define).
+        """
+        drafter = self.drafter if gamma else NothingDrafted()
+        draft = drafter.draft(state, gamma, self._room(state, gamma), self.rule != "match")
+        accepted, token = self._verify(state, draft)
+        return _commit(state, draft, accepted, token)
+
+    def _room(self, state: State, gamma: int) -> Tensor:
+        """How many tokens each row may draft, ``[B]``."""
+        columns = state.most - state.length - 1  # the token behind the draft needs a column too
+        # Beyond the target's positions rotary ones go on, and learned ones end plain decoding too
+        places = state.places - state.committed
+        room = torch.minimum(state.limit, torch.where(places >= 0, torch.minimum(columns, places), columns))
+        return torch.where(state.done, 0, room.clamp(0, gamma))
+
+    def _verify(self, state: State, draft: Draft) -> tuple[Tensor, Tensor]:
+        last = state.ids.gather(1, (state.length - 1).unsqueeze(1))
+        logits = self.target.score(torch.cat([last, draft.tokens], 1), state.shift + state.length - 1)
+        given = {"draft_" + name: value for name, value in self.drafter.parameters.items()}
+        if draft.logits is None:
+            given = {}
+        found = ops.verify(
+            self.law.scores(logits),
+            draft.tokens,
+            draft.drafted,
+            rule=self.rule,
+            seed=state.seed,
+            start=state.committed,
+            draft_logits=draft.logits,
+            index=None if draft.logits is None else self.drafter.index,
+            drawn=draft.drawn,
+            draft_logsumexp=draft.logsumexp,
+            **self.parameters,  # type: ignore[arg-type]
+            **given,  # type: ignore[arg-type]
+        )
+        undefined = (found.status & ops.Status.TARGET) != 0
+        return found.accepted, torch.where(undefined, -1, found.token)
+
+
+def _commit(state: State, draft: Draft, accepted: Tensor, token: Tensor) -> Tensor:
+    """Adds each row's block up to the token that ends the row, and says what it did."""
+    place = torch.arange(draft.tokens.shape[1] + 1, device=token.device)
+    behind = accepted.unsqueeze(1)
+    padded = torch.nn.functional.pad(draft.tokens, (0, 1))
+    block = torch.where(place < behind, padded, torch.where(place == behind, token.unsqueeze(1), -1))
+    ending = torch.isin(block, state.ends) & (place <= behind)
+    stop = torch.where(ending, place + 1, place.shape[0]).amin(1)
+    room = state.most - state.length
+    new = torch.where(state.done, 0, torch.minimum(torch.minimum(accepted + 1, stop), room))
+    columns = (state.length.unsqueeze(1) + place).clamp(max=state.ids.shape[1] - 1)
+    state.ids.scatter_(1, columns, torch.where(place < new.unsqueeze(1), block, state.ids.gather(1, columns)))
+    state.done |= (stop <= new) & ending.any(1) | (new >= room)
+    state.length += new
+    return torch.cat([torch.stack([new, accepted, draft.drafted], 1), block], 1)

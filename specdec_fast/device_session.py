@@ -1,0 +1,349 @@
+"""One call on the device: a pair of caches taken out for it, the prompt read, rounds launched.
+
+Rounds run as they are, or are captured once as a CUDA graph for each γ bucket and replayed. What a graph reads lives in
+tensors of the pair, which the host writes between rounds without a wait.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec_fast.compiled import Compilation, Pair, check_out, hand_back, notice, upload
+from specdec_fast.device_law import DeviceLaw
+from specdec_fast.device_round import UNREAD, DeviceDrafter, DeviceWriter, NothingDrafted, Round, State
+from specdec_fast.drafters.model import Context, common
+from specdec_fast.runner import Head
+from specdec_fast.state import Rows
+from specdec_fast.static_cache import capacity_for, rows_for
+from specdec_fast.static_runner import StaticRunner
+
+__all__ = ["DraftedText", "DrafterPart", "Session"]
+
+ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
+WARM_UPS = 3  # runs before a capture: libraries choose their kernels and workspaces in them
+
+
+@dataclass(frozen=True)
+class DrafterPart:
+    """A drafter model and how it drafts.
+
+    Args:
+        model: the drafter.
+        law: its sampling.
+        head: its LM head, where it has one of its own.
+        tensors: what it may draw, as :class:`DeviceWriter` takes it; nothing for the target's tokenizer.
+        contexts: one a row, of a tokenizer of its own.
+        confidence: as for :class:`DeviceWriter`.
+    """
+
+    model: PreTrainedModel
+    law: DeviceLaw
+    head: Head | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    contexts: Sequence[Context] | None = None
+    confidence: float = 0.0
+
+
+class HostReport:
+    """A report that is there at once."""
+
+    def __init__(self, values: Tensor):
+        self._values = values
+
+    def read(self) -> list[list[int]]:
+        return self._values.tolist()
+
+
+class PinnedReport:
+    """A report on its way to the host: the device goes on, and only the reader waits."""
+
+    def __init__(self, values: Tensor):
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._there = torch.cuda.Event()
+        self._there.record()
+
+    def read(self) -> list[list[int]]:
+        self._there.synchronize()
+        return self._values.tolist()
+
+
+class Session:
+    """A launcher of rounds (:class:`specdec_fast.device_engine.Launcher`).
+
+    Args:
+        model: the target.
+        how: passes run.
+        batch: rows of the call.
+        columns: the longest text the target's cache may have to hold, of which the first ``prompt`` are there.
+        law, rule: of the target.
+        drafter: None: plain decoding.
+        visible, prefill_chunk: as for :class:`StaticRunner`.
+        ends: ids that end a row.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        how: Compilation,
+        batch: int,
+        columns: int,
+        prompt: int,
+        *,
+        law: DeviceLaw,
+        rule: str,
+        drafter: DrafterPart | None = None,
+        visible: Tensor | None = None,
+        prefill_chunk: int | None = None,
+        ends: Sequence[int] = (),
+    ):
+        self.why_not_captured = ""
+        self.late = int(model.device.type == "cuda" and (drafter is None or drafter.contexts is None))
+        self._ends = ends
+        self._model, self._how, self._part = model, how, drafter
+        self._law, self._rule = law, rule
+        self._batch, self._columns = batch, columns
+        self._pair = self._check_out(min(columns, prompt + ALLOWANCE))
+        self.target = StaticRunner(
+            model,
+            self._pair.target,
+            batch,
+            visible=visible,
+            prefill_chunk=prefill_chunk,
+            forward=self._pair.forwards[0],
+        )
+        self.drafter: StaticRunner | None = None
+        if drafter is not None:
+            assert self._pair.drafter is not None
+            self.drafter = StaticRunner(
+                drafter.model, self._pair.drafter, batch, head=drafter.head, forward=self._pair.forwards[1]
+            )
+        self._unread = 1  # the most tokens of a row that a drafter with the target's tokenizer has not read
+        self._stopped: set[int] = set()
+        self._text: DraftedText | None = None
+        self._bind()
+
+    @property
+    def state(self) -> State:
+        return self._pair.state
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the caches and rows."""
+        return self._pair.bytes
+
+    def _check_out(self, columns: int) -> Pair:
+        part = self._part
+        return check_out(
+            self._model,
+            None if part is None else part.model,
+            rows_for(self._batch),
+            capacity_for(columns),
+            self._how,
+            head=None if part is None else part.head,
+            choices=None if part is None else part.tensors,
+        )
+
+    def _bind(self) -> None:
+        """Puts the round together over the tensors of the pair."""
+        pair, part = self._pair, self._part
+        drafter: DeviceDrafter = NothingDrafted()
+        if part is not None and self.drafter is not None:
+            parameters = pair.set_parameters(1, part.law.values)
+            drafter = DeviceWriter(
+                self.drafter, part.law, parameters=parameters, confidence=part.confidence, **pair.choices
+            )
+        self._writer = drafter
+        self._round = Round(self.target, drafter, self._rule, self._law, pair.set_parameters(0, self._law.values))
+        own = () if part is None else (part.law.key, part.confidence)
+        self._key: tuple[Any, ...] = (self._rule, self._law.key, own)
+
+    # The call ---------------------------------------------------------------------------------------------------------
+
+    def start(self, rows: Rows, shift: int) -> None:
+        """Reads the prompt: all of it but the last token, which the first round takes.
+
+        Args:
+            rows: on the host.
+            shift: columns of the target's cache in front of theirs.
+        """
+        prompt, everyone = rows.prompt_columns, list(range(self._batch))
+        first = min(self.target.length) - shift
+        if prompt - 1 > first:
+            count = [prompt - 1 - first] * self._batch
+            self.target.feed(everyone, rows.ids[:, first : prompt - 1], count, [1] * self._batch)
+        if self.drafter is not None and self._part is not None and self._part.contexts is None:
+            read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
+        elif self.drafter is not None and self._part is not None:
+            self._text = DraftedText(self.drafter, self._part)
+        state = self.state
+        state.done.fill_(True)
+        state.length.fill_(1)
+        state.text.fill_(1)
+        state.ends.fill_(-9)
+        state.ids[: self._batch, :prompt].copy_(rows.ids[:, :prompt])
+        hidden = [prompt - len(text) for text in rows.tokens]
+        for values, to in (
+            ([prompt] * self._batch, state.length),
+            (rows.seed.tolist(), state.seed),
+            ([rows.capacity] * self._batch, state.most),
+            ([self.target.positions] * self._batch, state.places),
+            ([shift] * self._batch, state.shift),
+            (self.target.hidden, state.hidden),
+            (hidden, state.unread),
+            (list(self._ends), state.ends),
+            ([False] * self._batch, state.done),
+        ):
+            upload(values, to)
+
+    def tell(self, texts: list[list[int]], active: list[int], gamma: int) -> float:
+        """Hands a drafter with a tokenizer of its own what was committed since the round before.
+
+        Args:
+            texts: of all rows, in the target's ids.
+            active: rows that go on.
+            gamma: the round before drafted up to so many.
+
+        Returns:
+            seconds spent on translation so far.
+        """
+        if self._text is None:
+            return 0.0
+        self._text.write(self.state, texts, active, gamma)
+        return self._text.seconds
+
+    def limit(self, values: list[int]) -> None:
+        upload(values, self.state.limit)
+
+    def stop(self, row: int) -> None:
+        if row not in self._stopped:
+            self._stopped.add(row)
+            self.state.done[row].fill_(True)
+
+    def reserve(self, columns: int) -> None:
+        if columns < self._pair.target.capacity:
+            return
+        old = self._pair
+        self._pair = self._check_out(min(columns + ALLOWANCE, self._columns))
+        self._pair.target.take(old.target)
+        self.target.move(self._pair.target, self._pair.forwards[0])
+        if self.drafter is not None and self._pair.drafter is not None and old.drafter is not None:
+            self._pair.drafter.take(old.drafter)
+            self.drafter.move(self._pair.drafter, self._pair.forwards[1])
+        self._pair.state.take(old.state)
+        hand_back(old)
+        self._bind()
+
+    def close(self) -> None:
+        """Gives the caches back."""
+        hand_back(self._pair)
+
+    # Rounds -----------------------------------------------------------------------------------------------------------
+
+    def launch(self, gamma: int) -> HostReport | PinnedReport:
+        if gamma == 0:
+            self._unread += 1
+        elif isinstance(self._writer, DeviceWriter):
+            if self._unread > UNREAD and self._part is not None and self._part.contexts is None:
+                self._writer.catch_up(self.state, self._unread)
+            self._unread = UNREAD
+        if self.state.ids.device.type != "cuda":
+            return HostReport(self._round(self.state, gamma))
+        return PinnedReport(self._captured(gamma) if self._how.captured else self._round(self.state, gamma))
+
+    def _captured(self, gamma: int) -> Tensor:
+        """Replays a round, captured at its first use; runs it as it is where it cannot be captured."""
+        key = (*self._key, gamma)
+        graphs = self._pair.graphs
+        if key not in graphs:
+            with notice(f"capturing a round of {gamma} draft tokens"):
+                graphs[key] = self._capture(gamma)
+        if graphs[key] is None:
+            return self._round(self.state, gamma)
+        graph, report = graphs[key]
+        graph.replay()
+        return report
+
+    def _capture(self, gamma: int) -> tuple[Any, Tensor] | None:
+        state = self.state
+        done = state.done.clone()
+        state.done.fill_(True)  # rows that are done change nothing, so the rounds below leave the text as it is
+        try:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    self._round(state, gamma)
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                report = self._round(state, gamma)
+        except RuntimeError as error:
+            self.why_not_captured = f"a round cannot be captured ({str(error).splitlines()[0]})"
+            torch.cuda.synchronize()
+            return None
+        finally:
+            state.done.copy_(done)
+        return graph, report
+
+
+def read_texts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
+    """Feeds texts of different lengths to rows, each behind what the row holds."""
+    some = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
+    if some:
+        pieces = [torch.tensor(text, dtype=torch.long) for _, text in some]
+        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+        runner.feed([row for row, _ in some], tokens, [len(text) for _, text in some], [1] * len(some))
+
+
+class DraftedText:
+    """The text of a drafter with a tokenizer of its own, kept on the host and handed over before each round.
+
+    Args:
+        runner: the drafter model.
+        part: its contexts, and what it may draw.
+    """
+
+    def __init__(self, runner: StaticRunner, part: DrafterPart):
+        assert part.contexts is not None
+        self.seconds = 0.0
+        self._runner = runner
+        self._contexts = part.contexts
+        targets, own = (part.tensors[name].tolist() for name in ("target_ids", "choices"))
+        self._own = dict(zip(targets, own, strict=True))
+        self._read = [0] * len(part.contexts)
+        self._tails = [[0] * State.TAIL for _ in part.contexts]
+
+    def write(self, state: State, texts: list[list[int]], active: list[int], gamma: int) -> None:
+        """Reads what was committed since the round before, in which up to ``gamma`` tokens were drafted."""
+        begin = time.perf_counter()
+        lengths = [len(context.ids) for context in self._contexts]
+        behind: list[tuple[int, list[int]]] = []
+        for row in active:
+            context, new = self._contexts[row], texts[row][self._read[row] :]
+            before = lengths[row]
+            kept = context.append(new)
+            self._read[row] = len(texts[row])
+            cached = min(before if gamma else self._runner.length[row], kept)
+            if kept == before and gamma:  # the round read its drafts but the last, and the accepted ones stand
+                drafted = [self._own.get(token, -1) for token in new[:-1]][: gamma - 1]
+                cached += common(drafted, context.ids[before:])
+            lengths[row] = len(context.ids)
+            cached = min(cached, max(lengths[row] - 1, 0))
+            if lengths[row] - cached > State.TAIL:
+                behind.append((row, context.ids[cached:-1]))
+            self._runner.length[row] = cached
+            first = max(lengths[row] - State.TAIL, 0)
+            tail = context.ids[first:]
+            self._tails[row] = tail + [0] * (State.TAIL - len(tail))
+        self.seconds += time.perf_counter() - begin
+        read_texts(self._runner, [row for row, _ in behind], [text for _, text in behind])
+        upload(self._tails, state.tail)
+        upload(lengths, state.text)

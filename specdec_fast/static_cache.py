@@ -1,0 +1,169 @@
+"""A key-value cache of fixed size whose rows have lengths of their own, told by tensors on the device.
+
+The buffers ``[B, heads, capacity, head_dim]`` are allocated once. A pass writes ``n`` columns a row from
+``Place.start`` on, by a scatter whose shapes depend on no value, so that it can be compiled and captured; rolling back
+is writing a smaller number into ``start``. Nothing is copied or concatenated. Sliding-window layers are as long as the
+others, and their window is in the mask.
+
+The last column belongs to nobody: lanes beyond the capacity (drafts behind the end of the longest text) are written
+there, and no lane that counts sees it.
+
+Outside such passes the layers are ragged ones (:mod:`specdec_fast.cache`): prompts are read, and a caller's cache is
+taken in and handed back, as with those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window
+
+__all__ = ["Place", "StaticCache", "StaticLayer", "capacity_for", "rows_for"]
+
+LEAST_CAPACITY = 256
+
+
+@dataclass
+class Place:
+    """Where a pass of fixed shape writes and what it sees, for all layers of a cache. An attention kernel reads it.
+
+    Args:
+        start: ``[B]`` int64, the column that each row's first lane is written to.
+        hidden: ``[B]`` int64, how many columns at the start of each row are padding.
+        capacity: columns of the buffers, the last of them nobody's.
+        fixed: whether a pass of fixed shape is running.
+    """
+
+    start: Tensor
+    hidden: Tensor
+    capacity: int
+    fixed: bool = False
+
+    def columns(self, lanes: int) -> Tensor:
+        """Where each lane is written: ``[B, lanes]``."""
+        lane = torch.arange(lanes, device=self.start.device)
+        return (self.start.unsqueeze(1) + lane).clamp(max=self.capacity - 1)
+
+
+class StaticLayer(RaggedLayer):
+    """One layer. Where its attention has a window, a lane sees ``sliding`` columns, its own among them."""
+
+    is_compileable = True
+
+    def __init__(self, window: Window, place: Place, sliding: int | None):
+        super().__init__(window)
+        self.place = place
+        self.sliding = sliding
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = self._empty(key_states, self.place.capacity)
+        self.values = self._empty(value_states, self.place.capacity)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.place.fixed:
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.values is not None
+        columns = self.place.columns(key_states.shape[2])[:, None, :, None]
+        self.keys.scatter_(2, columns.expand(key_states.shape), key_states)
+        self.values.scatter_(2, columns.expand(value_states.shape), value_states)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.place.capacity if self.place.fixed else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (self.place.capacity, 0) if self.place.fixed else super().get_mask_sizes(query_length)
+
+    def get_max_length(self) -> int:
+        return self.place.capacity
+
+    def _grown(self, buffer: Tensor, end: int) -> Tensor:
+        if end > buffer.shape[2]:
+            raise RuntimeError(f"column {end} is beyond the {buffer.shape[2]} of a static cache")
+        return buffer
+
+
+@dataclass
+class StaticCache(RaggedCache):
+    """The cache of one model for ``rows`` rows of ``capacity`` columns.
+
+    Args:
+        capacity: columns, one more than the longest text.
+        device: of the model.
+        windows: of each layer, None: full attention.
+    """
+
+    capacity: int = LEAST_CAPACITY
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    windows: tuple[int | None, ...] = ()
+    place: Place = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.window.total_rows = self.rows
+        start, hidden = (torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(2))
+        self.place = Place(start, hidden, self.capacity)
+        self.ragged = [StaticLayer(self.window, self.place, sliding) for sliding in self.windows]
+        self.cache = Cache(layers=list(self.ragged))
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the buffers."""
+        return sum(t.nbytes for t in self.tensors())
+
+    def tensors(self) -> list[Tensor]:
+        """Everything whose address must stay."""
+        buffers = [t for layer in self.ragged for t in (layer.keys, layer.values) if t is not None]
+        return [*buffers, self.place.start, self.place.hidden]
+
+    def forget(self) -> None:
+        """Empties it for another text. What was there is cleared: a NaN in a masked column would still spread."""
+        self.window.rows = self.window.columns = None
+        self.window.start = self.window.end = 0
+        for tensor in self.tensors():
+            tensor.zero_()
+
+    def view(self, rows: int) -> RaggedCache:
+        """The first rows as a ragged cache over the same memory."""
+        part = RaggedCache(rows, self.layer_count)
+        for mine, own in zip(part.ragged, self.ragged, strict=True):
+            if own.is_initialized:
+                assert own.keys is not None and own.values is not None
+                mine.dtype, mine.device, mine.is_initialized = own.dtype, own.device, True
+                mine.keys, mine.values = own.keys[:rows], own.values[:rows]
+        return part
+
+    def take(self, other: StaticCache) -> None:
+        """Copies what a smaller cache of as many rows holds; layers are made where this one has none yet."""
+        for mine, theirs in zip(self.ragged, other.ragged, strict=True):
+            if theirs.is_initialized:
+                assert theirs.keys is not None and theirs.values is not None
+                if not mine.is_initialized:
+                    mine.lazy_initialization(theirs.keys, theirs.values)
+                assert mine.keys is not None and mine.values is not None
+                mine.keys[:, :, : other.capacity - 1] = theirs.keys[:, :, :-1]
+                mine.values[:, :, : other.capacity - 1] = theirs.values[:, :, :-1]
+        self.place.start.copy_(other.place.start)
+        self.place.hidden.copy_(other.place.hidden)
+
+
+def capacity_for(columns: int) -> int:
+    """Columns to allocate for a text of so many: few different numbers, so that few shapes are compiled."""
+    size = LEAST_CAPACITY
+    while size < columns + 1:
+        half = size * 3 // 2
+        if half >= columns + 1:
+            return half
+        size *= 2
+    return size
+
+
+def rows_for(batch: int) -> int:
+    """Rows to allocate for a batch."""
+    return 1 << max(batch - 1, 0).bit_length()

@@ -1,0 +1,202 @@
+"""A model whose short passes have fixed shapes: the runner of compiled and captured rounds.
+
+Prompts are read as :class:`~specdec_fast.runner.Runner` reads them. Behind them every pass takes ``n`` tokens of every
+row of the cache, at columns that a tensor on the device names, with an explicit mask over the whole cache: no shape and
+no branch depends on a value, so the pass can be compiled, captured in a CUDA graph and chained with the next one
+without the host looking at anything.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.runner import Head, Runner, supports_ragged_batches
+from specdec_fast.static_cache import Place, StaticCache, capacity_for
+
+__all__ = ["Forward", "StaticRunner", "empty_cache", "static_forward", "why_not_static"]
+
+Forward = Callable[..., Tensor]
+
+
+def static_forward(
+    model: Any, cache: StaticCache, head: Head | None, tokens: Tensor, lane: Tensor | None, positions: int, ids: int
+) -> Tensor:
+    """One pass of fixed shape. Pure tensor code over its arguments: what is compiled.
+
+    Args:
+        model: the model.
+        cache: ``B`` rows; ``place.start`` says where the first lane stands.
+        head: replaces the model's LM head.
+        tokens: ``[B, n]`` int64; an id that the model does not have is read as another one.
+        lane: ``[B]`` int64 whose logits are wanted; None: all.
+        positions: how many the model was made for.
+        ids: how many it can read.
+
+    Returns:
+        logits ``[B, n, V]``, or ``[B, V]`` of one lane.
+    """
+    place = cache.place
+    columns = place.columns(tokens.shape[1])
+    arguments: dict[str, Any] = {
+        "input_ids": tokens.clamp(0, ids - 1),
+        "position_ids": (columns - place.hidden.unsqueeze(1)).clamp(0, positions - 1),
+        "attention_mask": _masks(model, cache, columns),
+        "past_key_values": cache.cache,
+        "use_cache": True,
+        "return_dict": True,
+    }
+    if head is None:
+        logits = model(**arguments).logits
+        return logits if lane is None else _pick(logits, lane)
+    hidden = model.base_model(**arguments).last_hidden_state
+    return head(hidden if lane is None else _pick(hidden, lane))
+
+
+def _pick(values: Tensor, lane: Tensor) -> Tensor:
+    """``values [B, n, H]`` at one lane a row: ``[B, H]``."""
+    index = lane[:, None, None].expand(-1, 1, values.shape[2])
+    return values.gather(1, index).squeeze(1)
+
+
+def _masks(model: Any, cache: StaticCache, columns: Tensor) -> Tensor | dict[str, Tensor]:
+    """Explicit masks ``[B, 1, n, capacity]``, one a layer type where there are several."""
+    place: Place = cache.place
+    kv = torch.arange(place.capacity, device=columns.device)
+    query = columns.unsqueeze(-1)
+    # A lane sees itself whatever it is: a row of nothing would turn the softmax into NaN
+    seen = (kv <= query) & (kv >= place.hidden[:, None, None]) | (kv == query)
+    masks = {}
+    for size in sorted(set(cache.windows), key=lambda window: window or 0):
+        mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
+        if model.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
+        masks["full_attention" if size is None else "sliding_attention"] = mask
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache:
+    """A static cache for a model that :func:`why_not_static` has nothing against, its buffers allocated."""
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    windows = tuple(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers)
+    cache = StaticCache(rows, len(layers), capacity=capacity, device=model.device, windows=windows)
+    # Only a pass tells how many heads of what size and type a layer keeps
+    StaticRunner(model, cache, 1).feed([0], torch.zeros((1, 1), dtype=torch.long), [1], [1])
+    cache.forget()
+    return cache
+
+
+class StaticRunner(Runner):
+    """A :class:`Runner` over a static cache, with passes of fixed shape beside its own.
+
+    Args:
+        model: that :func:`why_not_static` has nothing against.
+        cache: at least ``rows`` rows; rows behind those take part in passes of fixed shape and mean nothing.
+        rows: of the call.
+        visible: ``[rows, P]`` bool, padding on the left only.
+        prefill_chunk, head: as for :class:`Runner`.
+        forward: :func:`static_forward`, or a compiled form of it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: StaticCache,
+        rows: int,
+        *,
+        visible: Tensor | None = None,
+        prefill_chunk: int | None = None,
+        head: Head | None = None,
+        forward: Forward = static_forward,
+    ):
+        self.cache = cache
+        self.forward = forward
+        super().__init__(model, rows, visible=visible, prefill_chunk=prefill_chunk, head=head, joint=True)
+        self._ids = self.vocabulary or 1 << 60
+        cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))
+
+    def _make_caches(self, groups: list[list[int]], layers: int) -> list[tuple[list[int], RaggedCache]]:
+        return [(group, self.cache) for group in groups]
+
+    def move(self, cache: StaticCache, forward: Forward) -> None:
+        """Goes on with another cache that holds the same."""
+        self.cache, self.forward = cache, forward
+        self._units = [(group, cache) for group, _ in self._units]
+
+    @property
+    def caches(self) -> list[tuple[list[int], RaggedCache]]:
+        return [(list(range(self.rows)), self.cache.view(self.rows))]
+
+    def score(
+        self, tokens: Tensor, start: Tensor, lane: Tensor | None = None, *, forward: Forward | None = None
+    ) -> Tensor:
+        """Feeds ``tokens [B, n]`` of every row of the cache from columns ``start [B]`` on.
+
+        What stood there is overwritten, so a row rolls back by starting earlier.
+
+        Args:
+            lane: ``[B]``, the lane whose logits are wanted; None: all.
+            forward: for this pass.
+
+        Returns:
+            ``[B, n, V]``, or ``[B, V]``.
+        """
+        run = self.forward if forward is None else forward
+        place = self.cache.place
+        place.start.copy_(start)
+        place.fixed = True
+        try:
+            return run(self.model, self.cache, self.head, tokens, lane, self.positions, self._ids)
+        finally:
+            place.fixed = False
+
+
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()
+_probing = threading.Lock()
+
+
+def why_not_static(model: PreTrainedModel) -> str | None:
+    """Why a model cannot run passes of fixed shape; None where it can. Tried once a model against a plain pass."""
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        return f"{type(model).__name__} is spread over several devices"
+    with _probing:
+        found = _probed.setdefault(model, {})
+        implementation = str(model.config._attn_implementation)  # can be changed on a loaded model
+        if implementation not in found:
+            found[implementation] = _probe(model, implementation)
+        return found[implementation]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, implementation: str) -> str | None:
+    name = type(model).__name__
+    if ragged_layers(model.config) is None:
+        return f"{name} has layers that cannot be rolled back"
+    if not supports_ragged_batches(model):
+        return f"{name} with {implementation} attention takes no mask that a static cache needs"
+    size = model.config.get_text_config(decoder=True).vocab_size
+    ids = torch.arange(1, 15, device=model.device).view(2, 7).remainder(size)
+    visible = torch.tensor([[True, True, True], [False, True, True]])
+    try:
+        runner = StaticRunner(model, empty_cache(model, 2, capacity_for(8)), 2, visible=visible)
+        runner.feed([0, 1], ids[:, :3], [3, 3], [1, 1])
+        start = torch.full((2,), 3, device=model.device)
+        runner.score(ids[:, 1:4], start)  # what is written over
+        got = runner.score(ids[:, 3:], start)
+        for row, text in enumerate((ids[:1], ids[1:, 1:])):
+            plain = model(input_ids=text, use_cache=False).logits[0, -4:].float()
+            if not (plain - got[row].float()).abs().mean() <= 0.05 * plain.std():
+                return f"{name} gives other logits with a static cache"
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        return f"{name} fails with a static cache ({type(error).__name__})"
+    return None
