@@ -182,7 +182,7 @@ def check_out(
     model: PreTrainedModel,
     drafter: PreTrainedModel | None,
     rows: int,
-    capacity: int,
+    capacity: tuple[int, int],
     how: Compilation,
     *,
     head: Head | None = None,
@@ -192,7 +192,8 @@ def check_out(
 
     Args:
         model, drafter: that have nothing against static caches.
-        rows, capacity: of the caches.
+        rows: of the caches.
+        capacity: of the target's and of the drafter's.
         how: passes run.
         head: of the drafter.
         choices: ``index``, ``choices`` and ``picks`` of the drafter's writer, those that it has.
@@ -231,7 +232,7 @@ def hand_back(pair: Pair) -> None:
     pair.target.forget()
     if pair.drafter is not None:
         pair.drafter.forget()
-    pair.state.ids.zero_()
+    pair.state.clear()
     pair.busy = False
 
 
@@ -246,7 +247,7 @@ def _made(
     drafter: PreTrainedModel | None,
     key: tuple[Any, ...],
     rows: int,
-    capacity: int,
+    capacity: tuple[int, int],
     how: Compilation,
     choices: dict[str, Tensor],
 ) -> Pair:
@@ -256,9 +257,9 @@ def _made(
     device = model.device
     pair = Pair(
         key,
-        empty_cache(model, rows, capacity),
-        None if drafter is None else empty_cache(drafter, rows, capacity),
-        State.empty(rows, capacity, device),
+        empty_cache(model, rows, capacity[0]),
+        None if drafter is None else empty_cache(drafter, rows, capacity[1]),
+        State.empty(rows, capacity[0], device),
         {name: tensor.to(device) for name, tensor in choices.items()},
         (forward("target"), forward("drafter")),
         (_parameters(rows, device), _parameters(rows, device)),

@@ -15,18 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specdec_fast.device_round import BUCKETS, bucket_of
 from specdec_fast.engine import Engine, refuse_undefined
 from specdec_fast.state import Rows
 
-__all__ = ["BUCKETS", "DeviceEngine", "Launcher", "bucket_of"]
-
-# Draft tokens of a round, rounded up to one of these: each is a shape to compile or capture
-BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
-
-
-def bucket_of(gamma: int) -> int:
-    """The smallest bucket that holds so many draft tokens; the largest where none does."""
-    return next((bucket for bucket in BUCKETS if bucket >= gamma), BUCKETS[-1])
+__all__ = ["DeviceEngine", "Launcher", "Report"]
 
 
 class Launcher(Protocol):
@@ -34,6 +27,8 @@ class Launcher(Protocol):
 
     late: int
     """How many rounds may be launched beyond the one that is read."""
+    costly: bool
+    """Whether each bucket costs a compilation or a capture."""
     why_not_captured: str
     """Why rounds are not replayed as graphs, where they were to be."""
 
@@ -110,7 +105,9 @@ class DeviceEngine(Engine):
         if limits != self._limits:
             self._limits = limits
             self.launcher.limit(limits)
-        gamma = bucket_of(max(limits))
+        # Near the end fewer tokens would do, but not where that shape would have to be compiled for the end alone
+        wanted = [self.lookahead[row] for row in self.rows.active] if self.launcher.costly else limits
+        gamma = bucket_of(max(wanted))
         ahead = longest + unread * (BUCKETS[-1] + 1)
         self.launcher.reserve(self.shift + min(ahead + gamma + 1, self.rows.capacity))
         return gamma

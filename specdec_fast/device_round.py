@@ -19,10 +19,28 @@ from specdec_fast.device_law import DeviceLaw
 from specdec_fast.randomness import Purpose
 from specdec_fast.static_runner import StaticRunner, static_forward
 
-__all__ = ["UNREAD", "DeviceDrafter", "DeviceWriter", "Draft", "NothingDrafted", "Round", "State"]
+__all__ = [
+    "BUCKETS",
+    "UNREAD",
+    "DeviceDrafter",
+    "DeviceWriter",
+    "Draft",
+    "NothingDrafted",
+    "Round",
+    "State",
+    "bucket_of",
+]
 
 UNREAD = 2  # a drafter has not read the last draft token that was accepted, nor the token behind it
 _NO_ID = -9  # fills the list of ids that end a row; no token has this id
+
+# Draft tokens of a round, rounded up to one of these: each is a shape to compile or capture
+BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)
+
+
+def bucket_of(gamma: int) -> int:
+    """The smallest bucket that holds so many draft tokens; the largest where none does."""
+    return next((bucket for bucket in BUCKETS if bucket >= gamma), BUCKETS[-1])
 
 
 @dataclass(eq=False)
@@ -69,15 +87,25 @@ class State:
         def numbers(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.long, device=device)
 
-        return cls(
+        each = ("length", "seed", "limit", "most", "places", "shift", "hidden", "unread", "text")
+        state = cls(
             ids=numbers(rows, columns),
-            length=torch.ones(rows, dtype=torch.long, device=device),
-            done=torch.ones(rows, dtype=torch.bool, device=device),
-            **{name: numbers(rows) for name in ("seed", "limit", "most", "places", "shift", "hidden", "unread")},
-            ends=torch.full((cls.ENDS,), _NO_ID, device=device),
+            done=torch.zeros(rows, dtype=torch.bool, device=device),
+            ends=numbers(cls.ENDS),
             tail=numbers(rows, cls.TAIL),
-            text=torch.ones(rows, dtype=torch.long, device=device),
+            **{name: numbers(rows) for name in each},
         )
+        state.clear()
+        return state
+
+    def clear(self) -> None:
+        """Makes every row one of nothing, which is done."""
+        for tensor in vars(self).values():
+            tensor.zero_()
+        self.length.fill_(1)  # a pass takes the last token of a row, and there has to be one
+        self.text.fill_(1)
+        self.done.fill_(True)
+        self.ends.fill_(_NO_ID)
 
     def take(self, other: State) -> None:
         """Copies the rows of a state with fewer columns."""
@@ -169,7 +197,8 @@ class DeviceWriter:
         tail, text = self._tail(state)
         start = (text - tail.shape[1]).clamp(min=0)
         logits = self.runner.score(tail, start, (text - 1 - start).clamp(min=0))
-        count, key = torch.where(text > 0, room, 0), state.committed
+        places = (self.runner.positions - text).clamp(min=0)
+        count, key = torch.where(text > 0, torch.minimum(room, places), 0), state.committed
         tokens, kept, sums, entries = [], [], [], []
         for step in range(gamma):
             scores = self.law.scores(logits if self._picks is None else logits[:, self._picks])

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from specdec_fast.compiled import Compilation, Pair, check_out, hand_back, notice, upload
 from specdec_fast.device_law import DeviceLaw
-from specdec_fast.device_round import UNREAD, DeviceDrafter, DeviceWriter, NothingDrafted, Round, State
+from specdec_fast.device_round import BUCKETS, UNREAD, DeviceDrafter, DeviceWriter, NothingDrafted, Round, State
 from specdec_fast.drafters.model import Context, common
 from specdec_fast.runner import Head
 from specdec_fast.state import Rows
@@ -106,11 +106,12 @@ class Session:
     ):
         self.why_not_captured = ""
         self.late = int(model.device.type == "cuda" and (drafter is None or drafter.contexts is None))
+        self.costly = how.compiled or how.captured
         self._ends = ends
         self._model, self._how, self._part = model, how, drafter
         self._law, self._rule = law, rule
         self._batch, self._columns = batch, columns
-        self._pair = self._check_out(min(columns, prompt + ALLOWANCE))
+        self._pair = self._check_out(min(columns, prompt + ALLOWANCE), 0)
         self.target = StaticRunner(
             model,
             self._pair.target,
@@ -139,13 +140,15 @@ class Session:
         """Memory of the caches and rows."""
         return self._pair.bytes
 
-    def _check_out(self, columns: int) -> Pair:
+    def _check_out(self, columns: int, own: int) -> Pair:
+        """A pair for texts of so many columns; the drafter's are ``own``, where its tokenizer is another."""
         part = self._part
+        capacity = capacity_for(columns)
         return check_out(
             self._model,
             None if part is None else part.model,
             rows_for(self._batch),
-            capacity_for(columns),
+            (capacity, capacity if part is None or part.contexts is None else capacity_for(max(own, columns))),
             self._how,
             head=None if part is None else part.head,
             choices=None if part is None else part.tensors,
@@ -184,10 +187,7 @@ class Session:
         elif self.drafter is not None and self._part is not None:
             self._text = DraftedText(self.drafter, self._part)
         state = self.state
-        state.done.fill_(True)
-        state.length.fill_(1)
-        state.text.fill_(1)
-        state.ends.fill_(-9)
+        state.clear()
         state.ids[: self._batch, :prompt].copy_(rows.ids[:, :prompt])
         hidden = [prompt - len(text) for text in rows.tokens]
         for values, to in (
@@ -216,7 +216,9 @@ class Session:
         """
         if self._text is None:
             return 0.0
-        self._text.write(self.state, texts, active, gamma)
+        longest = self._text.read(texts, active, gamma)
+        self._reserve(0, longest + BUCKETS[-1] + 1)
+        self._text.write(self.state)
         return self._text.seconds
 
     def limit(self, values: list[int]) -> None:
@@ -228,10 +230,17 @@ class Session:
             self.state.done[row].fill_(True)
 
     def reserve(self, columns: int) -> None:
-        if columns < self._pair.target.capacity:
-            return
+        self._reserve(columns, 0)
+
+    def _reserve(self, columns: int, own: int) -> None:
+        """Moves to larger caches where texts of so many columns would not fit; ``own``: of the drafter's."""
         old = self._pair
-        self._pair = self._check_out(min(columns + ALLOWANCE, self._columns))
+        if columns < old.target.capacity and (old.drafter is None or own < old.drafter.capacity):
+            return
+        columns = old.target.capacity - 1 if columns < old.target.capacity else min(columns + ALLOWANCE, self._columns)
+        if old.drafter is not None:
+            own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + ALLOWANCE
+        self._pair = self._check_out(columns, own)
         self._pair.target.take(old.target)
         self.target.move(self._pair.target, self._pair.forwards[0])
         if self.drafter is not None and self._pair.drafter is not None and old.drafter is not None:
@@ -319,31 +328,37 @@ class DraftedText:
         targets, own = (part.tensors[name].tolist() for name in ("target_ids", "choices"))
         self._own = dict(zip(targets, own, strict=True))
         self._read = [0] * len(part.contexts)
-        self._tails = [[0] * State.TAIL for _ in part.contexts]
 
-    def write(self, state: State, texts: list[list[int]], active: list[int], gamma: int) -> None:
-        """Reads what was committed since the round before, in which up to ``gamma`` tokens were drafted."""
+    def read(self, texts: list[list[int]], active: list[int], gamma: int) -> int:
+        """Reads what was committed since the round before, in which up to ``gamma`` tokens were drafted.
+
+        Returns:
+            length of the longest text.
+        """
         begin = time.perf_counter()
-        lengths = [len(context.ids) for context in self._contexts]
-        behind: list[tuple[int, list[int]]] = []
         for row in active:
             context, new = self._contexts[row], texts[row][self._read[row] :]
-            before = lengths[row]
+            before = len(context.ids)
             kept = context.append(new)
             self._read[row] = len(texts[row])
             cached = min(before if gamma else self._runner.length[row], kept)
             if kept == before and gamma:  # the round read its drafts but the last, and the accepted ones stand
                 drafted = [self._own.get(token, -1) for token in new[:-1]][: gamma - 1]
                 cached += common(drafted, context.ids[before:])
-            lengths[row] = len(context.ids)
-            cached = min(cached, max(lengths[row] - 1, 0))
-            if lengths[row] - cached > State.TAIL:
-                behind.append((row, context.ids[cached:-1]))
-            self._runner.length[row] = cached
-            first = max(lengths[row] - State.TAIL, 0)
-            tail = context.ids[first:]
-            self._tails[row] = tail + [0] * (State.TAIL - len(tail))
+            self._runner.length[row] = min(cached, max(len(context.ids) - 1, 0))
         self.seconds += time.perf_counter() - begin
-        read_texts(self._runner, [row for row, _ in behind], [text for _, text in behind])
-        upload(self._tails, state.tail)
-        upload(lengths, state.text)
+        return max(len(context.ids) for context in self._contexts)
+
+    def write(self, state: State) -> None:
+        """Hands the drafter the last tokens of each row, and reads for it what is missing before those."""
+        behind, missing, tails = [], [], []
+        for row, context in enumerate(self._contexts):
+            ids, cached = context.ids, self._runner.length[row]
+            if len(ids) - cached > State.TAIL:
+                behind.append(row)
+                missing.append(ids[cached:-1])
+            tail = ids[max(len(ids) - State.TAIL, 0) :]
+            tails.append(tail + [0] * (State.TAIL - len(tail)))
+        read_texts(self._runner, behind, missing)
+        upload(tails, state.tail)
+        upload([len(context.ids) for context in self._contexts], state.text)

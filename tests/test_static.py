@@ -1,0 +1,355 @@
+"""Rounds that live on the device, as plain tensor code on a CPU: the same tokens as everywhere else."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from test_continuation import extended, only_new
+from test_greedy import assert_same_cache
+from tiny import (
+    ARCHITECTURES,
+    VOCABULARY,
+    build_model,
+    drafters,
+    make_noisy,
+    model,
+    noisy,
+    prompts,
+    same,
+    taught,
+    taught_prompts,
+)
+from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
+
+from specdec_fast import compiled, device_session, fast_generate, last_speculation, static_cache
+from specdec_fast.drafters import model as drafter_models
+from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
+
+STATIC = {"compile": "static"}
+CANNOT = ("bloom", "falcon", "mpt")
+ABLE = tuple(name for name in ARCHITECTURES if name not in CANNOT)
+METHODS = ("autoregressive", "model", "tli")
+
+
+@pytest.fixture
+def plain_drafters(monkeypatch):
+    """Drafters by their own forward: in 8 bits they draw other tokens, and sampled output hangs on those."""
+    monkeypatch.setattr(drafter_models, "lean_model", lambda *_, **__: None)
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    """Caches without a column to spare."""
+    monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
+
+
+def on_device(statistics):
+    assert statistics.loop == "device", statistics.loop_reason
+    return statistics
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("architecture", ABLE)
+def test_greedy_output_is_that_of_generate(architecture, rows):
+    options = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4, **STATIC}
+    statistics = same(model(architecture), prompts(rows, padded=rows > 1), options, max_new_tokens=24)
+    assert on_device(statistics).forward == "static"
+    assert 0 < statistics.accepted <= statistics.drafted - (rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_drafter_that_lives_on_the_device(method, rows):
+    options = {**drafters()[method], **STATIC}
+    on_device(same(taught()[0], taught_prompts(rows, padded=True), options, max_new_tokens=40))
+
+
+@pytest.mark.parametrize("architecture", CANNOT)
+def test_a_model_without_static_caches_runs_as_it_is(architecture):
+    options = {"assistant_model": noisy(architecture), **STATIC}
+    statistics = same(model(architecture), prompts(2, padded=True), options, max_new_tokens=8)
+    assert statistics.loop == "host"
+    assert "takes no mask that a static cache needs" in statistics.loop_reason
+
+
+def test_what_a_static_cache_would_get_wrong_is_found_by_trying(monkeypatch):
+    target = build_model("llama")
+    monkeypatch.setattr(static_cache.Place, "columns", lambda place, n: torch.zeros(place.start.shape[0], n).long())
+    assert "other logits" in why_not_static(target)
+
+
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {},
+        {"temperature": 0.7, "top_k": 9, "top_p": 0.9},
+        {"min_p": 0.05},
+        {"typical_p": 0.9},
+        {"assistant_temperature": 0.0},
+        {"assistant_confidence_threshold": 0.3},
+        {"num_assistant_tokens": 3},
+    ],
+    ids=str,
+)
+def test_sampled_tokens_are_those_of_the_host_loop(plain_drafters, method, rule, sampling):
+    found = []
+    inputs = taught_prompts(3, padded=True)
+    if method == "autoregressive" and not {"typical_p", "min_p"} & set(sampling):
+        sampling = {name: value for name, value in sampling.items() if not name.startswith(("assist", "num"))}
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 24, "seed": 3, **sampling}
+    for compile in ("off", "static"):
+        options = {**drafters()[method], "verification": rule, "compile": compile}
+        output = fast_generate(taught()[0], **inputs, **options, **settings)
+        statistics = last_speculation()
+        counts = statistics.accepted_per_position, statistics.drafted_per_position, statistics.rounds
+        found.append((output.tolist(), counts, statistics.committed))
+    on_device(statistics)
+    assert found[0] == found[1]
+
+
+# Stops ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", range(0, 9, 2))
+def test_eos_at_every_place_of_a_block(place):
+    inputs = prompts()
+    eos = int(model().generate(**inputs, max_new_tokens=24)[0, inputs["input_ids"].shape[1] + place])
+    own = {"assistant_model": model(), "num_assistant_tokens": 6, **STATIC}
+    on_device(same(model(), inputs, own, max_new_tokens=24, eos_token_id=eos))
+
+
+def test_rows_end_at_different_times():
+    inputs = prompts(4, padded=True)
+    text = model().generate(**inputs, max_new_tokens=24)[:, inputs["input_ids"].shape[1] :]
+    eos = [int(text[row, 3 + 4 * row]) for row in range(4)]
+    for drafter in (model(), noisy()):
+        own = {"assistant_model": drafter, **STATIC}
+        on_device(same(model(), inputs, own, max_new_tokens=24, eos_token_id=eos, pad_token_id=17))
+
+
+@pytest.mark.parametrize("new", [1, 2, 7])
+def test_the_longest_text_ends_inside_a_block(new):
+    own = {"assistant_model": model(), "num_assistant_tokens": 6, **STATIC}
+    on_device(same(model(), prompts(2, padded=True), own, max_new_tokens=new))
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_stop_strings_are_seen_by_the_host(monkeypatch, late):
+    read = device_session.Session.__init__
+
+    def lagging(session, *arguments, **settings):
+        read(session, *arguments, **settings)
+        session.late = late
+
+    monkeypatch.setattr(device_session.Session, "__init__", lagging)
+    target, tokenizer = taught()
+    inputs = taught_prompts(3, padded=True)
+    free = target.generate(**inputs, max_new_tokens=24)
+    strings = [tokenizer.decode(free[row, -9:-6]) for row in range(2)]
+    settings = {"stop_strings": strings, "max_new_tokens": 24, "tokenizer": tokenizer}
+    for eos in (None, int(free[2, -4])):
+        expected = target.generate(**inputs, **settings, eos_token_id=eos)
+        for method in ("autoregressive", "model"):
+            options = {**drafters()[method], **STATIC}
+            got = fast_generate(target, **inputs, **options, **settings, eos_token_id=eos)
+            on_device(last_speculation())
+            assert got.tolist() == expected.tolist()
+
+
+def test_a_streamer_gets_every_token(capsys):
+    target, tokenizer = taught()
+    inputs = taught_prompts(1)
+    target.generate(**inputs, max_new_tokens=20, streamer=TextStreamer(tokenizer))
+    expected = capsys.readouterr().out
+    fast_generate(target, **inputs, max_new_tokens=20, streamer=TextStreamer(tokenizer), **drafters()["tli"], **STATIC)
+    on_device(last_speculation())
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_reading_late_changes_no_token(monkeypatch, plain_drafters, late):
+    inputs = taught_prompts(3, padded=True)
+    settings = {"do_sample": True, "max_new_tokens": 24, "seed": 5, "num_assistant_tokens": 3, **STATIC}
+    expected = fast_generate(taught()[0], **inputs, **drafters()["model"], **settings)
+    made = device_session.Session.__init__
+
+    def lagging(session, *arguments, **options):
+        made(session, *arguments, **options)
+        session.late = late
+
+    monkeypatch.setattr(device_session.Session, "__init__", lagging)
+    got = fast_generate(taught()[0], **inputs, **drafters()["model"], **settings)
+    assert torch.equal(got, expected)
+
+
+# Caches ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["all ids", "new ids"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_a_second_turn(architecture, way):
+    target, inputs = model(architecture), prompts(3, padded=True)
+    own = {"assistant_model": noisy(architecture), **STATIC}
+    settings = {"return_dict_in_generate": True, "max_new_tokens": 8}
+    theirs, ours = target.generate(**inputs, **settings), fast_generate(target, **inputs, **settings, **own)
+    on_device(last_speculation())
+    assert_same_cache(ours.past_key_values, theirs.past_key_values, inputs["attention_mask"])
+    second = extended(inputs, theirs.sequences)
+    if way == "new ids":
+        second = only_new(second, ours.past_key_values)
+    expected = target.generate(**second, past_key_values=theirs.past_key_values, **settings)
+    got = fast_generate(target, **second, past_key_values=ours.past_key_values, **settings, **own)
+    on_device(last_speculation())
+    assert torch.equal(got.sequences, expected.sequences)
+    assert_same_cache(got.past_key_values, expected.past_key_values, second["attention_mask"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_windows", "gpt2"])
+def test_drafts_beyond_the_last_column_change_nothing(tight, architecture):
+    own = {"assistant_model": model(architecture), "num_assistant_tokens": 12, **STATIC}
+    for new in (1, 6, 7, 8):  # 9 + 7 columns and one that is nobody's
+        on_device(same(model(architecture), prompts(2, padded=True), own, max_new_tokens=new))
+
+
+def test_a_text_that_outgrows_its_caches_moves_to_larger_ones(tight, monkeypatch, plain_drafters):
+    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    moved = []
+    take = static_cache.StaticCache.take
+    monkeypatch.setattr(static_cache.StaticCache, "take", lambda mine, other: (moved.append(1), take(mine, other))[1])
+    own = {"assistant_model": noisy(), "num_assistant_tokens": 3, **STATIC}
+    on_device(same(model(), prompts(3, padded=True), own, max_new_tokens=60))
+    for method in METHODS:
+        on_device(
+            same(taught()[0], taught_prompts(2, padded=True), {**drafters()[method], **STATIC}, max_new_tokens=60)
+        )
+    assert len(moved) >= 8
+
+
+def test_a_row_rolls_back_by_starting_earlier():
+    target = model("mistral")
+    cache = empty_cache(target, 2, 32)
+    runner = StaticRunner(target, cache, 2)
+    ids = torch.randint(1, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(4))
+    wrong = torch.randint(1, VOCABULARY, (2, 5), generator=torch.Generator().manual_seed(5))
+    runner.feed([0, 1], ids[:, :6], [6, 4], [1, 1])
+    runner.score(wrong, torch.tensor([6, 4]))
+    addresses = [t.data_ptr() for t in cache.tensors()]
+    got = runner.score(torch.stack([ids[0, 6:10], ids[1, 4:8]]), torch.tensor([6, 4]))
+    for row, text in enumerate((ids[:1, :10], ids[1:, :8])):
+        plain = target(input_ids=text, use_cache=False).logits[0, -4:]
+        torch.testing.assert_close(got[row], plain, rtol=1e-4, atol=1e-4)
+    assert addresses == [t.data_ptr() for t in cache.tensors()]
+
+
+# What cannot live on the device ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"repetition_penalty": 1.3}, "looks at the text"),
+        ({"stopping_criteria": StoppingCriteriaList([lambda ids, scores: ids[:, -1] < 0])}, "custom stopping"),
+        ({"logits_processor": LogitsProcessorList([lambda ids, scores: scores])}, "looks at the text"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "asked for"),
+        ({"use_cache": False}, "keeps no cache"),
+    ],
+    ids=["prefix", "criterion", "processor", "scores", "no cache"],
+)
+def test_what_needs_the_host_runs_there_and_says_why(settings, reason):
+    inputs, own = prompts(2), {"assistant_model": noisy(), **STATIC}
+    expected = model().generate(**inputs, max_new_tokens=6, **settings)
+    got = fast_generate(model(), **inputs, **own, max_new_tokens=6, **settings)
+    ids = (got, expected) if isinstance(got, torch.Tensor) else (got.sequences, expected.sequences)
+    assert torch.equal(*ids)
+    assert last_speculation().loop == "host"
+    assert reason in last_speculation().loop_reason
+
+
+def test_a_method_that_needs_text_runs_on_the_host():
+    statistics = same(taught()[0], taught_prompts(2), {**drafters()["slem"], **STATIC}, max_new_tokens=8)
+    assert "slem" in statistics.loop_reason
+
+
+def test_scores_that_are_no_law_are_refused():
+    broken = build_model("llama")
+    with torch.no_grad():
+        broken.lm_head.weight[3] = float("nan")
+    with pytest.raises(RuntimeError, match="row 0: the target's scores"):
+        fast_generate(broken, **prompts(), assistant_model=noisy(), max_new_tokens=4, compile="static")
+
+
+# What is kept ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_prompt_or_batch_finds_the_same_shapes():
+    """Counted by a backend that compiles nothing: what Dynamo hands over is what inductor would have to compile."""
+    target = build_model("llama")
+    drafter, graphs = make_noisy(target), []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=counting)
+    own = {"assistant_model": drafter, "num_assistant_tokens": 2, "compile": "inductor"}
+    for rows, length, new in ((3, 9, 12), (3, 30, 40), (4, 12, 5)):
+        statistics = same(
+            target, prompts(rows, padded=True, length=length), own, max_new_tokens=new, compile_config=config
+        )
+        assert on_device(statistics).forward == "inductor"
+        assert len(graphs) == 3  # a drafter's first pass, its others, a scoring pass
+
+
+def test_compiled_passes_give_the_same(plain_drafters):
+    target = build_model("llama", num_hidden_layers=1)
+    own = {"method": "autoregressive", "compile": "inductor"}
+    for length in (9, 17):
+        assert (
+            on_device(same(target, prompts(2, padded=True, length=length), own, max_new_tokens=12)).forward
+            == "inductor"
+        )
+    assert len(compiled._kept[target]) == 1
+
+
+def test_disable_compile_leaves_passes_as_they_are():
+    own = {"assistant_model": noisy(), "compile": "inductor"}
+    assert same(model(), prompts(), own, max_new_tokens=4, disable_compile=True).forward == "static"
+
+
+def test_what_was_kept_goes_with_the_models():
+    target = build_model("llama")
+    drafter = make_noisy(target)
+    for rows in (1, 2, 4, 8, 16):
+        fast_generate(target, **prompts(rows), assistant_model=drafter, max_new_tokens=4, compile="static")
+    kept = compiled._kept[target]
+    assert len(kept) == compiled.MOST_KEPT
+    assert compiled.kept_bytes(target) == sum(pair.bytes for pair in kept)
+    assert last_speculation().static_bytes == kept[-1].bytes
+    assert all(not bool(t.any()) for pair in kept for t in pair.target.tensors())  # nobody's text stays behind
+    gone = [weakref.ref(item) for item in (target, drafter, kept[0])]
+    del kept, drafter
+    gc.collect()
+    assert not compiled._kept[target]
+    del target
+    gc.collect()
+    assert [reference() for reference in gone] == [None, None, None]
+
+
+def test_a_busy_pair_is_not_shared():
+    target = build_model("llama")
+    how = compiled.Compilation()
+    first = compiled.check_out(target, None, 1, (32, 32), how)
+    second = compiled.check_out(target, None, 1, (32, 32), how)
+    assert first is not second
+    compiled.hand_back(first)
+    assert compiled.check_out(target, None, 1, (32, 32), how) is first
+
+
+def test_a_first_call_that_takes_long_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "NOTICE", 0.0)
+    with compiled.notice("compiling"):
+        gc.collect()
+    assert "specdec_fast: compiling (once)" in capsys.readouterr().err
