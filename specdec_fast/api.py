@@ -113,7 +113,12 @@ def fast_generate(
         max_matching_ngram_size: longest suffix that prompt lookup compares.
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
-            with float32 in between. "off", or ``disable_compile`` of the generation config: the model's own forward.
+            with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
+            the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli" and
+            "autoregressive", other calls say why not in the statistics. "inductor": the same with both models'
+            forwards compiled by ``torch.compile`` as ``compile_config`` says, which takes a while at first.
+            "off": the model's own forward. ``disable_compile`` of the generation config makes "auto" that, and
+            "inductor" "static".
         source: where random numbers come from; None: Philox, keyed by seed and position.
         **kwargs: everything else of ``model.generate``.
 

@@ -38,6 +38,8 @@ class System:
     counts: dict[str, int] = field(default_factory=dict)
     ran: tuple[str, str] | None = None
     """Method and rule that the last call chose."""
+    passes: str | None = None
+    """How its short passes ran, and where its rounds lived."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Row:
     method: str
     ran: str | None
     verification: str | None
+    passes: str | None
     temperature: float
     batch: int
     tokens_per_second: float
@@ -68,7 +71,14 @@ class Row:
 
 
 def systems(
-    pair: dict[str, Any], methods: Sequence[str], *, temperature: float, batch: int, tokens: int, lookahead: int | None
+    pair: dict[str, Any],
+    methods: Sequence[str],
+    *,
+    temperature: float,
+    batch: int,
+    tokens: int,
+    lookahead: int | None,
+    compile: str = "auto",
 ) -> list[System]:
     """Transformers' plain and assisted decoding, ours, and our methods.
 
@@ -79,6 +89,7 @@ def systems(
         batch: rows a call; above 1 Transformers has no assisted decoding.
         tokens: new ones a row.
         lookahead: draft tokens a round of every system; None: each one's defaults.
+        compile: of :func:`specdec_fast.fast_generate`.
     """
     target, drafter = pair["target"], pair["drafter"]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
@@ -96,7 +107,7 @@ def systems(
             theirs |= {"tokenizer": pair["tokenizer"], "assistant_tokenizer": pair["drafter_tokenizer"]}
         table.append(System("transformers", "assisted", _seeded(lambda inputs: target.generate(**inputs, **theirs))))
     for method in dict.fromkeys(["autoregressive", *methods]):
-        arguments: dict[str, Any] = {"method": method, **common}
+        arguments: dict[str, Any] = {"method": method, "compile": compile, **common}
         if method not in ("autoregressive", "prompt_lookup"):
             arguments |= {"assistant_model": drafter, "tokenizer": pair["tokenizer"]}
             arguments["assistant_tokenizer"] = pair["drafter_tokenizer"]
@@ -162,6 +173,7 @@ def _note(system: System) -> None:
     speculation = last_speculation()
     assert speculation is not None
     system.ran = speculation.method, speculation.verification
+    system.passes = f"{speculation.forward}, {speculation.loop}"
     for name in ("drafted", "accepted", "committed", "row_rounds"):
         system.counts[name] = system.counts.get(name, 0) + getattr(speculation, name)
 
@@ -179,6 +191,7 @@ def _rows(table: list[System], prompts: Sequence[Inputs], temperature: float) ->
                 method=system.method,
                 ran=system.ran[0] if system.ran else None,
                 verification=system.ran[1] if system.ran else None,
+                passes=system.passes,
                 temperature=temperature,
                 batch=batch,
                 tokens_per_second=statistics.median(system.rates),

@@ -137,6 +137,16 @@ MinPOption = Annotated[
         help="Sample from tokens at least this probable, relative to the most probable one.",
     ),
 ]
+CompileOption = Annotated[
+    str,
+    typer.Option(
+        "--compile",
+        metavar="HOW",
+        rich_help_panel=DECODING,
+        help="How short passes run: auto, off, static (rounds of fixed shape that live on the device) or inductor "
+        "(those compiled).",
+    ),
+]
 ChatOption = Annotated[
     bool | None,
     typer.Option(

@@ -55,9 +55,16 @@ def test_batches_leave_out_what_transformers_refuses(folders):
     assert all(row["batch"] == 2 and row["identical_to_plain"] for row in rows)
 
 
+def test_rounds_on_the_device_are_measured_too(folders):
+    rows = run(folders, "--methods", "tli,slem", "--temperature", "0", "--compile", "static")
+    assert [row["passes"] for row in rows][2:] == ["static, device", "static, device", "eager, host"]
+    assert all(row["identical_to_plain"] for row in rows[2:])
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
+        (["--compile", "fast"], "--compile fast"),
         (["--methods", "magic"], "magic"),
         (["--temperature", "-1"], "--temperature"),
         (["--tokens", "0"], "--tokens"),

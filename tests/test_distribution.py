@@ -142,8 +142,12 @@ def first_round(method, sampling):
     return Problem(p, laws(drafter, context, GAMMA, picks, names), index)
 
 
-def enumerated(problem, method, rule, sampling):
-    """Blocks of the first round and their weights, each way it can go being a row of one call."""
+def enumerated(problem, method, rule, sampling, numbered=lambda source: {"source": source}):
+    """Blocks of the first round and their weights, each way it can go being a row of one call.
+
+    Args:
+        numbered: makes arguments of ``fast_generate`` of the source of numbers.
+    """
     ways = {"token": token_ways, "match": match_ways, "block": block_ways}[rule]
     plan = []
     for chosen, tokens, weight, count in problem.drafts():
@@ -166,7 +170,7 @@ def enumerated(problem, method, rule, sampling):
         num_assistant_tokens=GAMMA,
         verification=rule,
         seed=list(range(2 * len(plan))),
-        source=FirstRound(numbers, PROMPT.shape[1]),
+        **numbered(FirstRound(numbers, PROMPT.shape[1])),
         **{"top_k": 0, **parties(method), **sampling},
     )
     blocks = {}
