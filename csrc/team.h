@@ -1,9 +1,10 @@
 // Threads that share the pieces of one job after another.
 //
-// A forward pass is some hundred short jobs in a row. Waking threads for each costs as much as a
+// A forward pass is a hundred short jobs in a row. Waking threads for each costs as much as a
 // job, so they are woken once a pass and wait for the next job spinning. The lead needs nobody's
 // help: it takes every piece that nobody else has taken, and waits only for pieces that are being
-// worked on.
+// worked on. Where others want the cores as well, a thread may lose its core in the middle of one;
+// a lead that has waited long works alone for a while.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <thread>
 
@@ -27,11 +29,13 @@ class Team {
   static void gather(const Lead& lead) {
     Team team;
     const int64_t size = std::min<int64_t>(torch::stable::get_num_threads(), kMost);
-    if (size < 2) {
+    if (size < 2 || alone().load(std::memory_order_relaxed) > 0) {
+      if (size > 1) alone().fetch_sub(1, std::memory_order_relaxed);
       lead(team);
       return;
     }
     team.size_ = size;
+    const auto begun = Clock::now();
     torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t) {
       if (begin == 0) {
         const Over over{team};
@@ -40,9 +44,9 @@ class Team {
         team.help(begin);
       }
     });
+    if (team.waited_ > kLong && team.waited_ > (Clock::now() - begun) / 4)
+      alone().store(kAlone, std::memory_order_relaxed);
   }
-
-  int64_t size() const { return size_; }
 
   // Calls piece(i) for every i below count; returns when all are done. A thread takes neighbouring
   // pieces while its own share lasts.
@@ -63,11 +67,17 @@ class Team {
     }
     epoch_.store(epoch, std::memory_order_release);
     work(0, epoch);
+    if (done_.load(std::memory_order_acquire) == count) return;
+    const auto since = Clock::now();
     for (int spins = 0; done_.load(std::memory_order_acquire) < count;) wait(spins);
+    waited_ += Clock::now() - since;
   }
 
  private:
+  using Clock = std::chrono::steady_clock;
   static constexpr int64_t kMost = 64;
+  static constexpr auto kLong = std::chrono::milliseconds(1);
+  static constexpr int kAlone = 32;  // passes
   static constexpr uint32_t kOver = 0xffffffff;
 
   struct Over {  // lets the others go, also where the lead throws
@@ -79,6 +89,11 @@ class Team {
     std::atomic<uint64_t>
         next;  // epoch and first piece not taken: late threads take none of a new job
   };
+
+  static std::atomic<int>& alone() {
+    static std::atomic<int> passes{0};
+    return passes;
+  }
 
   static uint64_t word(uint32_t epoch, int64_t piece) {
     return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(piece);
@@ -133,6 +148,7 @@ class Team {
 
   int64_t size_ = 1;
   uint32_t last_ = 0;
+  Clock::duration waited_{0};
   std::atomic<void (*)(const void*, int64_t)> call_{nullptr};
   std::atomic<const void*> body_{nullptr};
   std::atomic<int64_t> count_{0};

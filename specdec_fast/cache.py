@@ -74,6 +74,11 @@ class RaggedLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         raise RuntimeError("a ragged cache is rolled back through its rows' lengths")
 
+    @property
+    def room(self) -> int:
+        """Columns the buffers hold."""
+        return self.keys.shape[2] if self.keys is not None else 0
+
     def reserve(self, end: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Makes room for the columns below ``end``, for a pass that writes into the buffers itself."""
         if not self.is_initialized:

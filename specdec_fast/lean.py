@@ -38,6 +38,14 @@ ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Atte
 ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
 
+class _Model:
+    """A model that the native code keeps, for as long as this object lives."""
+
+    def __init__(self, *parts: Any):
+        self.number: int = torch.ops.specdec_fast.llama_model(*parts)
+        weakref.finalize(self, torch.ops.specdec_fast.llama_forget, self.number)
+
+
 class LeanModel:
     """The forward pass of a Llama-like model over a :class:`RaggedCache`.
 
@@ -58,6 +66,7 @@ class LeanModel:
             raise ValueError("frequencies that change with the length")
         self.capability = -1
         """Place in :data:`CAPABILITIES` of the instruction set to run on, -1 for the best there is."""
+        self._native: _Model | None = None
         self._dtype = model.dtype
         self._rounded = rounded
         self._dim = int(attention.head_dim)
@@ -99,6 +108,7 @@ class LeanModel:
         other = self._restrictions.get(key)
         if other is None:
             other = copy.copy(self)
+            other._native = None
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 if len(parts[-1]):
@@ -134,37 +144,48 @@ class LeanModel:
         Returns:
             ``[R, len(lanes), V]`` float32.
         """
-        rows, n = tokens.shape
+        rows = tokens.shape[0]
         window = cache.window
-        places = torch.arange(rows) if window.rows is None else window.rows
-        for layer in cache.ragged:
-            layer.reserve(window.end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
+        places = list(range(rows)) if window.rows is None else window.rows.tolist()
+        if any(layer.room < window.end for layer in cache.ragged):
+            for layer in cache.ragged:
+                layer.reserve(window.end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
         rotations = self._rotations
         if rotations.shape[0] < window.end:
             rotations = self._turns(2 * window.end)
             self._rotations = rotations
-        wanted = torch.arange(rows).unsqueeze(1) * n + torch.tensor(lanes)
-        padding = torch.tensor(hidden)
-        indices = (tokens, places.repeat_interleave(n), columns, padding.repeat_interleave(n), wanted)
-        logits = torch.ops.specdec_fast.llama_forward(
-            *(index.reshape(-1).contiguous() for index in indices),
-            self._embedding,
-            self._weights,
-            self._scales,
-            self._offsets,
-            self._norms,
-            self._head_norms,
+        logits: Tensor = torch.ops.specdec_fast.llama_forward(
+            self._model().number,
+            tokens.contiguous(),
+            columns.contiguous(),
+            places,
+            hidden,
+            lanes,
             rotations,
             [layer.keys for layer in cache.ragged],
             [layer.values for layer in cache.ragged],
-            self._windows,
-            self._heads,
-            self._kv_heads,
-            self._scaling,
-            self._epsilon,
             self.capability,
         )
-        return logits.view(rows, len(lanes), -1)
+        return logits
+
+    def _model(self) -> _Model:
+        """The weights as the native code holds them."""
+        if self._native is None:
+            self._native = _Model(
+                self._embedding,
+                self._weights,
+                self._scales,
+                self._offsets,
+                self._norms,
+                self._head_norms,
+                self._windows,
+                self._heads,
+                self._kv_heads,
+                self._dim,
+                self._scaling,
+                self._epsilon,
+            )
+        return self._native
 
     def _turns(self, positions: int) -> Tensor:
         """Cosine and sine of every position, ``[P, 2, dim]`` float32."""
@@ -305,8 +326,11 @@ def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | None:
 
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
 _library.define(
-    "llama_forward(Tensor tokens, Tensor rows, Tensor columns, Tensor hidden_columns, Tensor wanted, Tensor embedding, "
-    "Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, Tensor head_norms, Tensor rotations, "
-    "Tensor(a!)[] keys, Tensor(b!)[] values, int[] windows, int heads, int kv_heads, float scaling, float epsilon, "
-    "int capability) -> Tensor"
+    "llama_model(Tensor embedding, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, "
+    "Tensor head_norms, int[] windows, int heads, int kv_heads, int dim, float scaling, float epsilon) -> int"
+)
+_library.define("llama_forget(int model) -> ()")
+_library.define(
+    "llama_forward(int model, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes, Tensor rotations, "
+    "Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"
 )

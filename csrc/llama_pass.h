@@ -1,0 +1,269 @@
+// The steps of one forward pass of a Llama-like model, shared by a team of threads.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+#include "pass.h"
+#include "team.h"
+
+namespace specdec {
+
+constexpr int64_t kPiece =
+    1 << 15;  // bytes of weights a thread takes at once: a microsecond or two
+
+// A buffer whose start suits vectors; what it holds at first does not matter
+template <class Entry>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : held_(n * sizeof(Entry) + 64) {}
+  Entry* data() {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(held_.data());
+    return reinterpret_cast<Entry*>((at + 63) / 64 * 64);
+  }
+  Entry* operator+(int64_t n) { return data() + n; }
+
+ private:
+  std::vector<char> held_;
+};
+
+struct Matrix {
+  const void* weight;
+  Form form;
+  const float* scale;   // null: 1
+  const float* offset;  // null: 0
+  int64_t rows, columns;
+
+  int64_t row_bytes() const { return columns * (form == kPacked ? 1 : form == kHalf ? 2 : 4); }
+};
+
+// Inputs of one product, converted as the weights ask for
+class Inputs {
+ public:
+  Inputs(const PassKernels& kernels, int64_t bytes) : kernels_(kernels), held_(bytes) {}
+
+  const void* of(Form form, const float* x, int64_t m, int64_t k) {
+    const int64_t apart = kernels_.room(form, k);
+    for (int64_t i = 0; i < m; ++i) kernels_.prepare(form, x + i * k, k, held_ + i * apart);
+    return held_.data();
+  }
+
+ private:
+  const PassKernels& kernels_;
+  Buffer<char> held_;
+};
+
+struct Shape {
+  int64_t heads, kv_heads, dim;
+  float scaling, epsilon;
+};
+
+// Where the lanes of a pass stand: row of the cache, column, and columns of that row that are
+// hidden padding
+struct Lanes {
+  int64_t count;
+  const int64_t *row, *column, *hidden;
+};
+
+struct Stored {
+  void *keys, *values;
+  bool half;
+  int64_t capacity, window;
+};
+
+class Pass {
+ public:
+  Pass(Team& team, const PassKernels& kernels, const Shape& shape, const Lanes& lanes)
+      : team_(team), kernels_(kernels), shape_(shape), lanes_(lanes) {}
+
+  void normalise(const float* x, const float* weight, float* y, int64_t m, int64_t n) const {
+    for (int64_t i = 0; i < m; ++i)
+      kernels_.normalise(x + i * n, weight, y + i * n, n, shape_.epsilon);
+  }
+
+  // y [m, sum of rows] of m prepared inputs by matrices that read the same ones, outputs side by
+  // side
+  void apply(std::initializer_list<const Matrix*> matrices, const void* x, float* y,
+             int64_t m) const {
+    int64_t rows = 0, pieces = 0;
+    for (const Matrix* matrix : matrices) rows += matrix->rows, pieces += count(*matrix);
+    team_.share(pieces, [&](int64_t piece) {
+      float* out = y;
+      for (const Matrix* matrix : matrices) {
+        if (piece < count(*matrix)) return part(*matrix, piece, x, out, m, rows);
+        piece -= count(*matrix);
+        out += matrix->rows;
+      }
+    });
+  }
+
+  // y [m, rows] = silu(opening x) * (raising x); scratch [m, 2 rows]
+  void gated(const Matrix& opening, const Matrix& raising, const void* x, float* scratch, float* y,
+             int64_t m) const {
+    const int64_t rows = opening.rows, wide = 2 * rows, step = rows_of(opening);
+    team_.share(count(opening), [&](int64_t piece) {
+      const int64_t begin = piece * step, end = std::min(begin + step, rows);
+      part(opening, piece, x, scratch, m, wide);
+      part(raising, piece, x, scratch + rows, m, wide);
+      for (int64_t i = 0; i < m; ++i) {
+        const float* opened = scratch + i * wide + begin;
+        kernels_.gate(opened, opened + rows, y + i * rows + begin, end - begin);
+      }
+    });
+  }
+
+  // Turns queries and keys of `fused [m, queries | keys | values]`, writes keys and values into the
+  // cache, and attends: out [m, heads * dim]
+  void attend(float* fused, const Stored& stored, const float* rotations, const float* norms,
+              float* out) const {
+    const Shape& s = shape_;
+    const int64_t width = (s.heads + 2 * s.kv_heads) * s.dim, group = s.heads / s.kv_heads;
+    const auto place = [&](int64_t row, int64_t head) {
+      return (row * s.kv_heads + head) * stored.capacity * s.dim;
+    };
+    for (int64_t i = 0; i < lanes_.count; ++i) {
+      float* lane = fused + i * width;
+      for (int64_t h = 0; norms && h < s.heads + s.kv_heads; ++h) {
+        const float* weight = norms + (h < s.heads ? 0 : s.dim);
+        kernels_.normalise(lane + h * s.dim, weight, lane + h * s.dim, s.dim, s.epsilon);
+      }
+      const float* turn =
+          rotations + std::max<int64_t>(lanes_.column[i] - lanes_.hidden[i], 0) * 2 * s.dim;
+      kernels_.rotate(lane, s.heads + s.kv_heads, turn, turn + s.dim, s.dim);
+      for (int64_t h = 0; h < s.kv_heads; ++h) {
+        const int64_t at = place(lanes_.row[i], h) + lanes_.column[i] * s.dim;
+        write(lane + (s.heads + h) * s.dim, stored, stored.keys, at);
+        write(lane + (s.heads + s.kv_heads + h) * s.dim, stored, stored.values, at);
+      }
+    }
+    std::vector<Reading> readings = plan(stored.window);
+    const int64_t scratch = group * (kSpan + (s.dim + 15) / 16 * 16);
+    int64_t sums = 0;
+    for (Reading& reading : readings) {
+      reading.sums = sums;
+      sums += (reading.end - reading.begin) * group * (s.dim + 2);
+    }
+    Buffer<float> partial(sums * s.kv_heads);
+    team_.share(static_cast<int64_t>(readings.size()) * s.kv_heads, [&](int64_t piece) {
+      const Reading& reading = readings[piece / s.kv_heads];
+      const int64_t head = piece % s.kv_heads, lanes = reading.end - reading.begin;
+      float* found = partial + head * sums + reading.sums;
+      thread_local std::vector<float> scores;
+      thread_local std::vector<Sight> sights;
+      scores.resize(scratch + 16);
+      sights.resize(lanes);
+      for (int64_t l = 0; l < lanes; ++l) {
+        const int64_t i = reading.begin + l;
+        float* at = found + l * group * (s.dim + 2);
+        sights[l] = {fused + i * width + head * group * s.dim,
+                     first(i, stored.window),
+                     lanes_.column[i],
+                     at,
+                     at + group * s.dim,
+                     at + group * (s.dim + 1)};
+      }
+      const int64_t row = place(lanes_.row[reading.begin], head), size = stored.half ? 2 : 4;
+      kernels_.attend(stored.half, static_cast<const char*>(stored.keys) + row * size,
+                      static_cast<const char*>(stored.values) + row * size, reading.span * kSpan,
+                      sights.data(), lanes, group, s.dim, s.scaling, scores.data());
+    });
+    // Spans of a lane come in order, so a sum over them is the same whatever shares the pass
+    team_.share(lanes_.count, [&](int64_t i) {
+      thread_local std::vector<const float*> parts;
+      thread_local std::vector<float> peaks, masses;
+      for (int64_t h = 0; h < s.heads; ++h) {
+        parts.clear(), peaks.clear(), masses.clear();
+        for (const Reading& reading : readings) {
+          if (i < reading.begin || i >= reading.end) continue;
+          const int64_t g = h % group;
+          const float* at =
+              partial + h / group * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
+          parts.push_back(at + g * s.dim);
+          peaks.push_back(at[group * s.dim + g]);
+          masses.push_back(at[group * (s.dim + 1) + g]);
+        }
+        kernels_.merge(parts.data(), peaks.data(), masses.data(),
+                       static_cast<int64_t>(parts.size()), s.dim, out + (i * s.heads + h) * s.dim);
+      }
+    });
+  }
+
+ private:
+  // Lanes [begin, end) of one row read one span of its columns
+  struct Reading {
+    int64_t span, begin, end, sums;
+  };
+
+  int64_t rows_of(const Matrix& matrix) const {
+    const int64_t rows = kPiece / std::max<int64_t>(matrix.row_bytes(), 1);
+    return std::max<int64_t>(rows / kSide * kSide, kSide);
+  }
+
+  int64_t count(const Matrix& matrix) const {
+    return (matrix.rows + rows_of(matrix) - 1) / rows_of(matrix);
+  }
+
+  void part(const Matrix& matrix, int64_t piece, const void* x, float* y, int64_t m,
+            int64_t stride) const {
+    const int64_t begin = piece * rows_of(matrix),
+                  end = std::min(begin + rows_of(matrix), matrix.rows);
+    kernels_.product(matrix.form, matrix.weight, matrix.scale, x, m, matrix.columns, begin, end, y,
+                     stride);
+    if (!matrix.offset) return;
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t n = begin; n < end; ++n) y[i * stride + n] += matrix.offset[n];
+    }
+  }
+
+  void write(const float* x, const Stored& stored, void* to, int64_t at) const {
+    if (stored.half) {
+      kernels_.narrow(x, static_cast<uint16_t*>(to) + at, shape_.dim);
+    } else {
+      std::memcpy(static_cast<float*>(to) + at, x, sizeof(float) * shape_.dim);
+    }
+  }
+
+  // First column that a lane sees
+  int64_t first(int64_t i, int64_t window) const {
+    // A hidden lane sees itself: nobody reads what it gives, but it must not be NaN
+    const int64_t hidden = std::min(lanes_.hidden[i], lanes_.column[i]);
+    return window ? std::max(hidden, lanes_.column[i] - window + 1) : hidden;
+  }
+
+  // Neighbouring lanes of a row share a reading
+  std::vector<Reading> plan(int64_t window) const {
+    std::vector<Reading> readings;
+    for (int64_t begin = 0, end; begin < lanes_.count; begin = end) {
+      int64_t low = first(begin, window), high = lanes_.column[begin];
+      for (end = begin + 1; end < lanes_.count && lanes_.row[end] == lanes_.row[begin]; ++end) {
+        low = std::min(low, first(end, window));
+        high = std::max(high, lanes_.column[end]);
+      }
+      for (int64_t span = low / kSpan; span <= high / kSpan; ++span) {
+        const auto sees = [&](int64_t i) {
+          return first(i, window) < (span + 1) * kSpan && lanes_.column[i] >= span * kSpan;
+        };
+        for (int64_t i = begin; i < end;) {
+          if (!sees(i)) {
+            ++i;
+            continue;
+          }
+          const int64_t from = i;
+          while (i < end && sees(i)) ++i;
+          readings.push_back({span, from, i, 0});
+        }
+      }
+    }
+    return readings;
+  }
+
+  Team& team_;
+  const PassKernels& kernels_;
+  const Shape& shape_;
+  const Lanes& lanes_;
+};
+
+}  // namespace specdec

@@ -1,0 +1,176 @@
+// What lies between the products of pass.h: norms, the gate, rotary positions, attention; part of
+// pass_vector.h.
+
+namespace {
+
+using specdec::kSpan;
+using specdec::Sight;
+
+// exp(x), relative error below 2e-7; 0 below -87, largest at 88
+inline Floats exponential(Floats x) {
+  x = x > 88.0f ? splat(88.0f) : x;
+  const Floats shifted = x * 1.44269504f + 12582912.0f, n = shifted - 12582912.0f;
+  const Floats r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  Floats y = splat(1.9875691500e-4f);
+  y = y * r + 1.3981999507e-3f;
+  y = y * r + 8.3334519073e-3f;
+  y = y * r + 4.1665795894e-2f;
+  y = y * r + 1.6666665459e-1f;
+  y = y * r + 5.0000001201e-1f;
+  y = y * (r * r) + r + 1.0f;
+  const Floats scaled = (Floats)((Words)y + ((Words)shifted << 23));
+  return x < -87.0f ? splat(0.0f) : scaled;
+}
+
+void normalise(const float* x, const float* weight, float* y, int64_t n, float epsilon) {
+  Lanes total = {};
+  const int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) add(total, lanes(x + i), lanes(x + i));
+  if (whole < n) add(total, lanes(x + whole, n - whole), lanes(x + whole, n - whole));
+  float squares[16];
+  close<1>(&total, squares);
+  const float factor = 1.0f / __builtin_sqrtf(squares[0] / static_cast<float>(n) + epsilon);
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+inline Floats gated(Floats opened, Floats up) {
+  return opened / (exponential(-opened) + 1.0f) * up;
+}
+
+void gate(const float* opened, const float* up, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Floats value = gated(floats(opened + i), floats(up + i));
+    __builtin_memcpy(y + i, &value, sizeof value);
+  }
+  for (; i < n; ++i) y[i] = gated(splat(opened[i]), splat(up[i]))[0];
+}
+
+// out[g, d] = sum over columns of weights[g, column] * values[column, d] for d in [begin, end)
+template <int kGroup, int kWidth, class Stored>
+inline void gather(const float* weights, const Stored* values, int64_t columns, int64_t dim,
+                   int64_t begin, int64_t end, float* out) {
+  Lanes total[kGroup][kWidth] = {};
+  const bool whole = end - begin == kWidth * kLanes;
+  for (int64_t c = 0; c < columns; ++c) {
+    Lanes value[kWidth];
+#pragma GCC unroll 4
+    for (int d = 0; d < kWidth; ++d) {
+      const Stored* p = values + c * dim + begin + d * kLanes;
+      value[d] = whole ? lanes(p) : lanes(p, end - begin);
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
+      const Floats weight = splat(weights[g * kSpan + c]);
+#pragma GCC unroll 4
+      for (int d = 0; d < kWidth; ++d) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kParts; ++i) total[g][d].part[i] += value[d].part[i] * weight;
+      }
+    }
+  }
+  for (int g = 0; g < kGroup; ++g)
+    __builtin_memcpy(out + g * dim + begin, &total[g], sizeof(float) * (end - begin));
+}
+
+template <int kGroup, class Stored>
+inline void gather(const float* weights, const Stored* values, int64_t columns, int64_t dim,
+                   float* out) {
+  constexpr int kWidth = kParts == 1 ? 4 : 1;
+  int64_t d = 0;
+  for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
+    gather<kGroup, kWidth>(weights, values, columns, dim, d, d + kWidth * kLanes, out);
+  for (; d < dim; d += kLanes)
+    gather<kGroup, 1>(weights, values, columns, dim, d, least(d + kLanes, dim), out);
+}
+
+template <class Stored>
+void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Sight* sights,
+               int64_t lane_count, int64_t group, int64_t dim, float scaling, float* scratch) {
+  float* scores = scratch;
+  const int64_t apart = up(dim, kLanes);
+  float* query = scratch + group * kSpan;
+  for (int64_t l = 0; l < lane_count; ++l) {
+    const Sight& sight = sights[l];
+    const int64_t low = most(sight.first, begin), high = least(sight.last + 1, begin + kSpan);
+    const int64_t columns = high - low;
+    for (int64_t g = 0; g < group; ++g) to_single(sight.query + g * dim, dim, query + g * apart);
+    rows_by_inputs<Plain<Stored>>(keys + low * dim, query, group, dim, apart, 0, columns, scores,
+                                  kSpan);
+    for (int64_t g = 0; g < group; ++g) {
+      float* score = scores + g * kSpan;
+      for (int64_t c = columns; c < up(columns, kLanes); ++c) score[c] = score[0];
+      Floats peaks = splat(score[0]);
+      for (int64_t c = 0; c < columns; c += kWide) {
+        const Floats some = floats(score + c);
+        peaks = some > peaks ? some : peaks;
+      }
+      float peak = peaks[0];
+      for (int i = 1; i < kWide; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+      // The factor is positive, so the largest score stays the largest
+      Lanes total = {};
+      for (int64_t c = 0; c < columns; c += kLanes) {
+        for (int i = 0; i < kParts; ++i) {
+          float* at = score + c + i * kWide;
+          Floats weight = exponential((floats(at) - peak) * scaling);
+          if (c + (i + 1) * kWide > columns) {
+            for (int j = 0; j < kWide; ++j)
+              if (c + i * kWide + j >= columns) weight[j] = 0;
+          }
+          __builtin_memcpy(at, &weight, sizeof weight);
+          total.part[i] += weight;
+        }
+      }
+      sight.peak[g] = peak * scaling;
+      float mass[16];
+      close<1>(&total, mass);
+      sight.mass[g] = mass[0];
+    }
+    int64_t g = 0;
+    const Stored* seen = values + low * dim;
+    for (; g + 4 <= group; g += 4)
+      gather<4>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
+    if (group - g == 3) gather<3>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
+    if (group - g == 2) gather<2>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
+    if (group - g == 1) gather<1>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
+  }
+}
+
+// Turns heads to their position: x * cos + rotate_half(x) * sin
+void rotate(float* x, int64_t heads, const float* cosine, const float* sine, int64_t dim) {
+  const int64_t half = dim / 2;
+  for (int64_t h = 0; h < heads; ++h, x += dim) {
+    for (int64_t d = 0; d < half; ++d) {
+      const float a = x[d], b = x[d + half];
+      x[d] = a * cosine[d] - b * sine[d];
+      x[d + half] = b * cosine[d + half] + a * sine[d + half];
+    }
+  }
+}
+
+// Sums over parts, each relative to its own peak, to one relative to the largest: out [dim]
+void merge(const float* const* parts, const float* peaks, const float* masses, int64_t n,
+           int64_t dim, float* out) {
+  float peak = peaks[0], mass = 0;
+  for (int64_t p = 1; p < n; ++p) peak = peaks[p] > peak ? peaks[p] : peak;
+  for (int64_t d = 0; d < dim; ++d) out[d] = 0;
+  for (int64_t p = 0; p < n; ++p) {
+    const float factor = exponential(splat(peaks[p] - peak))[0];
+    mass += factor * masses[p];
+    for (int64_t d = 0; d < dim; ++d) out[d] += factor * parts[p][d];
+  }
+  for (int64_t d = 0; d < dim; ++d) out[d] /= mass;
+}
+
+void attend(bool half, const void* keys, const void* values, int64_t begin, const Sight* sights,
+            int64_t lane_count, int64_t group, int64_t dim, float scaling, float* scratch) {
+  if (half) {
+    attend_to(static_cast<const uint16_t*>(keys), static_cast<const uint16_t*>(values), begin,
+              sights, lane_count, group, dim, scaling, scratch);
+  } else {
+    attend_to(static_cast<const float*>(keys), static_cast<const float*>(values), begin, sights,
+              lane_count, group, dim, scaling, scratch);
+  }
+}
+
+}  // namespace
