@@ -182,23 +182,28 @@ inline void to_digits(const float* x, int64_t k, void* out) {
   __builtin_memcpy(out, &digits, sizeof digits);
 }
 
-// kBlocks times 16 rows, kInputs inputs
-template <int kBlocks, int kInputs, bool kAhead>
+constexpr int64_t kFar =
+    4096;  // bytes ahead that are fetched, on the way along neighbouring blocks
+
+// kBlocks times 16 rows, kInputs inputs. Sums of integers may be split, here over kSplit steps of
+// the columns, so that few of them keep the machine busy too.
+template <int kBlocks, int kInputs, int kSplit>
 inline void packed_tile(const uint8_t* w, const float* scale, const char* x, int64_t k,
                         int64_t apart, int64_t n, int64_t end, float* y, int64_t stride) {
+  constexpr int kSums = kInputs * kBlocks;
   const int64_t deep = up(k, kDeep), block = deep * kSide, second = up(k, 64);
-  __m512i high[kInputs][kBlocks], low[kInputs][kBlocks];
-#pragma GCC unroll 8
-  for (int i = 0; i < kInputs; ++i) {
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) high[i][b] = low[i][b] = _mm512_setzero_si512();
+  __m512i high[kSplit][kSums], low[kSplit][kSums];
+#pragma GCC unroll 4
+  for (int s = 0; s < kSplit; ++s) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kSums; ++i) high[s][i] = low[s][i] = _mm512_setzero_si512();
   }
-  for (int64_t j = 0; j < deep; j += kDeep) {
+  const auto step = [&](int s, int64_t j) {
     __m512i weight[kBlocks];
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) {
       weight[b] = _mm512_loadu_si512(w + b * block + j * kSide);
-      if constexpr (kAhead) __builtin_prefetch(w + (kBlocks + b) * block + j * kSide);
+      __builtin_prefetch(w + (kBlocks > 1 ? kBlocks * block : kFar) + b * block + j * kSide);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kInputs; ++i) {
@@ -209,11 +214,18 @@ inline void packed_tile(const uint8_t* w, const float* scale, const char* x, int
       const __m512i lower = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
       for (int b = 0; b < kBlocks; ++b) {
-        high[i][b] = _mm512_dpbusd_epi32(high[i][b], weight[b], upper);
-        low[i][b] = _mm512_dpbusd_epi32(low[i][b], weight[b], lower);
+        __m512i &up = high[s][i * kBlocks + b], &down = low[s][i * kBlocks + b];
+        up = _mm512_dpbusd_epi32(up, weight[b], upper);
+        down = _mm512_dpbusd_epi32(down, weight[b], lower);
       }
     }
+  };
+  int64_t j = 0;
+  for (; j + kSplit * kDeep <= deep; j += kSplit * kDeep) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSplit; ++s) step(s, j + s * kDeep);
   }
+  for (; j < deep; j += kDeep) step(0, j);
 #pragma GCC unroll 8
   for (int i = 0; i < kInputs; ++i) {
     Digits digits;
@@ -223,10 +235,16 @@ inline void packed_tile(const uint8_t* w, const float* scale, const char* x, int
     const __m512 factor = _mm512_set1_ps(digits.scale);
 #pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) {
+      __m512i up = high[0][i * kBlocks + b], down = low[0][i * kBlocks + b];
+#pragma GCC unroll 4
+      for (int s = 1; s < kSplit; ++s) {
+        up = _mm512_add_epi32(up, high[s][i * kBlocks + b]);
+        down = _mm512_add_epi32(down, low[s][i * kBlocks + b]);
+      }
       const int64_t left = end - n - b * kSide;
       const __mmask16 mask = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      const __m512 upper = _mm512_cvtepi32_ps(_mm512_sub_epi32(high[i][b], off_high)),
-                   lower = _mm512_cvtepi32_ps(_mm512_sub_epi32(low[i][b], off_low));
+      const __m512 upper = _mm512_cvtepi32_ps(_mm512_sub_epi32(up, off_high)),
+                   lower = _mm512_cvtepi32_ps(_mm512_sub_epi32(down, off_low));
       const __m512 whole = _mm512_fmadd_ps(upper, _mm512_set1_ps(256.0f), lower);
       const __m512 row = _mm512_maskz_loadu_ps(mask, scale + n + b * kSide);
       _mm512_mask_storeu_ps(y + i * stride + n + b * kSide, mask,
@@ -240,24 +258,17 @@ inline void packed_by_inputs(const uint8_t* w, const float* scale, const char* x
                              int64_t stride) {
   const int64_t block = up(k, kDeep) * kSide;
   int64_t n = begin;
-  const auto strip = [&](auto blocks, auto widest) {
-    constexpr int kB = blocks.value;
-    spans<widest.value>(m, [&](auto inputs, int64_t i) {
-      const auto some = [&](auto ahead) {
-        packed_tile<kB, inputs.value, ahead.value>(w + n / kSide * block, scale, x + i * apart, k,
-                                                   apart, n, end, y + i * stride, stride);
-      };
-      if (i == 0) {
-        some(Count<true>());
-      } else {
-        some(Count<false>());
-      }
-    });
-    n += kB * kSide;
+  const auto some = [&](auto blocks, auto inputs, auto split, int64_t i) {
+    packed_tile<blocks.value, inputs.value, split.value>(
+        w + n / kSide * block, scale, x + i * apart, k, apart, n, end, y + i * stride, stride);
   };
-  while (m <= 2 && n + 3 * kSide < end) strip(Count<4>(), Count<2>());
-  while (n + kSide < end) strip(Count<2>(), Count<6>());
-  if (n < end) strip(Count<1>(), Count<6>());
+  if (m == 1) {  // one stream of memory
+    for (; n < end; n += kSide) some(Count<1>(), Count<1>(), Count<4>(), 0);
+  }
+  for (; n + kSide < end; n += 2 * kSide)
+    spans<6>(m, [&](auto inputs, int64_t i) { some(Count<2>(), inputs, Count<1>(), i); });
+  if (n < end)
+    spans<6>(m, [&](auto inputs, int64_t i) { some(Count<1>(), inputs, Count<1>(), i); });
 }
 #else
 // 16 rows, one input
