@@ -229,6 +229,14 @@ int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
 
 void llama_forget(int64_t number) { shelf().drop(number); }
 
+constexpr const char* kNames[] = {"plain", "avx2", "avx512", "dot"};
+
+int64_t llama_capability() {
+  int64_t index = 0;
+  while (std::strcmp(kNames[index], specdec::pass_kernels().name)) ++index;
+  return index;
+}
+
 Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns,
                      std::vector<int64_t> rows, std::vector<int64_t> hidden,
                      std::vector<int64_t> wanted, const Tensor& rotations, std::vector<Tensor> keys,
@@ -284,7 +292,6 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
     caches.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(),
                       stored == ScalarType::BFloat16, key.size(2), model->windows[l]});
   }
-  static constexpr const char* kNames[] = {"plain", "avx2", "avx512", "dot"};
   STD_TORCH_CHECK(capability >= -1 && capability < 4, "llama: no such instruction set");
   const PassKernels* kernels =
       capability < 0 ? &specdec::pass_kernels() : specdec::pass_kernels(kNames[capability]);
@@ -308,4 +315,5 @@ STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CPU, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_forget", TORCH_BOX(&llama_forget));
+  library.impl("llama_capability", TORCH_BOX(&llama_capability));
 }

@@ -32,6 +32,8 @@ LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
 ZERO = 128  # of a weight in 8 bits
 SAMPLES = 64  # of each matrix, to see whether it has been changed
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
+# where the machine multiplies bfloat16 in vectors, and where it has tiles for it besides
+MOST_HALVES, MOST_BESIDE_TILES = 256, 64
 # What these compute is known; others may differ where a short trial does not reach (scaling by position, windows)
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
@@ -66,9 +68,12 @@ class LeanModel:
             raise ValueError("frequencies that change with the length")
         self.capability = -1
         """Place in :data:`CAPABILITIES` of the instruction set to run on, -1 for the best there is."""
-        self._native: _Model | None = None
+        self._held: _Model | None = None
         self._dtype = model.dtype
         self._rounded = rounded
+        self._most = MOST_LANES
+        if model.dtype == torch.bfloat16 and CAPABILITIES[torch.ops.specdec_fast.llama_capability()] == "dot":
+            self._most = MOST_BESIDE_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALVES
         self._dim = int(attention.head_dim)
         self._heads = attention.q_proj.out_features // self._dim
         self._kv_heads = attention.k_proj.out_features // self._dim
@@ -108,7 +113,7 @@ class LeanModel:
         other = self._restrictions.get(key)
         if other is None:
             other = copy.copy(self)
-            other._native = None
+            other._held = None
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 if len(parts[-1]):
@@ -127,7 +132,7 @@ class LeanModel:
         """
         if self._rounded:
             return [lanes <= MOST_LANES for lanes in count]
-        return [len(count) * max(count) <= MOST_LANES] * len(count)
+        return [len(count) * max(count) <= self._most] * len(count)
 
     def __call__(
         self, tokens: Tensor, columns: Tensor, hidden: list[int], cache: RaggedCache, lanes: list[int]
@@ -170,8 +175,8 @@ class LeanModel:
 
     def _model(self) -> _Model:
         """The weights as the native code holds them."""
-        if self._native is None:
-            self._native = _Model(
+        if self._held is None:
+            self._held = _Model(
                 self._embedding,
                 self._weights,
                 self._scales,
@@ -185,7 +190,7 @@ class LeanModel:
                 self._scaling,
                 self._epsilon,
             )
-        return self._native
+        return self._held
 
     def _turns(self, positions: int) -> Tensor:
         """Cosine and sine of every position, ``[P, 2, dim]`` float32."""
@@ -272,7 +277,7 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
 
 def _native() -> bool:
     """Whether the native pass is there: a library built from older sources may lack it."""
-    return native.load_ops() and torch._C._dispatch_has_kernel_for_dispatch_key("specdec_fast::llama_forward", "CPU")
+    return native.load_ops() and torch._C._dispatch_has_kernel_for_dispatch_key("specdec_fast::llama_model", "CPU")
 
 
 @torch.no_grad()
@@ -330,6 +335,7 @@ _library.define(
     "Tensor head_norms, int[] windows, int heads, int kv_heads, int dim, float scaling, float epsilon) -> int"
 )
 _library.define("llama_forget(int model) -> ()")
+_library.define("llama_capability() -> int")
 _library.define(
     "llama_forward(int model, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes, Tensor rotations, "
     "Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"

@@ -274,14 +274,26 @@ class Intersection:
 def intersection(target: Vocabulary, drafter: Vocabulary, *, target_size: int, drafter_size: int) -> Intersection:
     """What both vocabularies can say: one pair of ids for each byte string, and one for each shared marker.
 
-    Where several ids share bytes, the id the encoder yields stands for them (`Vocabulary.id_of`). Markers
-    are those of `shared_markers`, each id once: unk and pad never (unless they are also the eos), nor bos,
-    which no model should write. Nothing in common gives K = 0.
+    Made once a pair and kept weakly. Where several ids share bytes, the id the encoder yields stands for them
+    (`Vocabulary.id_of`). Markers are those of `shared_markers`, each id once: unk and pad never (unless they are
+    also the eos), nor bos, which no model should write. Nothing in common gives K = 0.
 
     Args:
         target, drafter: the vocabularies.
         target_size, drafter_size: width of the models' logits; ids beyond them are left out.
     """
+    with _lock:
+        made = _shared.setdefault(target, weakref.WeakKeyDictionary()).setdefault(drafter, {})
+        if (target_size, drafter_size) not in made:
+            made[target_size, drafter_size] = _intersection(target, drafter, target_size, drafter_size)
+        return made[target_size, drafter_size]
+
+
+_Made = weakref.WeakKeyDictionary[Vocabulary, dict[tuple[int, int], Intersection]]
+_shared: weakref.WeakKeyDictionary[Vocabulary, _Made] = weakref.WeakKeyDictionary()
+
+
+def _intersection(target: Vocabulary, drafter: Vocabulary, target_size: int, drafter_size: int) -> Intersection:
     shared = target._id_of.keys() & drafter._id_of.keys()
     pairs = {target._id_of[data]: drafter._id_of[data] for data in shared}
     for d, t in shared_markers(target, drafter).items():
