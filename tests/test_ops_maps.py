@@ -66,3 +66,20 @@ def test_ids_outside_the_vocabulary_are_an_error_and_no_access():
             ops.project(q, start, column, backend=name)
         with pytest.raises((RuntimeError, IndexError), match=r"order must be in \[0, 5\)|out of range|out of bounds"):
             ops.range_sums(q, ends, ends, order=column, backend=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("length", [63, 64, 65, 1000, 3000])
+def test_a_range_has_the_same_mass_whatever_else_is_asked(backend, length):
+    """Few ranges and many, on both sides of a tile of the CPU kernels."""
+    q = law(2, 3000)
+    order = torch.randperm(3000, generator=torch.Generator().manual_seed(3))[:length].int()
+    ends = torch.arange(0, length + 1).expand(2, -1)
+    low, high = ends.flip(1) // 2, ends
+    every = ops.range_sums(q, low, high, order=order, backend=backend)
+    exact = torch.nn.functional.pad(q[:, order.long()].cumsum(1), (1, 0))
+    expected = (exact.gather(1, high) - exact.gather(1, low)).clamp(min=0)
+    torch.testing.assert_close(every, expected, rtol=0, atol=1e-14)
+    for column in (0, 1, length // 2, length):
+        alone = ops.range_sums(q, low[:, [column]], high[:, [column]], order=order, backend=backend)
+        assert torch.equal(alone, every[:, [column]])
