@@ -103,7 +103,8 @@ def systems(
             mine.generation_config.assistant_confidence_threshold = 0.0
         theirs: dict[str, Any] = {"assistant_model": mine, **common}
         own, other = (Vocabulary.of(pair[name]) for name in ("tokenizer", "drafter_tokenizer"))
-        if not same_tokenizer(own, other):
+        padded = target.config.get_text_config().vocab_size != drafter.config.get_text_config().vocab_size
+        if padded or not same_tokenizer(own, other):  # padding makes them different ones for Transformers
             theirs |= {"tokenizer": pair["tokenizer"], "assistant_tokenizer": pair["drafter_tokenizer"]}
         table.append(System("transformers", "assisted", _seeded(lambda inputs: target.generate(**inputs, **theirs))))
     for method in dict.fromkeys(["autoregressive", *methods]):
