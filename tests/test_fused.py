@@ -1,5 +1,7 @@
 """Rules and drafter draws by one operation: the same tokens as the plain code, from the same numbers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from laws import Recorder
@@ -20,6 +22,13 @@ RULES = {
 ROWS, WIDTH = 200, 37
 
 
+class Asked:
+    """A law the operations do not know."""
+
+    def log_q(self, tokens):
+        raise NotImplementedError("this law was asked")
+
+
 def draws_of(source):
     generator = torch.Generator().manual_seed(5)
     return Draws(source, torch.randint(-(2**62), 2**62, (ROWS,), generator=generator), torch.arange(ROWS) * 3)
@@ -34,6 +43,11 @@ def problem(kind, n, gamma):
     if kind == "point":
         tokens = torch.randint(WIDTH, (ROWS, gamma), generator=generator)
         return scores, Proposal(tokens, count, PointMass(tokens))
+    if kind == "sparse":
+        masses, ids = torch.randn(ROWS, gamma, WIDTH, generator=generator).double().softmax(-1).topk(9)
+        masses = masses / masses.sum(-1, keepdim=True)
+        ids[:, :, -2:], masses[:, :, -2:] = -1, 0  # as lists of different lengths are padded
+        return scores, Proposal(ids[..., 1], count, SparseLaw(ids, masses))
     index = torch.arange(0, WIDTH, 2) if kind == "indexed" else None
     columns = WIDTH + 3 if index is None else len(index)  # a padded drafter head is wider than the target's
     laws = torch.randn(ROWS, gamma, columns, generator=generator)
@@ -46,7 +60,7 @@ def problem(kind, n, gamma):
     return scores, Proposal(tokens, count, CompactLaw(laws, index, drawn))
 
 
-@pytest.mark.parametrize("kind", ["point", "compact", "indexed"])
+@pytest.mark.parametrize("kind", ["point", "compact", "indexed", "sparse"])
 @pytest.mark.parametrize(("n", "gamma", "base"), [(4, 3, 0), (1, 1, 2), (1, 0, 0)])
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_verdict(name, n, gamma, base, kind):
@@ -65,9 +79,9 @@ def test_what_it_does_not_know_goes_to_the_rule(monkeypatch):
     source = Recorder()
     assert Fused(Token()).verify(scores, proposal, draws_of(source)).token.shape == (ROWS,)
     assert source.keys
-    ids, masses = torch.zeros(ROWS, 3, 1, dtype=torch.long), torch.ones(ROWS, 3, 1, dtype=torch.float64)
-    sparse = Proposal(ids[..., 0], proposal.count, SparseLaw(ids, masses))
-    assert Fused(Token()).verify(scores, sparse, draws_of(Philox())).token.shape == (ROWS,)
+    asked = replace(proposal, law=Asked())
+    with pytest.raises(NotImplementedError, match="this law"):
+        Fused(Token()).verify(scores, asked, draws_of(Philox()))
 
 
 def test_a_drafters_draw():

@@ -23,13 +23,18 @@ ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
 
+def refused() -> bool:
+    """Whether SPECDEC_FAST_CUDA says that no CUDA part is to be built, whatever torch is there."""
+    return os.environ.get(RELEASE) == "off"
+
+
 def wanted_release() -> str | None:
-    """What SPECDEC_FAST_CUDA names, `13.0`; None where it is not set.
+    """What SPECDEC_FAST_CUDA names, `13.0`; None where it is not set or off.
 
     Raises:
         RuntimeError: it is no release.
     """
-    given = os.environ.get(RELEASE, "")
+    given = "" if refused() else os.environ.get(RELEASE, "")
     if given and not re.fullmatch(r"\d+\.\d+", given):
         raise RuntimeError(f"{RELEASE} is {given!r}: give a release of CUDA as 13.0")
     return given or None

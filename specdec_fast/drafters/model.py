@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec_fast import reference, sampling
+from specdec_fast import sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.fused import confidence, drafted_token
 from specdec_fast.lean import lean_model
@@ -137,8 +137,8 @@ class ModelWriter:
             drawn.append(token)
             kept_scores.append(scores)
             if self._confidence:
-                sure = reference.log_prob(scores, token).exp() >= self._confidence
-                count = [c if ok else min(c, step + 1) for c, ok in zip(count, sure.tolist(), strict=True)]
+                sure = [mass >= self._confidence for mass in confidence(scores, token)]
+                count = [c if ok else min(c, step + 1) for c, ok in zip(count, sure, strict=True)]
             if self._further is not None:
                 count = self._asked(active, count, step + 1, scores, token)
             if step + 1 >= max(count):
