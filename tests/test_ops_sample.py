@@ -58,9 +58,10 @@ def test_large_vocabularies_differ_only_at_an_edge(backend, dtype, width):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [16, 111, 2049])
-def test_softmax_is_the_references(backend, width):
-    logits = edge_rows(logits_of(12, width))
+def test_softmax_is_the_references(backend, dtype, width):
+    logits = edge_rows(logits_of(12, width, dtype))
     for setting in every_setting(12):
         expected, result = (ops.softmax(logits, **setting, backend=name) for name in ("reference", backend))
         torch.testing.assert_close(result, expected, rtol=1e-11, atol=1e-300, equal_nan=True)

@@ -60,6 +60,31 @@ def test_many_rows_differ_at_most_at_an_edge(backend, rule):
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("temperature", [0.01, 100.0])
+def test_extreme_temperatures(backend, rule, temperature):
+    """Logits of ±60 and beyond float32's exponential on one side, next to uniform on the other."""
+    case = proposal("dense", 60, 3, 111, torch.float32, generator(13))
+    for name in ("logits", "draft_logits"):
+        case[name] = (case[name] * 20).clamp(-60, 60)
+    heat = {"temperature": temperature, "draft_temperature": 1 / temperature}
+    for setting in ({"temperature": temperature, "draft_temperature": temperature}, heat):
+        assert differing(*verify_both(backend, rule=rule, **case, **setting)) == 0
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_drafter_with_fewer_tokens_and_the_same_ids(backend, rule):
+    """K < V without an index: the target's ids behind K hold nothing of the drafter's."""
+    case = proposal("dense", 200, 2, 111, torch.float32, generator(14))
+    case["draft_logits"] = case["draft_logits"][..., :40]
+    case["tokens"] = case["drawn"] = case["draft_logits"].argmax(-1)
+    expected, result = verify_both(backend, rule=rule, **case)
+    assert differing(expected, result) == 0
+    assert int((expected.token >= 40).sum()) > 0
+
+
+@pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("fault", ["swapped", "last tile", "normaliser", "noise"])
 def test_a_faulty_call_is_noticed(backend, fault):
     """What the comparison above would find in a backend: p for q, a row cut short, a sum over one tile, another key."""
