@@ -27,6 +27,7 @@ ALLOWED = {
     "token_map": RANGES,
     "drafters.model": ARGMAX,
     "intersection_mass": ONCE,
+    "device_round": ARGMAX,
     "runner": "positions of a mask",
 }
 
