@@ -21,6 +21,7 @@ from specdec_fast.cache import check_cache, ragged_layers
 from specdec_fast.continuation import load, store
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.device_plan import Call, constant_outlook, mode_of, open_session
+from specdec_fast.device_session import Session
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine, Record
@@ -348,7 +349,8 @@ class _Loop:
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
         )
-        resident = open_session(model, mode, config.compile_config, batch, call, statistics)
+        opened = open_session(model, mode, config.compile_config, batch, call, statistics)
+        resident = opened if isinstance(opened, Session) else None
         device = input_ids.device if resident is None else torch.device("cpu")
         rows = Rows(
             input_ids.to(device),
@@ -396,14 +398,7 @@ class _Loop:
             else:
                 further = lookahead.further if lookahead.watches else None
                 drafter = methods.build_drafter(plan, *parts, further=further)
-                target = Runner(
-                    model,
-                    batch,
-                    visible=visible,
-                    use_cache=call.use_cache,
-                    prefill_chunk=config.prefill_chunk_size,
-                    lean=lean,
-                )
+                target = opened.target if opened is not None else call.runner(model, batch, lean)
             if past:
                 load(target, cache, past)
             if options.streamer is not None:
@@ -429,8 +424,8 @@ class _Loop:
                 cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
                 store(target, cache, shift + sequences.shape[1] - 1)
         finally:
-            if resident is not None:
-                resident.close()
+            if opened is not None:
+                opened.close()
         if not config.return_dict_in_generate:
             return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}

@@ -12,7 +12,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +26,10 @@ from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, empty_cache, static_forward
 
-__all__ = ["Compilation", "Compiled", "Pair", "check_out", "hand_back", "kept_bytes", "upload"]
+__all__ = ["Captured", "Compilation", "Compiled", "Pair", "capture", "check_out", "hand_back", "kept_bytes", "upload"]
 
 MOST_KEPT = 4  # pairs of one target
+WARM_UPS = 3  # runs before a capture
 NOTICE = 3.0  # seconds after which a first call says what it is doing
 
 
@@ -103,6 +104,59 @@ class Compiled:
             result = made(model, cache, head, tokens, lane, *rest)
         self._made[key] = made
         return result
+
+
+class Captured:
+    """A pass of fixed shape as a CUDA graph, captured at its first use for each number of lanes.
+
+    Args:
+        forward: the pass.
+        graphs: where they are kept; None for one that cannot be captured.
+    """
+
+    def __init__(self, forward: Forward, graphs: dict[Any, Any]):
+        self._forward = forward
+        self._graphs = graphs
+
+    def __call__(
+        self, model: Any, cache: StaticCache, head: Head | None, tokens: Tensor, lane: Tensor | None, *rest: int
+    ) -> Tensor:
+        if lane is not None:
+            return self._forward(model, cache, head, tokens, lane, *rest)
+        key = ("pass", tokens.shape[1])
+        if key not in self._graphs:
+            own = tokens.clone()
+            with notice(f"capturing a pass of {tokens.shape[1]} positions"):
+                made, _ = capture(lambda: self._forward(model, cache, head, own, None, *rest))
+            self._graphs[key] = None if made is None else (*made, own)
+        if self._graphs[key] is None:
+            return self._forward(model, cache, head, tokens, None, *rest)
+        graph, logits, own = self._graphs[key]
+        own.copy_(tokens)
+        graph.replay()
+        return logits
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[tuple[Any, Tensor] | None, str]:
+    """A CUDA graph of a function and the tensor it returns, or None and why not.
+
+    The function runs a few times before, on a stream beside the current one: libraries choose their kernels and
+    workspaces in their first calls.
+    """
+    try:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(WARM_UPS):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = run()
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return None, f"a round cannot be captured ({str(error).splitlines()[0]})"
+    return (graph, result), ""
 
 
 @contextmanager

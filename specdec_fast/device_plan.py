@@ -13,11 +13,13 @@ from specdec_fast.compiled import Compilation
 from specdec_fast.costs import Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import State
-from specdec_fast.device_session import DrafterPart, Session
+from specdec_fast.device_session import DrafterPart, HostTarget, Session
 from specdec_fast.drafters.head import pruned_head
+from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Plan, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
+from specdec_fast.runner import Runner
 from specdec_fast.static_runner import why_not_static
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
@@ -66,11 +68,18 @@ class Call:
     use_cache: bool
     prefill_chunk: int | None
 
+    def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
+        """The target as it is."""
+        chunk = self.prefill_chunk
+        return Runner(model, rows, visible=self.visible, use_cache=self.use_cache, prefill_chunk=chunk, lean=lean)
+
 
 def open_session(
     model: PreTrainedModel, mode: str, config: Any, batch: int, call: Call, statistics: Speculation
-) -> Session | None:
-    """A session for a call whose rounds can live on the device; None where they cannot, and the statistics say why.
+) -> Session | HostTarget | None:
+    """A session for a call whose rounds can live on the device, or a static target for the loop on the host.
+
+    The statistics say why it is not the former; None: the model runs as it is.
 
     Args:
         mode: of :func:`mode_of`.
@@ -79,17 +88,18 @@ def open_session(
     """
     if mode not in ("static", "inductor"):
         return None
-    reason = why_not_static(model) or why_not_resident(model, call)
-    if reason is not None:
-        statistics.loop_reason = reason
+    statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""
+    if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
         return None
     how = Compilation.of(mode, model, config)
+    statistics.forward = "inductor" if how.compiled else "static"
+    sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
+    if statistics.loop_reason:
+        target = HostTarget(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
+        statistics.static_bytes = target.bytes
+        return target
     session = Session(
-        model,
-        how,
-        batch,
-        call.longest,
-        call.prompt,
+        *sizes,
         law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
         rule=call.plan.verification,
         drafter=drafter_part(model, batch, call),
@@ -97,7 +107,6 @@ def open_session(
         prefill_chunk=call.prefill_chunk,
         ends=sorted(call.stops.eos) if call.stops.pads else [],
     )
-    statistics.forward = "inductor" if how.compiled else "static"
     statistics.loop, statistics.loop_reason = "device", how.why_not
     statistics.static_bytes = session.bytes
     return session
@@ -127,7 +136,7 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
         return "the prompt is given as embeddings" if call.embeds else "use_cache=False keeps no cache"
     if options.source is not None and type(options.source) is not Philox:
         return "the source of random numbers is not Philox"
-    if visible is not None and (bool((visible.long().diff(dim=1) < 0).any()) or not bool(visible[:, -1].all())):
+    if not _padded_left(visible):
         return "padding is not on the left"
     if len(call.stops.eos) > State.ENDS:
         return f"more than {State.ENDS} ids end a row"
@@ -141,6 +150,11 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
     if isinstance(positions, int) and 0 < positions < call.longest:
         return f"the text may leave the drafter's {positions} positions"
     return None
+
+
+def _padded_left(visible: Tensor | None) -> bool:
+    """Whether padding, if any, is in front of each row's text."""
+    return visible is None or (bool((visible.long().diff(dim=1) >= 0).all()) and bool(visible[:, -1].all()))
 
 
 def drafter_part(model: PreTrainedModel, rows: int, call: Call) -> DrafterPart | None:

@@ -323,7 +323,8 @@ def _commit(state: State, draft: Draft, accepted: Tensor, token: Tensor) -> Tens
     behind = accepted.unsqueeze(1)
     padded = torch.nn.functional.pad(draft.tokens, (0, 1))
     block = torch.where(place < behind, padded, torch.where(place == behind, token.unsqueeze(1), -1))
-    ending = torch.isin(block, state.ends) & (place <= behind)
+    # Not by torch.isin, which sorts and then waits for the device
+    ending = (block.unsqueeze(2) == state.ends).any(2) & (place <= behind)
     stop = torch.where(ending, place + 1, place.shape[0]).amin(1)
     room = state.most - state.length
     new = torch.where(state.done, 0, torch.minimum(torch.minimum(accepted + 1, stop), room))

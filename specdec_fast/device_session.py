@@ -15,19 +15,27 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec_fast.compiled import Compilation, Pair, check_out, hand_back, notice, upload
+from specdec_fast.compiled import Captured, Compilation, Pair, capture, check_out, hand_back, notice, upload
 from specdec_fast.device_law import DeviceLaw
-from specdec_fast.device_round import BUCKETS, UNREAD, DeviceDrafter, DeviceWriter, NothingDrafted, Round, State
+from specdec_fast.device_round import (
+    BUCKETS,
+    UNREAD,
+    DeviceDrafter,
+    DeviceWriter,
+    NothingDrafted,
+    Round,
+    State,
+    bucket_of,
+)
 from specdec_fast.drafters.model import Context, common
 from specdec_fast.runner import Head
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
-from specdec_fast.static_runner import StaticRunner
+from specdec_fast.static_runner import Forward, StaticRunner
 
-__all__ = ["DraftedText", "DrafterPart", "Session"]
+__all__ = ["DraftedText", "DrafterPart", "HostTarget", "Session"]
 
 ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
-WARM_UPS = 3  # runs before a capture: libraries choose their kernels and workspaces in them
 
 
 @dataclass(frozen=True)
@@ -283,24 +291,70 @@ class Session:
     def _capture(self, gamma: int) -> tuple[Any, Tensor] | None:
         state = self.state
         done = state.done.clone()
-        state.done.fill_(True)  # rows that are done change nothing, so the rounds below leave the text as it is
-        try:
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
-                for _ in range(WARM_UPS):
-                    self._round(state, gamma)
-            torch.cuda.current_stream().wait_stream(beside)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                report = self._round(state, gamma)
-        except RuntimeError as error:
-            self.why_not_captured = f"a round cannot be captured ({str(error).splitlines()[0]})"
-            torch.cuda.synchronize()
-            return None
-        finally:
-            state.done.copy_(done)
-        return graph, report
+        state.done.fill_(True)  # rows that are done change nothing, so the runs below leave the text as it is
+        made, self.why_not_captured = capture(lambda: self._round(state, gamma))
+        state.done.copy_(done)
+        return made
+
+
+class HostTarget:
+    """A target for the loop on the host, its short passes of fixed shape, on a GPU each captured as a CUDA graph.
+
+    Args:
+        model, how, batch, columns, prompt, visible, prefill_chunk: as for :class:`Session`.
+    """
+
+    MOST = 24  # lanes of a pass; longer ones are rare, and bound by arithmetic
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        how: Compilation,
+        batch: int,
+        columns: int,
+        prompt: int,
+        *,
+        visible: Tensor | None = None,
+        prefill_chunk: int | None = None,
+    ):
+        self._model, self._how, self._batch, self._columns = model, how, batch, columns
+        self._pair = self._check_out(min(columns, prompt + ALLOWANCE))
+        self.target = StaticRunner(
+            model,
+            self._pair.target,
+            batch,
+            visible=visible,
+            prefill_chunk=prefill_chunk,
+            forward=self._forward(),
+            room=self._room,
+        )
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache and rows."""
+        return self._pair.bytes
+
+    def close(self) -> None:
+        """Gives the cache back."""
+        hand_back(self._pair)
+
+    def _check_out(self, columns: int) -> Pair:
+        capacity = capacity_for(columns)
+        return check_out(self._model, None, rows_for(self._batch), (capacity, capacity), self._how)
+
+    def _forward(self) -> Forward:
+        forward = self._pair.forwards[0]
+        return Captured(forward, self._pair.graphs) if self._how.captured else forward
+
+    def _room(self, columns: int, lanes: int) -> int:
+        """Moves to a larger cache where a text would not fit; the lanes of a pass of fixed shape, 0 for another one."""
+        if columns >= self._pair.target.capacity:
+            old = self._pair
+            self._pair = self._check_out(max(min(columns + ALLOWANCE, self._columns), columns))
+            self._pair.target.take(old.target)
+            self.target.move(self._pair.target, self._forward())
+            hand_back(old)
+        return bucket_of(lanes - 1) + 1 if lanes <= self.MOST else 0
 
 
 def read_texts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:

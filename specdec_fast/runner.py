@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import LeanModel
 
-__all__ = ["Runner", "supports_ragged_batches", "text_positions"]
+__all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -203,7 +203,7 @@ class Runner:
             logits = self._model_forward(rows, tokens, columns, count, unit, embeds, lanes)
         for row, advance in zip(rows, count, strict=True):
             self.length[row] += advance
-        return _left_align(logits, lanes, count, tail)
+        return left_align(logits, lanes, count, tail)
 
     def _model_forward(
         self,
@@ -258,7 +258,7 @@ def _takes(model: PreTrainedModel, argument: str) -> bool:
     return argument in _forward_parameters(kind)
 
 
-def _left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[int]) -> Tensor:
+def left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[int]) -> Tensor:
     """Picks each row's own last lanes out of the lanes computed: ``[R, max(tail), V]``."""
     width = max(tail)
     place = {lane: index for index, lane in enumerate(lanes)}

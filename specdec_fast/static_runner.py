@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast.cache import RaggedCache, ragged_layers
-from specdec_fast.runner import Head, Runner, supports_ragged_batches
+from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.static_cache import Place, StaticCache, capacity_for
 
 __all__ = ["Forward", "StaticRunner", "empty_cache", "static_forward", "why_not_static"]
@@ -105,6 +105,9 @@ class StaticRunner(Runner):
         visible: ``[rows, P]`` bool, padding on the left only.
         prefill_chunk, head: as for :class:`Runner`.
         forward: :func:`static_forward`, or a compiled form of it.
+        room: called before each pass of :meth:`feed` with the columns and lanes it needs, it sees to the cache's size
+            and returns how many lanes to make of them; such a pass, once the prompt is read, has a fixed shape too.
+            0 lanes, or None: passes of fixed shape are those of :meth:`score` alone.
     """
 
     def __init__(
@@ -117,9 +120,11 @@ class StaticRunner(Runner):
         prefill_chunk: int | None = None,
         head: Head | None = None,
         forward: Forward = static_forward,
+        room: Callable[[int, int], int] | None = None,
     ):
         self.cache = cache
         self.forward = forward
+        self._room = room
         super().__init__(model, rows, visible=visible, prefill_chunk=prefill_chunk, head=head, joint=True)
         self._ids = self.vocabulary or 1 << 60
         cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))
@@ -135,6 +140,30 @@ class StaticRunner(Runner):
     @property
     def caches(self) -> list[tuple[list[int], RaggedCache]]:
         return [(list(range(self.rows)), self.cache.view(self.rows))]
+
+    def _forward(
+        self,
+        unit: RaggedCache,
+        rows: list[int],
+        places: list[int],
+        tokens: Tensor,
+        count: list[int],
+        tail: list[int],
+        embeds: Tensor | None,
+        lean: bool,
+    ) -> Tensor:
+        start = [self.length[row] for row in rows]
+        lanes = 0 if self._room is None else self._room(max(start) + tokens.shape[1], tokens.shape[1])
+        if not lanes or not min(start) or embeds is not None:
+            return super()._forward(self.cache, rows, places, tokens, count, tail, embeds, lean)
+        # Rows that take no part write behind their own text, where it will be overwritten
+        everyone = tokens.new_zeros((self.cache.rows, lanes))
+        everyone[rows, : tokens.shape[1]] = tokens
+        first = [*self.length, *[0] * (self.cache.rows - self.rows)]
+        logits = self.score(everyone, torch.tensor(first, device=tokens.device))
+        for row, advance in zip(rows, count, strict=True):
+            self.length[row] += advance
+        return left_align(logits[rows], list(range(lanes)), count, tail)
 
     def score(
         self, tokens: Tensor, start: Tensor, lane: Tensor | None = None, *, forward: Forward | None = None

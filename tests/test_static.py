@@ -270,9 +270,22 @@ def test_what_needs_the_host_runs_there_and_says_why(settings, reason):
     assert reason in last_speculation().loop_reason
 
 
-def test_a_method_that_needs_text_runs_on_the_host():
-    statistics = same(taught()[0], taught_prompts(2), {**drafters()["slem"], **STATIC}, max_new_tokens=8)
-    assert "slem" in statistics.loop_reason
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["slem", "prompt_lookup", "model"])
+def test_in_the_hosts_loop_short_passes_have_fixed_shapes(tight, monkeypatch, method, rows):
+    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    passes, score = [], StaticRunner.score
+    monkeypatch.setattr(
+        StaticRunner,
+        "score",
+        lambda self, tokens, start: (passes.append(tuple(tokens.shape)), score(self, tokens, start))[1],
+    )
+    options = {**drafters()[method], **STATIC}
+    penalty = {"repetition_penalty": 1.2} if method == "model" else {}
+    statistics = same(taught()[0], taught_prompts(rows, padded=True), options, max_new_tokens=40, **penalty)
+    assert (statistics.forward, statistics.loop) == ("static", "host")
+    assert len(passes) >= statistics.rounds - 1  # the first one reads the prompt
+    assert {rows for rows, _ in passes} == {1 if rows == 1 else 4}
 
 
 def test_scores_that_are_no_law_are_refused():

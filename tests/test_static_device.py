@@ -1,0 +1,88 @@
+"""Rounds on a GPU: captured as graphs, the same tokens, and no wait for the device inside a round."""
+
+import pytest
+import torch
+from tiny import build_model, drafters, make_noisy, prompts, taught, taught_prompts
+
+from specdec_fast import compiled, fast_generate, last_speculation
+from specdec_fast.device_session import Session
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SAMPLED = {"do_sample": True, "top_k": 0, "seed": 3, "max_new_tokens": 24, "num_assistant_tokens": 4}
+
+
+@pytest.fixture(scope="module")
+def pair():
+    target = build_model("llama")
+    return target.cuda(), make_noisy(target).cuda()
+
+
+def moved(inputs):
+    return {name: tensor.cuda() for name, tensor in inputs.items()}
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rounds_are_captured_and_give_the_tokens_of_generate(pair, rows):
+    target, drafter = pair
+    inputs = moved(prompts(rows, padded=rows > 1))
+    expected = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+    for _ in range(2):  # captured, replayed
+        got = fast_generate(target, **inputs, max_new_tokens=24, assistant_model=drafter, num_assistant_tokens=4)
+        assert torch.equal(got, expected)
+    statistics = last_speculation()
+    assert (statistics.forward, statistics.loop, statistics.loop_reason) == ("static", "device", "")
+    assert any(graph is not None for graph in compiled._kept[target][-1].graphs.values())
+
+
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
+@pytest.mark.parametrize("method", ["model", "tli"])
+def test_sampled_tokens_are_those_of_the_host_loop(method, rule):
+    target, own = taught()[0], drafters()[method]
+    target.cuda()
+    own["assistant_model"].cuda()
+    try:
+        inputs = moved(taught_prompts(3, padded=True))
+        found = [
+            fast_generate(target, **inputs, **own, **SAMPLED, verification=rule, compile=how).tolist()
+            for how in ("off", "static")
+        ]
+        assert last_speculation().loop == "device"
+        assert found[0] == found[1]
+    finally:
+        target.cpu()
+        own["assistant_model"].cpu()
+
+
+@pytest.mark.parametrize("compile", ["static", "inductor"])
+def test_no_round_waits_for_the_device(pair, compile, monkeypatch):
+    target, drafter = pair
+    given = {**moved(prompts(2)), "assistant_model": drafter, "compile": compile, **SAMPLED}
+    fast_generate(target, **given)  # captures
+
+    launch, limit = Session.launch, Session.limit
+
+    def strict(call):
+        def checked(*arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return call(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return checked
+
+    monkeypatch.setattr(Session, "launch", strict(launch))
+    monkeypatch.setattr(Session, "limit", strict(limit))
+    fast_generate(target, **given)
+    assert last_speculation().loop_reason == ""
+
+
+def test_passes_of_the_host_loop_are_captured(pair):
+    target, _ = pair
+    inputs = moved(prompts(2))
+    expected = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+    for _ in range(2):
+        got = fast_generate(target, **inputs, max_new_tokens=24, prompt_lookup_num_tokens=4)
+        assert torch.equal(got, expected)
+    assert (last_speculation().forward, last_speculation().loop) == ("static", "host")
