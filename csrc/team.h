@@ -77,7 +77,7 @@ class Team {
   using Clock = std::chrono::steady_clock;
   static constexpr int64_t kMost = 64;
   static constexpr auto kLong = std::chrono::milliseconds(1);
-  static constexpr int kAlone = 32;  // passes
+  static constexpr int kAlone = 8;  // passes
   static constexpr uint32_t kOver = 0xffffffff;
 
   struct Over {  // lets the others go, also where the lead throws
