@@ -3,7 +3,7 @@
 On a CPU a pass at a few positions takes as long as its weights take to be read and its modules to be called. Models
 built like Llama (RMSNorm before attention and before a gated SiLU MLP, rotary positions) are therefore run by one fused
 operation. Each model is compared with its own forward pass once; where they differ, or the structure is another, the
-model runs as it is; so do long passes, prompts above all.
+model runs as it is; so do long passes, long prompts above all.
 
 A target is run on its own weights, in their precision; sums, and what lies between matrices, are float32. A drafter is
 run on weights rounded to 8 bits: a draft token is verified against the very scores it was drawn from, so this changes
