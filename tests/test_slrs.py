@@ -30,7 +30,7 @@ from walking import PAIRS, laws_behind, look_of, problem, q_table, revealed, voc
 from specdec_fast import fast_generate, last_speculation
 from specdec_fast.randomness import Purpose
 from specdec_fast.spelling import Spelling
-from specdec_fast.walk import Masses, Rest, Root
+from specdec_fast.walk import Masses, Rest, Root, Walk
 
 GAMMA = 2
 EXACT = 1e-8
@@ -282,6 +282,20 @@ def test_it_may_accept_less_than_tli():
     assert np.minimum(p, psi).sum() == pytest.approx(0.5)
     restricted = np.array([0.25, 0.25, 0.0, 0.0]) / 0.5
     assert np.minimum(p, restricted).sum() == pytest.approx(1.0)
+
+
+def test_it_may_accept_less_than_slem():
+    """T = {a, b, c, abc}, D = {a, b, c}: abc passes through ab, which is no target token, so no walk leads there."""
+    pieces = [b"a", b"b", b"c"]
+    target, drafter = vocabulary([*pieces, b"abc"]), vocabulary(pieces)
+    spelling = Spelling(target, drafter, target_size=4, drafter_size=3)
+    laws = {(): [1.0, 0.0, 0.0], (0,): [0.0, 1.0, 0.0], (0, 1): [0.0, 0.0, 1.0]}  # a, b, c for certain
+    walk = Walk(spelling, 1, 100, lambda: 0.5)
+    while walk.advance(Masses(np.array(laws[tuple(walk.fed)]))):
+        pass
+    assert [drawn.token for drawn in walk.drawn] == [0]
+    assert walk.drawn[0].law.mass(3, look_of(spelling, lambda fed: np.array(laws[fed]), walk)) == 0.0
+    assert target.encode("abc")[0] == [3]  # what SLEM proposes
 
 
 def test_it_accepts_what_only_a_merge_can_say():
