@@ -47,7 +47,7 @@ LAYERS = (
     {"runner", "verification", "fused", "sampling", "stops", "lookahead", "state", "stats"},
     {"costs"},
     {"block", "thinning", "rule", "proposal"},
-    {"lean"},
+    {"lean", "attention"},
     {"walk"},
     {"static_cache"},
     {"cache", "pretrained", "ngram", "intersection_mass"},

@@ -1,7 +1,7 @@
 """The entry point of decode attention for tensors: workspace and grid.
 
-The number of splits follows from the capacity alone and everything else is on the device, so a CUDA graph can replay a
-call at any length, and a row's result does not depend on the batch.
+The number of splits follows from the capacity and the queries a row, and everything else is on the device: a CUDA graph
+can replay a call at any length, and a row's result does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def decode_attention(
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     group = all_heads // heads
     together = group * queries
-    splits = min(triton.cdiv(capacity, SPLIT), MOST_SPLITS)
     width = max(triton.next_power_of_2(dim), 16)
     block = min(max(triton.next_power_of_2(together), 16), 64 if query.element_size() == 2 else 16)
     tiles = triton.cdiv(together, block)
+    splits = min(triton.cdiv(capacity, SPLIT), max(MOST_SPLITS // tiles, 1))
     kept = rows * heads * splits * together if splits > 1 else 0
     weighted = query.new_empty(kept * dim, dtype=torch.float32)
     peaks, masses = query.new_empty((2, kept), dtype=torch.float32)
