@@ -20,6 +20,7 @@ from specdec_fast import native
 __all__ = [
     "BACKENDS",
     "CAPABILITIES",
+    "DEFAULT",
     "OPS",
     "VARIABLE",
     "check_default",
@@ -56,7 +57,7 @@ def overload(op: str, like: Tensor, backend: str | None) -> Callable[..., Any]:
     Raises:
         ValueError: an unknown backend, one that is not there, or one for another kind of device.
     """
-    return getattr(getattr(torch.ops.specdec_fast, op), _overload_name(op, like.device.type, backend or _DEFAULT))
+    return getattr(getattr(torch.ops.specdec_fast, op), _overload_name(op, like.device.type, backend or DEFAULT))
 
 
 @torch.compiler.assume_constant_result
@@ -112,7 +113,7 @@ def check_default(device: str) -> None:
     if problem := setting_problem():
         raise ValueError(problem)
     for op in ("sample", "verify"):
-        _overload_name(op, device, _DEFAULT)
+        _overload_name(op, device, DEFAULT)
 
 
 def setting_problem() -> str | None:
@@ -120,12 +121,12 @@ def setting_problem() -> str | None:
     asked = os.environ.get(CAPABILITY_VARIABLE)
     if asked and asked not in CAPABILITIES:
         return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}, not {asked!r}"
-    if _DEFAULT == "auto":
+    if DEFAULT == "auto":
         return None
-    if _DEFAULT not in BACKENDS:
-        return f"{VARIABLE} must be auto, {', '.join(BACKENDS)}, not {_DEFAULT!r}"
-    missing = why_not("verify", _DEFAULT)
-    return f"{VARIABLE}={_DEFAULT} is not there: {missing}" if missing else None
+    if DEFAULT not in BACKENDS:
+        return f"{VARIABLE} must be auto, {', '.join(BACKENDS)}, not {DEFAULT!r}"
+    missing = why_not("verify", DEFAULT)
+    return f"{VARIABLE}={DEFAULT} is not there: {missing}" if missing else None
 
 
 def triton_kernel(op: str) -> Callable[..., Any]:
@@ -165,4 +166,4 @@ def _best(op: str, device: str) -> str:
     return name
 
 
-_DEFAULT = os.environ.get(VARIABLE) or "auto"
+DEFAULT = os.environ.get(VARIABLE) or "auto"

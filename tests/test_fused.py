@@ -6,11 +6,12 @@ import pytest
 import torch
 from laws import Recorder
 
-from specdec_fast import ops, reference
+from specdec_fast import fused, ops, reference
 from specdec_fast.block import Block
 from specdec_fast.fused import Fused, drafted_token
-from specdec_fast.proposal import CompactLaw, PointMass, Proposal, SparseLaw
+from specdec_fast.proposal import CompactLaw, Place, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox
+from specdec_fast.token_map import TokenMap
 from specdec_fast.verification import Draws, Match, Token, greedy_choice, sampled_choice
 
 RULES = {
@@ -40,6 +41,8 @@ def problem(kind, n, gamma):
     scores[3] = float("nan")
     scores[5, :, 1:] = -float("inf")
     count = torch.randint(gamma + 1, (ROWS,), generator=generator).tolist()
+    if kind == "projected":
+        return scores, projected(gamma, count, generator)
     if kind == "point":
         tokens = torch.randint(WIDTH, (ROWS, gamma), generator=generator)
         return scores, Proposal(tokens, count, PointMass(tokens))
@@ -60,7 +63,32 @@ def problem(kind, n, gamma):
     return scores, Proposal(tokens, count, CompactLaw(laws, index, drawn))
 
 
-@pytest.mark.parametrize("kind", ["point", "compact", "indexed", "sparse"])
+def projected(gamma, count, generator):
+    """Drafts of a writer that tells entries of up to three tokens, some of which begin alike or are alike."""
+    lengths = torch.randint(1, 4, (60,), generator=generator).tolist()
+    texts = [tuple(torch.randint(7, (n,), generator=generator).add(i % 3 * 15).tolist()) for i, n in enumerate(lengths)]
+    table = TokenMap.of([(text, d) for d, text in enumerate(texts)])
+    laws = torch.randn(ROWS * max(gamma, 1), len(table), generator=generator)
+    places, tokens = [], torch.zeros(ROWS, gamma, dtype=torch.long)
+    log_mass = torch.zeros(ROWS, gamma, dtype=torch.float64)
+    if gamma:
+        laws[4 * gamma] = float("nan")
+    for row in range(ROWS):
+        own: list[Place] = []
+        for lane in range(row * gamma, (row + 1) * gamma):
+            q = reference.masses(laws[lane])
+            entry = int(q.nan_to_num(nan=1.0).multinomial(1, generator=generator))
+            begin, end = 0, len(table)
+            for level, (token, low, inner, high) in enumerate(table.entry(entry)[: count[row] - len(own)]):
+                tokens[row, len(own)] = token
+                log_mass[row, len(own)] = (q[low:high].sum() / (q[begin:end].sum() if level else 1.0)).log()
+                own.append(Place(lane, level, begin, end))
+                begin, end = inner, high
+        places.append(own)
+    return Proposal(tokens, count, ProjectedLaw(laws, table, places, log_mass))
+
+
+@pytest.mark.parametrize("kind", ["point", "compact", "indexed", "sparse", "projected"])
 @pytest.mark.parametrize(("n", "gamma", "base"), [(4, 3, 0), (1, 1, 2), (1, 0, 0)])
 @pytest.mark.parametrize("name", RULES)
 def test_the_same_verdict(name, n, gamma, base, kind):
@@ -71,6 +99,27 @@ def test_the_same_verdict(name, n, gamma, base, kind):
     assert torch.equal(fused.accepted, plain.accepted)
     assert torch.equal(fused.token, plain.token)
     assert int((plain.token == -1).sum()) >= 1  # the row that is no law
+
+
+def test_a_projection_that_is_told_wrongly_is_noticed(monkeypatch):
+    """As if each entry stood for its own id, and as if every token were the first of a text."""
+    scores, proposal = problem("projected", 4, 3)
+    draws, rule = draws_of(Philox()), Token()
+    plain = rule.verify(scores, proposal, draws)
+    whole = fused._projected
+    for fault in ("one entry", "first"):
+
+        def told(law, drafted, fault=fault):
+            given = whole(law, drafted)
+            if fault == "first":
+                return given | {"kind": torch.ones_like(given["kind"])}
+            index = given["index"]
+            again = torch.cat([index.new_zeros(1, dtype=torch.bool), index[1:] == index[:-1]])
+            return given | {"index": torch.where(again, WIDTH + 1, index).sort().values}
+
+        monkeypatch.setattr(fused, "_projected", told)
+        found = Fused(rule).verify(scores, proposal, draws)
+        assert not torch.equal(found.token, plain.token)
 
 
 def test_what_it_does_not_know_goes_to_the_rule(monkeypatch):

@@ -28,6 +28,7 @@ ALLOWED = {
     "drafters.model": ARGMAX,
     "intersection_mass": ONCE,
     "device_round": ARGMAX,
+    "attention": "a softmax over columns of a cache",
     "runner": "positions of a mask",
 }
 

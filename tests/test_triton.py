@@ -22,7 +22,7 @@ filter_kernels, finish, judge, laws, numbers, row_kernels = (
 COMPILED = not triton.knobs.runtime.interpret  # conftest.py asks for the interpreter where there is no GPU
 DEVICE = "cuda" if COMPILED else "cpu"
 RULES = ("match", "token", "block")
-LAWS = ("point", "dense", "wide", "compact", "sparse")
+LAWS = ("point", "dense", "wide", "compact", "heads", "sparse")
 interpreted = pytest.mark.skipif(COMPILED, reason="a compiled kernel keeps the constants it was compiled with")
 
 
@@ -145,7 +145,7 @@ def test_sample_draws_the_references_tokens(small_tiles, monkeypatch, width, dty
         assert differing(expected, sampled(logits, **keys(rows), **setting)) == 0
 
 
-# 15 * 8 rows
+# 18 * 8 rows
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("rule", RULES)
 def test_verify_decides_as_the_reference(rule, law):
@@ -248,7 +248,7 @@ def test_filters_keep_what_the_references_keep(small_tiles, wide_digits, monkeyp
         assert differing(expected, sampled(logits[here], **key, **given)) == 0
 
 
-# 15 * 8 rounds of 5 rows
+# 18 * 8 rounds of up to 5 rows
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("rule", RULES)
 def test_filtered_rounds_are_decided_as_by_the_reference(wide_digits, monkeypatch, rule, law):

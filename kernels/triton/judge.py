@@ -7,7 +7,7 @@ import triton.language as tl
 from specdec_fast.triton_kernels.laws import (
     COMPACT,
     SPARSE,
-    entry_of,
+    compact_log_q,
     kind_at,
     sparse_mass,
     sparse_undefined,
@@ -132,12 +132,14 @@ def judge_kernel(
                     here = draft_at * tiles
                     peak, draft_total, _ = merge(peaks + here, masses + here, entries, draft_heat, BLOCK, TILES)
                     draft_top = peak.to(tl.float64)
+                draft_limit = limit_of(draft_limits, place)
                 if drawn is not None:
-                    entry = tl.load(drawn + place)
+                    scores = scores_at(draft_row, tl.load(drawn + place), entries, draft_heat, draft_limit)
+                    log_q = log_prob(scores, draft_top, draft_total)
                 else:
-                    entry = entry_of(token, index, entries, STEPS).to(tl.int64)
-                scores = scores_at(draft_row, entry, entries, draft_heat, limit_of(draft_limits, place))
-                log_q = log_prob(scores, draft_top, draft_total)
+                    log_q = compact_log_q(
+                        token, draft_row, index, entries, draft_heat, draft_limit, draft_top, draft_total, STEPS, BLOCK
+                    )
                 tl.store(tops + draft_at, draft_top)
         if sparse_ids is not None:
             if law == SPARSE:

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from specdec_fast.triton_kernels.rows import limit_of, parameter, probabilities, scores_at
+from specdec_fast.triton_kernels.rows import limit_of, log_prob, parameter, probabilities, scores_at
 
 POINT = tl.constexpr(0)  # ops.LawKind
 COMPACT = tl.constexpr(1)
@@ -32,7 +32,7 @@ def kind_at(kind, place, draft_temperature, draft_logits, sparse_ids):
 
 @triton.jit
 def entry_of(ids, index, entries, STEPS: tl.constexpr):
-    """The compact entry that stands for each target id, or -1: a search in the ascending map of ``entries`` ids."""
+    """The first compact entry that stands for each target id, or -1: a search in the ascending map."""
     if index is None:
         return tl.where((ids >= 0) & (ids < entries), ids, -1)
     else:
@@ -45,6 +45,34 @@ def entry_of(ids, index, entries, STEPS: tl.constexpr):
             low = tl.where((low < high) & smaller, middle + 1, low)
         found = tl.load(index + low, mask=low < entries, other=-1) == ids
         return tl.where(found & (low < entries), low, -1)
+
+
+@triton.jit
+def next_entry(entry, ids, index, entries):
+    """The entry behind, where it stands for the same id; else -1."""
+    after = entry + 1
+    same = tl.load(index + after, mask=(entry >= 0) & (after < entries), other=-1) == ids
+    return tl.where(same & (entry >= 0) & (after < entries), after, -1)
+
+
+@triton.jit
+def compact_log_q(token, row, index, entries, temperature, limit, top, total, STEPS: tl.constexpr, BLOCK: tl.constexpr):
+    """log q of a token under a row of compact logits: of all entries that stand for it together."""
+    entry = entry_of(token, index, entries, STEPS).to(tl.int64)
+    log_q = log_prob(scores_at(row, entry, entries, temperature, limit), top, total)
+    if index is not None:
+        if next_entry(entry, token, index, entries) >= 0:
+            mass = tl.full((), 0.0, tl.float64)
+            more = True
+            while more:
+                run = entry + tl.arange(0, BLOCK)
+                own = tl.load(index + run, mask=run < entries, other=-1) == token
+                scores = scores_at(row, tl.where(own, run, -1), entries, temperature, limit)
+                mass += tl.sum(probabilities(scores, top, 1.0 / total), 0)
+                entry += BLOCK
+                more = tl.min(own.to(tl.int32), 0) > 0
+            log_q = tl.log(mass)
+    return log_q
 
 
 @triton.jit
@@ -113,8 +141,16 @@ def residual(
             if law == COMPACT:
                 draft_row = draft_logits + b * draft_stride_row + spot.to(tl.int64) * draft_stride_position
                 draft_limit = limit_of(draft_limits, place)
-                scores = scores_at(draft_row, entry_of(ids, index, entries, STEPS), entries, draft_heat, draft_limit)
-                rest -= probabilities(scores, tl.load(tops + draft_at), 1.0 / draft_total)
+                draft_top = tl.load(tops + draft_at)
+                entry = entry_of(ids, index, entries, STEPS)
+                scores = scores_at(draft_row, entry, entries, draft_heat, draft_limit)
+                rest -= probabilities(scores, draft_top, 1.0 / draft_total)
+                if index is not None:
+                    entry = next_entry(entry, ids, index, entries)
+                    while tl.max(entry, 0) >= 0:  # as often as the most entries that stand for one id of the tile
+                        scores = scores_at(draft_row, entry, entries, draft_heat, draft_limit)
+                        rest -= probabilities(scores, draft_top, 1.0 / draft_total)
+                        entry = next_entry(entry, ids, index, entries)
         if sparse_ids is not None:
             if law == SPARSE:
                 for s in range(listed):
