@@ -20,7 +20,7 @@ from specdec_fast import costs, dispatch, methods, warmup
 from specdec_fast.cache import check_cache, ragged_layers
 from specdec_fast.continuation import load, store
 from specdec_fast.device_engine import DeviceEngine
-from specdec_fast.device_plan import Call, constant_outlook, mode_of, open_session
+from specdec_fast.device_plan import Call, mode_of, open_session, resident_outlook
 from specdec_fast.device_session import Session
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.none import NoDrafter
@@ -363,7 +363,7 @@ class _Loop:
         if resident is None:
             outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
         else:
-            outlook, known = constant_outlook(model, options), None
+            outlook, known = resident_outlook(model, resident, call, limit - columns)
         lookahead = lookahead_for(
             plan.schedule,
             batch,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec_fast.costs import Costs
 from specdec_fast.device_round import State
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
@@ -192,6 +193,7 @@ class Pair:
         forwards: passes of target and drafter.
         parameters: fused sampling parameters ``[B]`` of target and drafter.
         graphs: captured rounds, by what they depend on.
+        costs: of rounds, by the same.
     """
 
     key: tuple[Any, ...]
@@ -203,6 +205,7 @@ class Pair:
     parameters: tuple[dict[str, Tensor], dict[str, Tensor]]
     head: Head | None = None
     graphs: dict[Any, Any] = field(default_factory=dict)
+    costs: dict[Any, Costs] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
     drafter_model: weakref.ref[PreTrainedModel] | None = None
     busy: bool = False

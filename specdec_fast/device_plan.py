@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec_fast import sampling
+from specdec_fast import sampling, warmup
 from specdec_fast.compiled import Compilation
-from specdec_fast.costs import Outlook, constant_costs
+from specdec_fast.costs import Observed, Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, HostTarget, Session
@@ -26,7 +26,7 @@ from specdec_fast.stops import Stops
 from specdec_fast.text import Reader
 from specdec_fast.vocab import Vocabulary, intersection
 
-__all__ = ["Call", "constant_outlook", "drafter_part", "mode_of", "open_session", "why_not_resident"]
+__all__ = ["Call", "drafter_part", "mode_of", "open_session", "resident_outlook", "why_not_resident"]
 
 METHODS = ("autoregressive", "model", "tli")
 
@@ -112,10 +112,23 @@ def open_session(
     return session
 
 
-def constant_outlook(model: PreTrainedModel, options: Options) -> Outlook:
-    """What the lookahead is computed from where nothing was measured."""
+def resident_outlook(
+    model: PreTrainedModel, session: Session, call: Call, horizon: int
+) -> tuple[Outlook, Observed | None]:
+    """:func:`specdec_fast.warmup.outlook_for` for rounds that live on the device.
+
+    Args:
+        horizon: tokens a row may write.
+    """
+    plan, options = call.plan, call.options
     pair = model, options.assistant_model
-    return Outlook(constant_costs(*(0 if one is None else one.num_parameters() for one in pair)))
+    constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
+    if plan.schedule != "adaptive" or plan.method == "autoregressive":
+        return Outlook(constant), None
+    known = warmup.observed(*pair, (plan.method, "device", session.state.ids.shape[0], call.do_sample))
+    if options.seed is not None:
+        return Outlook(constant), known
+    return known.counted(session.costs() if horizon >= warmup.WORTH_IT else constant), known
 
 
 def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:

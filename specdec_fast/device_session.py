@@ -6,6 +6,7 @@ tensors of the pair, which the host writes between rounds without a wait.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast.compiled import Captured, Compilation, Pair, capture, check_out, hand_back, notice, upload
+from specdec_fast.costs import Costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import (
     BUCKETS,
@@ -35,6 +37,7 @@ from specdec_fast.static_runner import Forward, StaticRunner
 
 __all__ = ["DraftedText", "DrafterPart", "HostTarget", "Session"]
 
+TIMED = (1, 5)  # draft tokens of the rounds that are timed
 ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
 
 
@@ -295,6 +298,32 @@ class Session:
         made, self.why_not_captured = capture(lambda: self._round(state, gamma))
         state.done.copy_(done)
         return made
+
+    # Costs ------------------------------------------------------------------------------------------------------------
+
+    def time_round(self, gamma: int, repetitions: int = 3) -> float:
+        """Seconds of a round of a bucket, the median; its first run, which may compile and capture, is not among them.
+
+        To be asked before :meth:`start`: the rows are done, so nothing is committed, and what is written into the
+        caches will be written over.
+        """
+        seconds = []
+        for _ in range(repetitions + 1):
+            begin = time.perf_counter()
+            self.launch(gamma).read()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds[1:])
+
+    def costs(self) -> Costs:
+        """What a round's parts cost, measured once a pair, shape and rule: γ = 0, and a line through two others."""
+        if self._key not in self._pair.costs:
+            plain, *drafted = (self.time_round(gamma) for gamma in (0, *TIMED))
+            few, many = TIMED
+            step = max(drafted[1] - drafted[0], 0.0) / (many - few)
+            start = max(drafted[0] - plain - step * few, 0.0)
+            self._pair.costs[self._key] = Costs((plain,), step=step, start=start, read=step / 8, measured=True)
+            self._unread = 1
+        return self._pair.costs[self._key]
 
 
 class HostTarget:

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import shutil
 import weakref
 
 import pytest
@@ -23,7 +24,7 @@ from tiny import (
 )
 from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
-from specdec_fast import compiled, device_session, fast_generate, last_speculation, static_cache
+from specdec_fast import compiled, device_session, fast_generate, last_speculation, static_cache, warmup
 from specdec_fast.drafters import model as drafter_models
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
@@ -318,7 +319,8 @@ def test_another_prompt_or_batch_finds_the_same_shapes():
         assert len(graphs) == 3  # a drafter's first pass, its others, a scoring pass
 
 
-def test_compiled_passes_give_the_same(plain_drafters):
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler")
+def test_compiled_passes_give_the_same():
     target = build_model("llama", num_hidden_layers=1)
     own = {"method": "autoregressive", "compile": "inductor"}
     for length in (9, 17):
@@ -368,3 +370,17 @@ def test_a_first_call_that_takes_long_says_so(monkeypatch, capsys):
     with compiled.notice("compiling"):
         gc.collect()
     assert "specdec_fast: compiling (once)" in capsys.readouterr().err
+
+
+def test_a_lookahead_from_measured_rounds(monkeypatch):
+    """Measured on rows of nothing before the prompt is read, once a pair; the output stays what it is."""
+    monkeypatch.setattr(warmup, "WORTH_IT", 1)
+    timed, time_round = [], device_session.Session.time_round
+    monkeypatch.setattr(
+        device_session.Session, "time_round", lambda self, gamma: (timed.append(gamma), time_round(self, gamma, 1))[1]
+    )
+    for method in ("model", "tli"):
+        for _ in range(2):
+            options = {**drafters()[method], **STATIC}
+            on_device(same(taught()[0], taught_prompts(2, padded=True), options, max_new_tokens=30))
+    assert timed == [0, 1, 5] * 2
