@@ -221,7 +221,8 @@ class Engine:
         device = self.rows.ids.device
         # Padding is not counted: a row draws the same numbers in whatever batch it stands
         start = [self.shift + self.rows.length[row] - self.target.hidden[row] for row in active]
-        return Draws(self.source, self.rows.seed[active], torch.tensor(start, device=device))
+        seed = self.rows.seed if len(active) == self.rows.batch else self.rows.seed[active]
+        return Draws(self.source, seed, torch.tensor(start, device=device))
 
     def _draft(self, active: list[int], draws: Draws) -> Proposal:
         begin = time.perf_counter()
@@ -253,6 +254,8 @@ class Engine:
             return self.target.feed(rows, unread, lanes, [1] * len(rows), embeds=embeds).float()
         first = [self.target.length[row] - self.shift for row in rows]
         unseen = [self.rows.length[row] - f for row, f in zip(rows, first, strict=True)]
+        if max(unseen) == 1 and (logits := self._score_quickly(rows, proposal)) is not None:
+            return logits
         known = self._lanes(self.rows.ids, rows, first, unseen)
         width = proposal.tokens.shape[1]
         lanes = [u + c for u, c in zip(unseen, proposal.count, strict=True)]
@@ -264,11 +267,28 @@ class Engine:
                 tokens[r, u : u + width] = proposal.tokens[r]
         begin = time.perf_counter()
         logits = self.target.feed(rows, tokens[:, : max(lanes)], lanes, [c + 1 for c in proposal.count])
-        self._feeding = time.perf_counter() - begin
-        if self.meter is not None and len(rows) == self.rows.batch and max(unseen) == 1:
-            self.meter.passes.append((max(lanes), self._feeding))
+        if max(unseen) == 1:
+            self._timed(rows, max(lanes), begin)
         # A copy in float32, as plain decoding takes it: processors write into it
         return logits.to(device=self.rows.ids.device, dtype=torch.float32, copy=True)
+
+    def _score_quickly(self, rows: list[int], proposal: Proposal) -> Tensor | None:
+        """The same from lists, where the target has not seen one token a row and runs as one operation."""
+        lanes = [c + 1 for c in proposal.count]
+        texts = [self.rows.tokens[row] for row in rows]
+        if self.rows.ids.device.type != "cpu" or not all(texts) or not self.target.quick(lanes):
+            return None
+        drafts = proposal.tokens.tolist()
+        lists = [[text[-1], *draft[:c]] for text, draft, c in zip(texts, drafts, proposal.count, strict=True)]
+        begin = time.perf_counter()
+        logits = self.target.read(rows, lists, lanes)
+        self._timed(rows, max(lanes), begin)
+        return logits
+
+    def _timed(self, rows: list[int], positions: int, begin: float) -> None:
+        self._feeding = time.perf_counter() - begin
+        if self.meter is not None and len(rows) == self.rows.batch:
+            self.meter.passes.append((positions, self._feeding))
 
     @staticmethod
     def _lanes(ids: Tensor, rows: list[int], first: list[int], count: list[int]) -> Tensor:
@@ -293,16 +313,20 @@ class Engine:
         """Adds a block to a row, up to the token that ends it; returns how many tokens were added."""
         length = self.rows.length[row]
         block = block[: self.rows.capacity - length]
+        written = self._manner is sampling.Manner.PREFIX  # drafts stand behind the text
         if self._stop[row] is None:
-            self.rows.reserve(length + len(block))
-            self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.ids.device)
+            if self.stops.reads_text:
+                self.rows.reserve(length + len(block))
+                self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.ids.device)
+                written = True
             index = self.stops.first(self.rows.ids[row : row + 1], length, block)
             if index is not None:
                 self._stop[row] = length + index + 1
                 if self.stops.pads:
                     block = block[: index + 1]
         self.rows.commit(row, block)
-        self.rows.ids[row, self.rows.length[row] :] = self.pad
+        if written:
+            self.rows.ids[row, self.rows.length[row] :] = self.pad
         self.target.rollback(row, self.shift + self.rows.length[row] - 1)
         return len(block)
 

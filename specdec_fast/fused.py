@@ -7,18 +7,20 @@ the operations do not know, and as the truth.
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from specdec_fast import ops, reference
+from specdec_fast.dispatch import overload
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
 
-__all__ = ["Fused", "confidence", "drafted_token"]
+__all__ = ["Fused", "confidence", "drafted_token", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -39,32 +41,43 @@ class Fused:
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law
-        given: dict[str, Any] = {"temperature": 0.0} if self.greedy else {}
         if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw, SparseLaw, ProjectedLaw):
             return self.rule.verify(scores, proposal, draws)
-        if isinstance(law, CompactLaw):
-            index = None if law.index is None else law.index.int()
-            given |= {"draft_logits": law.scores, "index": index, "drawn": law.drawn}
-        elif isinstance(law, SparseLaw):
-            given |= {"sparse_ids": law.ids, "sparse_log_q": law.masses.log()}
-        elif isinstance(law, ProjectedLaw):
-            given |= _projected(law, proposal.tokens.shape[1])
+        cold = _zeros(scores.shape[0], scores.device)[1] if self.greedy else None
         count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
-        found = ops.verify(
+        given: dict[str, Tensor | None] = {}
+        if isinstance(law, CompactLaw):
+            index = law.index.int() if law.index is not None and law.narrow is None else law.narrow
+            given = {"draft_logits": law.scores, "index": index, "drawn": law.drawn}
+        elif isinstance(law, SparseLaw):
+            given = {"sparse_ids": law.ids, "sparse_log_q": law.masses.log()}
+        elif isinstance(law, ProjectedLaw):
+            given = _projected(law, proposal.tokens.shape[1])
+        # The operator itself: its arguments are right by construction, and a round has little time beside its passes
+        accepted, token, _, status = overload("verify", scores, None)(
             scores,
+            *(cold, None, None, None),
             proposal.tokens,
             count,
-            rule=self.rule.name,
-            seed=draws.seed,
-            start=draws.start,
-            base=draws.base,
-            **given,
+            given.get("kind"),
+            given.get("draft_logits"),
+            *(None, None, None, None),
+            given.get("index"),
+            given.get("drawn"),
+            None,
+            given.get("sparse_ids"),
+            given.get("sparse_log_q"),
+            draws.seed,
+            draws.start,
+            draws.base,
+            ops.RULES[self.rule.name],
+            False,
         )
-        undefined = (found.status & ops.Status.TARGET) != 0
-        return Verdict(found.accepted, torch.where(undefined, -1, found.token))
+        undefined = status.bitwise_and(int(ops.Status.TARGET)).bool()
+        return Verdict(accepted, token.masked_fill(undefined, -1))
 
 
-def _projected(law: ProjectedLaw, drafted: int) -> dict[str, Any]:
+def _projected(law: ProjectedLaw, drafted: int) -> dict[str, Tensor | None]:
     """Arguments of ``verify`` for ``drafted`` positions of a projection.
 
     First tokens have the law of all entries, several of which stand for one id. Later tokens of a text have that of the
@@ -83,7 +96,7 @@ def _projected(law: ProjectedLaw, drafted: int) -> dict[str, Any]:
                 masses = reference.masses(law.scores[number, low:high])
                 listed[row, i] = ids, masses.new_zeros(len(ids)).index_add_(0, which, masses).log()
     place = law.scores.device
-    given: dict[str, Any] = {
+    given: dict[str, Tensor | None] = {
         "kind": kind.to(place),
         "draft_logits": law.scores[lane.to(place)],
         "index": table.tokens[table.start[:-1]].int(),
@@ -103,14 +116,10 @@ def drafted_token(scores: Tensor, draws: Draws, step: int) -> Tensor:
     if type(draws.source) is not Philox or scores.dtype == torch.float64:
         return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device))
     place = scores.device
-    found = ops.sample(
-        scores,
-        seed=draws.seed.to(place),
-        position=draws.start.to(place),
-        offset=torch.full_like(draws.start, step, device=place),
-        purpose=Purpose.DRAFT,
-    )
-    return torch.where(found.status != 0, -1, found.token)
+    offset = torch.full_like(draws.start, step, device=place)
+    key = draws.seed.to(place), draws.start.to(place), offset, int(Purpose.DRAFT)
+    token, _, _, status = overload("sample", scores, None)(scores, None, None, None, None, *key)
+    return token.masked_fill_(status.bool(), -1)
 
 
 def confidence(scores: Tensor, token: Tensor) -> list[float]:
@@ -120,7 +129,24 @@ def confidence(scores: Tensor, token: Tensor) -> list[float]:
     """
     if scores.dtype == torch.float64:
         return reference.log_prob(scores, token).exp().nan_to_num(0.0).tolist()
-    zero = torch.zeros(scores.shape[0], dtype=torch.long, device=scores.device)
-    whole = ops.sample(scores, seed=zero, position=zero, purpose=Purpose.DRAFT).logsumexp
-    own = scores.gather(1, token.clamp(min=0).unsqueeze(1)).squeeze(1)
-    return (own - whole).exp().nan_to_num(0.0).tolist()
+    zero, _ = _zeros(scores.shape[0], scores.device)
+    key = zero, zero, None, int(Purpose.DRAFT)
+    whole = overload("sample", scores, None)(scores, None, None, None, None, *key)[2].tolist()
+    own = scores.gather(1, token.clamp(min=0).unsqueeze(1)).squeeze(1).tolist()
+    masses = [math.exp(one - all_) for one, all_ in zip(own, whole, strict=True)]
+    return [0.0 if math.isnan(mass) else mass for mass in masses]
+
+
+def likeliest(scores: Tensor) -> Tensor:
+    """The largest of ``scores [R, K]``, the first among equals: ``[R]`` int64."""
+    if scores.dtype != torch.float32 or scores.device.type != "cpu":
+        return scores.argmax(-1)
+    zero, cold = _zeros(scores.shape[0], scores.device)
+    # The operator itself: its arguments are right by construction, and this runs between any two passes of a drafter
+    return overload("sample", scores, None)(scores, cold, None, None, None, zero, zero, None, int(Purpose.DRAFT))[0]
+
+
+@functools.lru_cache(16)
+def _zeros(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``[rows]`` int64 and float32; nothing writes into them."""
+    return torch.zeros(rows, dtype=torch.long, device=device), torch.zeros(rows, device=device)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -152,13 +153,6 @@ class LeanModel:
         rows = tokens.shape[0]
         window = cache.window
         places = list(range(rows)) if window.rows is None else window.rows.tolist()
-        if any(layer.room < window.end for layer in cache.ragged):
-            for layer in cache.ragged:
-                layer.reserve(window.end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
-        rotations = self._rotations
-        if rotations.shape[0] < window.end:
-            rotations = self._turns(2 * window.end)
-            self._rotations = rotations
         logits: Tensor = torch.ops.specdec_fast.llama_forward(
             self._model().number,
             tokens.contiguous(),
@@ -166,12 +160,64 @@ class LeanModel:
             places,
             hidden,
             lanes,
-            rotations,
-            [layer.keys for layer in cache.ragged],
-            [layer.values for layer in cache.ragged],
-            self.capability,
+            *self._buffers(cache, window.end),
         )
         return logits
+
+    def read(
+        self, texts: list[list[int]], places: list[int], start: list[int], hidden: list[int], cache: RaggedCache, tail: int
+    ) -> Tensor:
+        """The same from lists of one length, one a row.
+
+        Args:
+            texts: ids of each of the ``R`` rows, at least one.
+            places: their rows in the cache.
+            start: column of each text's first token.
+            hidden: ``[R]`` as above.
+            tail: how many last lanes to have logits of.
+
+        Returns:
+            ``[R, tail, V]`` float32.
+        """
+        n = len(texts[0])
+        columns = [list(range(first, first + n)) for first in start]
+        tokens, where = torch.tensor([texts, columns]).unbind(0)
+        buffers = self._buffers(cache, max(start) + n)
+        logits: Tensor = torch.ops.specdec_fast.llama_forward(
+            self._model().number, tokens, where, places, hidden, list(range(n - tail, n)), *buffers
+        )
+        return logits
+
+    def steps(
+        self, places: list[int], start: list[int], hidden: list[int], cache: RaggedCache, most: int
+    ) -> Callable[[Tensor], Tensor]:
+        """A function that feeds one token a row, ``[R]`` int64, and gives the logits behind it, ``[R, V]`` float32.
+
+        Each call stands one column behind the call before, the first at ``start``; at most ``most`` calls.
+        """
+        columns = torch.tensor(start).unsqueeze(1)
+        buffers = self._buffers(cache, max(start) + most)
+        number, op = self._model().number, torch.ops.specdec_fast.llama_forward
+
+        def step(tokens: Tensor) -> Tensor:
+            nonlocal columns
+            logits: Tensor = op(number, tokens.unsqueeze(1), columns, places, hidden, [0], *buffers)
+            columns = columns + 1
+            return logits[:, 0]
+
+        return step
+
+    def _buffers(self, cache: RaggedCache, end: int) -> tuple[Tensor, list[Any], list[Any], int]:
+        """What the operation reads and writes beside the lanes, with room for the columns below ``end``."""
+        if any(layer.room < end for layer in cache.ragged):
+            for layer in cache.ragged:
+                layer.reserve(end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
+        rotations = self._rotations
+        if rotations.shape[0] < end:
+            rotations = self._turns(2 * end)
+            self._rotations = rotations
+        keys, values = [layer.keys for layer in cache.ragged], [layer.values for layer in cache.ragged]
+        return rotations, keys, values, self.capability
 
     def _model(self) -> _Model:
         """The weights as the native code holds them."""

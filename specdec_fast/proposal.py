@@ -90,11 +90,13 @@ class CompactLaw:
         scores: ``[R, G, K]`` float, after temperature and filters.
         index: ``[K]`` int64 ascending target ids, or None where entry ``k`` is target id ``k``.
         drawn: ``[R, G]`` int64, the entry drawn at each position.
+        narrow: ``index`` in int32, as the operations take it; None: made where needed.
     """
 
     scores: Tensor
     index: Tensor | None
     drawn: Tensor
+    narrow: Tensor | None = None
 
     def log_q(self, tokens: Tensor) -> Tensor:
         return reference.log_prob(self.scores, self.drawn)
@@ -109,7 +111,7 @@ class CompactLaw:
 
     def at(self, position: int) -> CompactLaw:
         one = slice(position, position + 1)
-        return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one])
+        return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one], self.narrow)
 
 
 class Place(NamedTuple):

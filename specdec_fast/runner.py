@@ -133,6 +133,42 @@ class Runner:
                 tokens, count = tokens[:, done:], [c - done for c in count]
         return self._feed(rows, tokens, list(count), list(tail), embeds)
 
+    def quick(self, count: list[int]) -> bool:
+        """Whether :meth:`read` runs such a pass, with so many tokens a row, as one operation."""
+        return self._lean is not None and self.joint and min(count) > 0 and all(self._lean.takes(count))
+
+    @torch.no_grad()
+    def read(self, rows: Sequence[int], texts: list[list[int]], tail: list[int]) -> Tensor:
+        """:meth:`feed` for tokens that are on the host: one list a row, none of them empty."""
+        count = [len(text) for text in texts]
+        even = min(count) == max(count) and min(tail) == max(tail)
+        if self._lean is None or not even or not self.quick(count):
+            tokens = [torch.tensor(text, dtype=torch.long) for text in texts]
+            return self.feed(rows, torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), count, tail)
+        if self.vocabulary is not None:
+            last = self.vocabulary - 1
+            texts = [[min(max(token, 0), last) for token in text] for text in texts]
+        start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
+        logits = self._lean.read(texts, list(rows), start, hidden, self._units[0][1], tail[0])
+        for row, n in zip(rows, count, strict=True):
+            self.length[row] += n
+        return logits
+
+    def steps(self, rows: list[int], most: int) -> Callable[[Tensor], Tensor] | None:
+        """A function that feeds one token to each row, ``[R]`` int64 ids it has, and returns logits ``[R, V]``.
+
+        For at most ``most`` calls in a row, with no other pass between them. The rows' lengths stay: :meth:`advance`
+        says how much of it is kept. None where passes do not run as one operation.
+        """
+        if self._lean is None or not self.joint:
+            return None
+        start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
+        return self._lean.steps(rows, start, hidden, self._units[0][1], most)
+
+    def advance(self, row: int, columns: int) -> None:
+        """Keeps so many of the columns that :meth:`steps` has fed to a row."""
+        self.length[row] += columns
+
     def _with_history(self, rows: Sequence[int], tokens: Tensor, count: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Puts all earlier tokens of the rows in front and forgets their cached columns."""
         histories = []

@@ -39,11 +39,14 @@ class Stops:
             [c for c in criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)]
         )
 
+        self.reads_text = bool(self._others)
+        """Whether :meth:`first` looks at ``ids``."""
+
     def first(self, ids: Tensor, length: int, tokens: list[int]) -> int | None:
         """Where a block ends its row.
 
         Args:
-            ids: ``[1, C]`` the row, the block already in it behind ``length`` columns.
+            ids: ``[1, C]`` the row; where text is read, the block is in it already, behind ``length`` columns.
             tokens: the block.
 
         Returns:

@@ -24,7 +24,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
-from specdec_fast.fused import confidence, drafted_token
+from specdec_fast.fused import confidence, drafted_token, likeliest
 from specdec_fast.lean import lean_model
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.runner import Runner
@@ -129,6 +129,7 @@ class ModelWriter:
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
         most = max(count)
         logits = self._catch_up(active)
+        feed = self._runner.steps(active, most)
         drawn, kept_scores = [], []
         fed: list[Tensor] = []
         for step in range(most):
@@ -145,8 +146,14 @@ class ModelWriter:
                 break
             token = token.clamp(min=0)
             fed.append(token if self._choices is None else self._choices[token])
+            if feed is not None:
+                logits = feed(fed[-1])
+                continue
             going = [int(step + 1 < c) for c in count]  # a row that is through might have no position left
             logits = self._runner.feed(active, fed[-1].unsqueeze(1), going, going)[:, 0]
+        if feed is not None:
+            for row, c in zip(active, count, strict=True):
+                self._runner.advance(row, min(len(fed), c - 1))
         written = torch.stack(fed, 1).tolist() if fed else [[] for _ in active]
         for row, ids in zip(active, written, strict=True):
             self._drafted[row] = ids
@@ -177,10 +184,8 @@ class ModelWriter:
         for row in active:
             text = self.contexts[row].ids
             self._runner.rollback(row, len(text) - self._first[row] - 1)
-            missing.append(torch.tensor(text[self._first[row] + self._runner.length[row] :], dtype=torch.long))
-        lanes = [len(piece) for piece in missing]
-        tokens = torch.nn.utils.rnn.pad_sequence(missing, batch_first=True)
-        return self._runner.feed(active, tokens, lanes, [1] * len(active))[:, 0]
+            missing.append(text[self._first[row] + self._runner.length[row] :])
+        return self._runner.read(active, missing, [1] * len(active))[:, 0]
 
     def _scores(self, logits: Tensor) -> Tensor:
         scores = logits.float() if self._picks is None else logits[:, self._picks].float()
@@ -191,7 +196,7 @@ class ModelWriter:
 
     def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:
         if self.warpers is None:
-            return scores.argmax(-1)
+            return likeliest(scores)
         return drafted_token(scores, draws, step)
 
 
@@ -240,6 +245,7 @@ class CompactDrafter:
     def __init__(self, writer: ModelWriter, index: Tensor | None, device: torch.device):
         self._writer = writer
         self._index = None if index is None else index.to(device)
+        self._narrow = None if self._index is None else self._index.int()
         self._device = device
 
     @property
@@ -256,7 +262,7 @@ class CompactDrafter:
         law: DenseLaw = (
             PointMass(tokens)
             if written.scores is None
-            else CompactLaw(written.scores.to(self._device), self._index, drawn)
+            else CompactLaw(written.scores.to(self._device), self._index, drawn, self._narrow)
         )
         return Proposal(tokens, written.count, law)
 
