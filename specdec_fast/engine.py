@@ -165,7 +165,8 @@ class Engine:
             block = drafts[r][: accepted[r][0]] + token[r]
             kept = self._commit(row, block)
             self._learn(row, proposal.count[r], accepted[r][0], kept, proposal.count[r])
-            self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
+            if not self.record.empty:
+                self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
         self._settle()
 
     def _round_in_order(self) -> None:

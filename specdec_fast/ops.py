@@ -44,6 +44,7 @@ from specdec_fast.dispatch import DEFAULT, overload, status, triton_kernel, why_
 from specdec_fast.randomness import Purpose
 
 __all__ = [
+    "RULES",
     "LawKind",
     "Sample",
     "Status",
@@ -90,7 +91,8 @@ class Verification(NamedTuple):
     status: Tensor
 
 
-_RULES = {"match": 0, "token": 1, "block": 2}
+RULES = {"match": 0, "token": 1, "block": 2}
+"""How the operator numbers the rules."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 Number = float | Tensor | None
@@ -221,8 +223,8 @@ def verify(
     Raises:
         ValueError: a shape, dtype or device that does not fit, an unknown rule, or a backend that is not there.
     """
-    if rule not in _RULES:
-        raise ValueError(f"rule must be one of {', '.join(_RULES)}, not {rule!r}")
+    if rule not in RULES:
+        raise ValueError(f"rule must be one of {', '.join(RULES)}, not {rule!r}")
     _check_logits("logits", logits, 3)
     rows = logits.shape[0]
     if logits.shape[1] == 0:
@@ -270,7 +272,7 @@ def verify(
             seed,
             start,
             base,
-            _RULES[rule],
+            RULES[rule],
             log_probs,
         )
     )

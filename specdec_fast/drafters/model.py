@@ -144,8 +144,7 @@ class ModelWriter:
                 count = self._asked(active, count, step + 1, scores, token)
             if step + 1 >= max(count):
                 break
-            token = token.clamp(min=0)
-            fed.append(token if self._choices is None else self._choices[token])
+            fed.append(self._ids(token))
             if feed is not None:
                 logits = feed(fed[-1])
                 continue
@@ -154,11 +153,18 @@ class ModelWriter:
         if feed is not None:
             for row, c in zip(active, count, strict=True):
                 self._runner.advance(row, min(len(fed), c - 1))
-        written = torch.stack(fed, 1).tolist() if fed else [[] for _ in active]
+        entries = torch.stack(drawn, 1)
+        written = self._ids(entries[:, : len(fed)]).tolist()
         for row, ids in zip(active, written, strict=True):
             self._drafted[row] = ids
         law = None if self.warpers is None else torch.stack(kept_scores, 1)
-        return Written(torch.stack(drawn, 1), law, count)
+        return Written(entries, law, count)
+
+    def _ids(self, entries: Tensor) -> Tensor:
+        """The drafter's ids of entries drawn; some id where there is none."""
+        if self.warpers is not None:  # an argmax is always an entry
+            entries = entries.clamp(min=0)
+        return entries if self._choices is None else self._choices[entries]
 
     def _asked(self, active: list[int], count: list[int], drafted: int, scores: Tensor, token: Tensor) -> list[int]:
         """How long each draft becomes, now that so many tokens of it are drawn; none of them is dropped."""
