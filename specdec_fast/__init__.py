@@ -10,14 +10,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from specdec_fast.api import decoding_loop, fast_generate
+    from specdec_fast.prepared import Prepared, prepare
     from specdec_fast.stats import Speculation, last_speculation
 
-__all__ = ["Speculation", "__version__", "decoding_loop", "fast_generate", "last_speculation"]
+__all__ = [
+    "Prepared",
+    "Speculation",
+    "__version__",
+    "decoding_loop",
+    "fast_generate",
+    "last_speculation",
+    "prepare",
+]
 
 __version__ = "0.1.0"
 
 # Imported when first asked for: the command line must not wait for torch and transformers
-_HOMES = {"decoding_loop": "api", "fast_generate": "api", "Speculation": "stats", "last_speculation": "stats"}
+_HOMES = {
+    "Prepared": "prepared",
+    "Speculation": "stats",
+    "decoding_loop": "api",
+    "fast_generate": "api",
+    "last_speculation": "stats",
+    "prepare": "prepared",
+}
 
 
 def __getattr__(name: str) -> Any:

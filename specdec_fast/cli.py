@@ -1,4 +1,4 @@
-"""The command line: ``specdec-fast generate``, ``demo``, ``verify``, ``bench`` and ``env``."""
+"""The command line: ``specdec-fast generate``, ``demo``, ``verify``, ``plan``, ``bench`` and ``env``."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ from specdec_fast.cli_options import (
     TracebackOption,
     VerificationOption,
 )
+from specdec_fast.cli_plan import plan
 from specdec_fast.cli_verify import verify
 from specdec_fast.console import Session, Settings
 
@@ -325,6 +326,7 @@ def demo(
 
 
 app.command()(verify)
+app.command()(plan)
 app.add_typer(bench)
 
 

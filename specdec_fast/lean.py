@@ -165,7 +165,13 @@ class LeanModel:
         return logits
 
     def read(
-        self, texts: list[list[int]], places: list[int], start: list[int], hidden: list[int], cache: RaggedCache, tail: int
+        self,
+        texts: list[list[int]],
+        places: list[int],
+        start: list[int],
+        hidden: list[int],
+        cache: RaggedCache,
+        tail: int,
     ) -> Tensor:
         """The same from lists of one length, one a row.
 

@@ -6,9 +6,12 @@ calls make anyway keep the table up to date (:mod:`specdec_fast.costs`).
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +25,7 @@ from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
 
-__all__ = ["measure", "outlook_for"]
+__all__ = ["measure", "measuring", "outlook_for"]
 
 CONTEXT = 48  # tokens of a prompt that are read
 SIZES = (1, 6, 3, 10, 2, 16, 4, 8)  # positions of a pass, the most telling first
@@ -57,10 +60,37 @@ def outlook_for(
     known = observed(*pair, (plan.method, batch, do_sample, lean is None, model.dtype, torch.get_num_threads()))
     if options.seed is not None or options.source is not None:
         return Outlook(constant), known
-    if not known.ready and horizon >= WORTH_IT and all(texts):
+    asked: _Asked | None = getattr(_thread, "asked", None)
+    if all(texts) and (asked is not None or (not known.ready and horizon >= WORTH_IT)):
         drafter = build_drafter(replace(plan, others=(), rows=None), *parts)
-        known.take(measure(lambda: Runner(model, batch, lean=lean), drafter, texts, device, budget=SHARE * horizon))
+        more: dict[str, Any] = {"budget": SHARE * horizon}
+        if asked is not None:
+            asked.found.append(known)
+            more = {"budget": float("inf"), "repetitions": asked.repetitions}
+        known.take(measure(lambda: Runner(model, batch, lean=lean), drafter, texts, device, **more))
     return known.outlook() if known.ready else known.counted(constant), known
+
+
+@dataclass
+class _Asked:
+    repetitions: int
+    found: list[Observed] = field(default_factory=list)
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def measuring(repetitions: int) -> Iterator[list[Observed]]:
+    """Calls of this thread without a seed are measured for, however short they are and whatever is known.
+
+    Yields a list that each of them adds to: what is known of its pair.
+    """
+    _thread.asked = _Asked(repetitions)
+    try:
+        yield _thread.asked.found
+    finally:
+        _thread.asked = None
 
 
 @torch.no_grad()

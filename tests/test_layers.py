@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "specdec_fast"
 # there is no cycle. A new module needs a place here.
 LAYERS = (
     {"cli"},
-    {"demo", "environment", "cli_verify", "cli_bench"},
+    {"demo", "environment", "cli_verify", "cli_bench", "cli_plan"},
     {"bench", "cli_bench_kernels"},
     {"audit.__init__", "cli_options"},
     {"microbench.report", "microbench.measure"},
@@ -25,6 +25,8 @@ LAYERS = (
     {"audit.common", "audit.statistics"},
     {"console"},
     {"__init__"},
+    {"plan"},
+    {"prepared"},
     {"api"},
     {"device_engine", "device_plan", "continuation"},
     {"methods", "engine", "warmup", "device_session"},

@@ -1,0 +1,110 @@
+"""A prepared pair: ready, the same results, nothing of it outlives the models."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from tiny import PAD, build_model, drafters, make_noisy, model, prompts, taught, taught_prompts
+
+from specdec_fast import Prepared, costs, fast_generate, last_speculation, prepare, warmup
+
+
+@pytest.fixture(autouse=True)
+def _measured(monkeypatch):
+    monkeypatch.setattr(warmup, "observed", costs.observed)
+    monkeypatch.setattr(warmup, "WORTH_IT", 64)
+
+
+def pair():
+    target = build_model("llama", seed=3)
+    return target, make_noisy(target, 0.2)
+
+
+@pytest.mark.parametrize("method", ["model", "tli", "slem", "prompt_lookup"])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_it_gives_what_fast_generate_gives(method, do_sample):
+    target, own, inputs = taught()[0], drafters()[method], taught_prompts(2)
+    prepared = prepare(target, batch=2, do_sample=do_sample, repetitions=1, **own)
+    call = {**inputs, "do_sample": do_sample, "max_new_tokens": 12, "seed": 3}
+    assert torch.equal(prepared.generate(**call), fast_generate(target, **call, **own))
+    assert prepared.speculation[do_sample].method == method
+    assert prepared.seconds > 0
+
+
+def test_calls_after_it_measure_nothing(monkeypatch):
+    target, drafter = pair()
+    prepared = prepare(target, assistant_model=drafter, repetitions=1)
+    monkeypatch.setattr(warmup, "measure", None)
+    for do_sample in (False, True):
+        table = prepared.costs(do_sample=do_sample)
+        assert table is not None and table.measured and table.round(3) > table.round(0) > 0
+        prepared.generate(prompts()["input_ids"], do_sample=do_sample, max_new_tokens=70, pad_token_id=PAD)
+        fast_generate(target, **prompts(), assistant_model=drafter, do_sample=do_sample, max_new_tokens=70)
+
+
+def test_settings_are_every_calls_and_can_be_overridden():
+    target, drafter = pair()
+    prepared = prepare(target, assistant_model=drafter, num_assistant_tokens=2, temperature=0.5, repetitions=1)
+    assert prepared.costs() is None  # a lookahead that was given looks at no costs
+    prepared.generate(prompts()["input_ids"], max_new_tokens=12, do_sample=True)
+    assert len(last_speculation().drafted_per_position) == 2
+    prepared.generate(prompts()["input_ids"], max_new_tokens=12, do_sample=True, num_assistant_tokens=4)
+    assert len(last_speculation().drafted_per_position) == 4
+
+
+def test_it_changes_neither_the_generator_nor_the_last_statistics():
+    target, drafter = pair()
+    fast_generate(target, **prompts(), max_new_tokens=3)
+    statistics, state = last_speculation(), torch.get_rng_state()
+    prepare(target, assistant_model=drafter, repetitions=1)
+    assert last_speculation() is statistics
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_keeps_the_models_alive():
+    target, drafter = pair()
+    prepared = prepare(target, assistant_model=drafter, repetitions=1)
+    fast_generate(target, **prompts(), assistant_model=drafter, max_new_tokens=70)
+    gone = weakref.ref(target), weakref.ref(drafter)
+    tables = len(costs._kept)
+    del target, drafter
+    gc.collect()
+    assert all(ref() is not None for ref in gone)  # a prepared pair is a pair
+    del prepared
+    gc.collect()
+    assert [ref() for ref in gone] == [None, None]
+    assert len(costs._kept) == tables - 1
+
+
+def test_a_pair_without_a_drafter():
+    prepared = prepare(model(), repetitions=1)
+    assert isinstance(prepared, Prepared)
+    assert prepared.speculation[False].method == "autoregressive" and prepared.costs() is None
+    assert torch.equal(
+        prepared.generate(**prompts(), max_new_tokens=5), model().generate(**prompts(), max_new_tokens=5)
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "named"),
+    [
+        ({"batch": 0}, ValueError, "batch=0 is out of range"),
+        ({"repetitions": True}, ValueError, "repetitions=True is out of range"),
+        ({"seed": 1}, TypeError, "seed belongs to a single call: give it to generate"),
+        ({"method": "fast"}, ValueError, "method='fast' is not known"),
+        ({"assistant_model": "smollm"}, TypeError, "assistant_model must be a Transformers model"),
+        ({"assistant_model": build_model("gpt2", vocabulary=40)}, ValueError, "pass tokenizer and assistant_tokenizer"),
+        ({"max_new_token": 3}, ValueError, "max_new_token"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_honoured_is_refused(settings, error, named):
+    with pytest.raises(error, match=named):
+        prepare(model(), **settings)
+
+
+def test_the_pair_is_not_an_argument_of_a_call():
+    prepared = prepare(model(), repetitions=1)
+    with pytest.raises(TypeError, match="assistant_model belongs to the prepared pair: leave it out"):
+        prepared.generate(**prompts(), assistant_model=model())
