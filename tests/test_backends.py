@@ -42,7 +42,7 @@ def forced(monkeypatch):
     asked = []
 
     def force(backend):
-        monkeypatch.setattr(dispatch, "_DEFAULT", backend)
+        monkeypatch.setattr(dispatch, "DEFAULT", backend)
         plain = dispatch._overload_name
         monkeypatch.setattr(
             dispatch, "_overload_name", lambda op, *rest: asked.append((op, rest[-1])) or plain(op, *rest)
@@ -77,7 +77,7 @@ def sampled(method, rule, sampling, rows):
 def by_reference(method, rule, sampling):
     """What the reference generates: the rows that other backends are compared with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "_DEFAULT", "reference")
+        patch.setattr(dispatch, "DEFAULT", "reference")
         return sampled(method, rule, sampling, FEW)
 
 

@@ -23,7 +23,7 @@ def small_caches(monkeypatch):
 @pytest.fixture
 def seam(monkeypatch):
     """Numbers of the operations' reference can be exchanged; every operation runs on it."""
-    monkeypatch.setattr(dispatch, "_DEFAULT", "reference")
+    monkeypatch.setattr(dispatch, "DEFAULT", "reference")
     return functools.partial(monkeypatch.setattr, reference_ops, "_philox")
 
 
