@@ -20,7 +20,7 @@ from laws import (
     warpers,
 )
 
-from specdec_fast import dispatch, fast_generate, fused, last_speculation, ops
+from specdec_fast import dispatch, fast_generate, fused, last_speculation
 
 WIDTH, STEPS = len(TARGET_PIECES), 5
 PROMPT = torch.tensor([[1, 2, 5, 3, 4, 1, 2]])
@@ -129,13 +129,19 @@ def test_sampled_output_has_the_targets_law(forced, backend, method, rule):
 @pytest.mark.parametrize("fault", ["another key", "keeps everything"])
 def test_a_faulty_backend_is_noticed(monkeypatch, fault):
     expected = by_reference("model", "token", "plain")
-    verify = ops.verify
+    plain = fused.overload
 
-    def faulty(logits, tokens, count, **rest):
-        if fault == "another key":
-            return verify(logits, tokens, count, **rest | {"seed": rest["seed"] + 1})
-        found = verify(logits, tokens, count, **rest)
-        return found._replace(accepted=count)
+    def faulty(op, *rest):
+        run = plain(op, *rest)
 
-    monkeypatch.setattr(fused.ops, "verify", faulty)
+        def verify(*given):
+            *others, seed, start, base, rule, log_probs = given
+            if fault == "another key":
+                return run(*others, seed + 1, start, base, rule, log_probs)
+            _, *found = run(*given)
+            return given[6], *found  # its count
+
+        return verify if op == "verify" else run
+
+    monkeypatch.setattr(fused, "overload", faulty)
     assert not torch.equal(sampled("model", "token", "plain", FEW), expected)
