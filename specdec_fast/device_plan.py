@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling, warmup
+from specdec_fast.attention import for_static_cache
 from specdec_fast.compiled import Compilation
 from specdec_fast.costs import Observed, Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
@@ -88,11 +89,13 @@ def open_session(
     """
     if mode not in ("static", "inductor"):
         return None
+    model, switched = for_static_cache(model)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
         return None
     how = Compilation.of(mode, model, config)
     statistics.forward = "inductor" if how.compiled else "static"
+    statistics.attention = switched or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
     if statistics.loop_reason:
         target = HostTarget(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
@@ -157,7 +160,7 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
         return None
     if drafter.device != model.device:
         return "the drafter is on another device"
-    if reason := why_not_static(drafter):
+    if reason := why_not_static(for_static_cache(drafter)[0]):
         return f"the drafter: {reason}"
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < call.longest:
@@ -175,6 +178,7 @@ def drafter_part(model: PreTrainedModel, rows: int, call: Call) -> DrafterPart |
     options, drafter = call.options, call.options.assistant_model
     if call.plan.method == "autoregressive" or drafter is None:
         return None
+    drafter, _ = for_static_cache(drafter)
     warpers = sampling.drafter_warpers(
         call.processors, do_sample=call.do_sample, temperature=options.assistant_temperature
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import LeanModel
 
@@ -384,7 +385,7 @@ def supports_ragged_batches(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> bool:
     implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager") or not _takes(model, "position_ids"):
+    if implementation not in ("sdpa", "eager", attention.NAME) or not _takes(model, "position_ids"):
         return False
     try:
         _windows(model)

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
+from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.static_cache import Place, StaticCache, capacity_for
@@ -68,19 +69,28 @@ def _pick(values: Tensor, lane: Tensor) -> Tensor:
 
 
 def _masks(model: Any, cache: StaticCache, columns: Tensor) -> Tensor | dict[str, Tensor]:
-    """Explicit masks ``[B, 1, n, capacity]``, one a layer type where there are several."""
+    """Explicit masks ``[B, 1, n, capacity]``, one a layer type where there are several; places for our attention."""
     place: Place = cache.place
+    sizes = sorted(set(cache.windows), key=lambda window: window or 0)
+    if model.config._attn_implementation == attention.NAME:
+        told = {_kind(size): attention.places(place.start, place.hidden, size) for size in sizes}
+        return told if len(told) > 1 else next(iter(told.values()))
     kv = torch.arange(place.capacity, device=columns.device)
     query = columns.unsqueeze(-1)
     # A lane sees itself whatever it is: a row of nothing would turn the softmax into NaN
     seen = (kv <= query) & (kv >= place.hidden[:, None, None]) | (kv == query)
     masks = {}
-    for size in sorted(set(cache.windows), key=lambda window: window or 0):
+    for size in sizes:
         mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
         if model.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        masks["full_attention" if size is None else "sliding_attention"] = mask
+        masks[_kind(size)] = mask
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def _kind(window: int | None) -> str:
+    """Transformers' name for layers with such a window."""
+    return "full_attention" if window is None else "sliding_attention"
 
 
 def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache:

@@ -24,7 +24,8 @@ from tiny import (
 )
 from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
-from specdec_fast import compiled, device_session, fast_generate, last_speculation, static_cache, warmup
+from specdec_fast import compiled, device_plan, device_session, fast_generate, last_speculation, static_cache, warmup
+from specdec_fast.attention import NAME, twin
 from specdec_fast.drafters import model as drafter_models
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
@@ -58,6 +59,26 @@ def test_greedy_output_is_that_of_generate(architecture, rows):
     statistics = same(model(architecture), prompts(rows, padded=rows > 1), options, max_new_tokens=24)
     assert on_device(statistics).forward == "static"
     assert 0 < statistics.accepted <= statistics.drafted - (rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_the_attention_of_this_package_gives_the_same(monkeypatch, architecture, method, rows):
+    monkeypatch.setattr(device_plan, "for_static_cache", lambda model: (twin(model, NAME), "the one for the other"))
+    options = {**drafters()[method], **STATIC} if architecture == "llama" else STATIC
+    statistics = same(model(architecture), prompts(rows, padded=rows > 1), options, max_new_tokens=16)
+    assert on_device(statistics).attention == "the one for the other"
+
+
+def test_an_attention_that_takes_no_mask_a_row_is_replaced_for_the_call():
+    flash = build_model("llama")
+    flash.config._attn_implementation = "flash_attention_2"  # which is not here, so its own passes would fail
+    ids = prompts(2)["input_ids"]
+    output = fast_generate(flash, ids, do_sample=False, max_new_tokens=12, **STATIC)
+    assert torch.equal(output, model("llama").generate(ids, do_sample=False, max_new_tokens=12))
+    assert last_speculation().attention == "sdpa attention in the place of flash_attention_2"
+    assert flash.config._attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.parametrize("rows", [1, 4])
