@@ -114,11 +114,12 @@ def systems(
             arguments["assistant_tokenizer"] = pair["drafter_tokenizer"]
         if method != "autoregressive" and lookahead is not None:
             arguments["num_assistant_tokens"] = lookahead
-        table.append(System("specdec_fast", method, _ours(target, arguments)))
+        table.append(System("specdec_fast", method, _seeded(_ours(target, arguments))))
     return table
 
 
 def _seeded(generate: Callable[[Inputs], Tensor]) -> Callable[[Inputs, int], Tensor]:
+    # Torch's generator, not the argument ``seed``: with that the lookahead would go by constant costs
     def run(inputs: Inputs, seed: int) -> Tensor:
         torch.manual_seed(seed)
         return generate(inputs)
@@ -126,14 +127,14 @@ def _seeded(generate: Callable[[Inputs], Tensor]) -> Callable[[Inputs, int], Ten
     return run
 
 
-def _ours(target: Any, arguments: dict[str, Any]) -> Callable[[Inputs, int], Tensor]:
-    def run(inputs: Inputs, seed: int) -> Tensor:
-        everything: dict[str, Any] = {**inputs, **arguments, "seed": seed}
+def _ours(target: Any, arguments: dict[str, Any]) -> Callable[[Inputs], Tensor]:
+    def generate(inputs: Inputs) -> Tensor:
+        everything: dict[str, Any] = {**inputs, **arguments}
         result = fast_generate(target, **everything)
         assert isinstance(result, Tensor)
         return result
 
-    return run
+    return generate
 
 
 def measure(
