@@ -396,9 +396,9 @@ def _sampling_table(texts: list[str], sampling: SamplingAudit) -> Table:
     for name in ("test", "samples", "cells", "chi-square", "p", "corrected", "finds"):
         table.add_column(name, justify="left" if name == "test" else "right", style="dim" if name == "test" else None)
     for test in sampling.tests:
-        name = {"prompt": f"prompt {(test.prompt or 0) + 1}", "all prompts": "all prompts"}.get(
-            test.of, f"tokens {test.positions[0]} and {test.positions[1]}"
-        )
+        places = {"prompt": f"prompt {(test.prompt or 0) + 1}"}
+        places["positions"] = f"tokens {test.positions[0]} and {test.positions[1]}"
+        name = places.get(test.of, test.of)
         table.add_row(
             name,
             str(test.samples),

@@ -14,7 +14,7 @@ import torch
 from laws import DRAFTER_PIECES, TARGET_PIECES, joint_law, model, plain_rules, tokenizer, warpers
 
 from specdec_fast import fast_generate, reference
-from specdec_fast.audit import RESOLUTION, audit_greedy, audit_sampling, statistics
+from specdec_fast.audit import RESOLUTION, audit_greedy, audit_sampling, sampled, statistics
 from specdec_fast.audit.law import SHAPES, Scorer, cells_of
 from specdec_fast.drafters.model import CompactDrafter
 from specdec_fast.proposal import CompactLaw, Proposal
@@ -46,7 +46,15 @@ def audit(method="tli", *, sampling=PLAIN, samples=2048, **arguments):
     """An audit of γ = 2, so that tokens 3 and 4 lie beyond the first round."""
     given = {"num_assistant_tokens": 2, **parties(method), **arguments}
     return audit_sampling(
-        target(), PROMPTS, sampling=sampling, arguments=given, samples=samples, batch=2048, positions=3, tokens=4
+        target(),
+        PROMPTS,
+        sampling=sampling,
+        arguments=given,
+        samples=samples,
+        batch=2048,
+        small=8,
+        positions=3,
+        tokens=4,
     )
 
 
@@ -60,7 +68,8 @@ def test_a_lossless_sampler_passes():
     assert report.impossible == 0
     assert report.samples == len(PROMPTS) * report.tests[1].samples
     kinds = [test.of for test in report.tests]
-    assert kinds == ["all prompts", "prompt", "prompt", "positions", "positions", "positions"]
+    assert kinds == ["all prompts", "prompt", "prompt", "small batches", "positions", "positions", "positions"]
+    assert report.tests[3].samples == 16
 
 
 @pytest.mark.parametrize(
@@ -98,6 +107,26 @@ def test_callers_generator_is_left_alone():
     first = audit(samples=64)
     assert torch.equal(torch.rand(3), expected)
     assert audit(samples=64) == first, "a seed repeats"
+
+
+@pytest.mark.parametrize("samples", [40, 150, 600])
+def test_few_samples_do_not_raise_the_rate_of_false_alarms(samples):
+    """The tests' p-values, of samples from the very law, fall below a level about as often as it says."""
+    cells = cells_of(Scorer(target(), PROMPTS[0], {"do_sample": True, **PLAIN}, **SCORER), 4, 1 / 40)
+    merged = cells.merged(sampled.THIN / samples)
+    random = np.random.default_rng(0)
+
+    def rate(masses, level):
+        counts = random.multinomial(samples, masses, size=200_000)
+        statistic = ((counts - samples * masses) ** 2 / (samples * masses)).sum(1)
+        return (statistic > scipy.stats.chi2.isf(level, len(masses) - 1)).mean() / level
+
+    if merged.count > 1:
+        assert rate(merged.centre, 0.001) < 1.6
+    assert merged.centre.sum() == pytest.approx(1)
+    assert merged.count == 1 or merged.centre.min() * samples >= sampled.THIN
+    if samples == 40:
+        assert rate(cells.centre, 0.001) > 1.6, "what it is for"
 
 
 def test_p_values_are_uniform_where_nothing_is_wrong():
@@ -138,6 +167,21 @@ def fault_shared_noise(patch):
         return uniform(self, seed, position, offset, Purpose.DRAFT if purpose is Purpose.ACCEPT else purpose, trial)
 
     patch.setattr(Philox, "uniform", shared)
+
+
+def test_a_fault_of_short_passes_alone_is_found():
+    """Large batches are sound, those of two rows repeat a token."""
+
+    def stuck(model, input_ids, **arguments):
+        output = fast_generate(model, input_ids, **arguments)
+        if len(output) <= sampled.SMALL:
+            output[:, -1] = output[:, -2]
+        return output
+
+    report = audit_sampling(
+        target(), PROMPTS, generate=stuck, sampling=PLAIN, arguments=parties(), samples=1024, batch=1024, tokens=2
+    )
+    assert report.verdict == "fault" and "small batches" in report.reason
 
 
 @pytest.mark.parametrize("fault", [fault_no_residual, fault_permuted_law, fault_shared_noise])

@@ -16,7 +16,7 @@ import copy
 import heapq
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -179,6 +179,24 @@ class Cells:
         centre = self.centre
         used = centre > 0
         return max(float(((law - centre)[used] ** 2 / centre[used]).sum()) for law in self.masses.values())
+
+    def merged(self, least: float) -> Cells:
+        """The same with cells put together, the lightest first, until each has a mass of ``least`` at least."""
+        group = np.zeros(self.count, dtype=np.int64)
+        groups, mass = 0, 0.0
+        order = np.argsort(self.centre, kind="stable").tolist()
+        for i, cell in enumerate(order):
+            group[cell] = groups
+            mass += float(self.centre[cell])
+            left = float(self.centre[order[i + 1 :]].sum())
+            if mass >= least and left >= least:
+                groups, mass = groups + 1, 0.0
+        return replace(
+            self,
+            masses={shape: np.bincount(group, law) for shape, law in self.masses.items()},
+            _children={p: {t: int(group[c]) for t, c in own.items()} for p, own in self._children.items()},
+            _others={prefix: int(group[cell]) for prefix, cell in self._others.items()},
+        )
 
     def place(self, tokens: Sequence[int]) -> tuple[int, bool]:
         """The cell of a sample, and whether the law gives all its tokens, as far as they were looked at, any mass."""

@@ -3,7 +3,8 @@
 Two kinds of tests, corrected for their number together:
 
 - the *first tokens* of each prompt, counted in the cells of :mod:`specdec_fast.audit.law`, and the same for all prompts
-  together (statistics and degrees of freedom add up);
+  together (statistics and degrees of freedom add up), and for those samples among them that were drawn in small
+  batches, where passes run by other code than in large ones;
 - every *pair of neighbouring positions*, over all prompts, as numbers that would be uniform and independent
   (:mod:`specdec_fast.audit.transform`).
 """
@@ -31,6 +32,8 @@ __all__ = ["RESOLUTION", "SIGNIFICANCE", "SampledTest", "SamplingAudit", "audit_
 RESOLUTION = 0.03  # total variation; an audit that would have overlooked more is inconclusive
 SIGNIFICANCE = 0.01
 CELLS = 12  # the least mass of a cell is one over this
+THIN = 25  # expected counts below this are put together: chi-square's tail holds its level no better than this
+SMALL = 2  # rows of a small batch: its passes are short enough for the native one
 FALLBACK_SAMPLES = 1 << 14  # where no number of samples reaches the resolution
 HEADROOM = 1.1  # in low precision: what the pairs have to allow for is known behind the samples only
 
@@ -40,7 +43,7 @@ class SampledTest:
     """One chi-square test."""
 
     of: str
-    """all prompts, prompt, or positions."""
+    """all prompts, prompt, small batches, or positions."""
     prompt: int | None
     """Which prompt; None: all of them together."""
     positions: tuple[int, int]
@@ -74,7 +77,7 @@ class SamplingAudit:
     significance: float
     resolution: float
     detectable: float
-    """The largest of the tests that look at all prompts: what the verdict stands on."""
+    """The largest of the tests that look at all samples: what the verdict stands on."""
     spread: float
     """The largest of the tests."""
     impossible: int
@@ -112,6 +115,7 @@ def audit_sampling(
     tokens: int = 3,
     samples: int | None = None,
     batch: int = 64,
+    small: int = 128,
     positions: int = 6,
     cells: int = CELLS,
     seed: int = 0,
@@ -129,6 +133,7 @@ def audit_sampling(
         tokens: how many first tokens, at least 2.
         samples: of each prompt. None: as many as :data:`RESOLUTION` needs.
         batch: rows of one call.
+        small: how many samples of each prompt are drawn two rows a call, of which a test is made; an eighth at most.
         positions: γ+1, how many positions a round scores.
         cells: most cells of a prompt, about.
         seed: of torch's global generator, set anew before each call and put back at the end.
@@ -157,9 +162,10 @@ def audit_sampling(
         partitions.append(cells_of(scorers[-1], tokens, 1.0 / cells))
     progress("target's law", len(prompts), len(prompts))
     exact = model.dtype in EXACT
-    level = significance / (len(prompts) + 1 + len(empty_grids(tokens)))  # Bonferroni
+    level = significance / (len(prompts) + 2 + len(empty_grids(tokens)))  # Bonferroni
     if samples is None:
         samples = _enough(partitions, level, batch, 1.0 if exact else HEADROOM)
+    few = min(small, samples // 8) if batch > SMALL else 0
     drawn = []
     whole = len(prompts) * samples
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -170,7 +176,8 @@ def audit_sampling(
                 progress("samples", done, whole)
                 # Hashed: torch's generator on the CPU looks at the lower 32 bits alone
                 torch.manual_seed(int(np.random.SeedSequence((seed, done)).generate_state(1)[0]))
-                ids = prompt.expand(min(batch, samples - len(rows)), -1)
+                count = min(SMALL, few - len(rows)) if len(rows) < few else min(batch, samples - len(rows))
+                ids = prompt.expand(count, -1)
                 given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, **chosen}
                 output = generate(model, ids, **given, **(arguments or {}))
                 rows.extend(_whole(row, tokens, scorer.ends) for row in new_tokens(output, ids).tolist())
@@ -178,6 +185,9 @@ def audit_sampling(
     progress("samples", whole, whole)
     random = np.random.default_rng(seed)
     counted, impossible = _first_tokens(drawn, partitions, tokens)
+    if few:
+        together = _first_tokens([rows[:few] for rows in drawn], partitions, tokens)[0][0]
+        counted.append(together._replace(of="small batches"))
     grids = empty_grids(tokens)
     for number, (rows, scorer) in enumerate(zip(drawn, scorers, strict=True)):
         progress("laws behind the samples", number, len(prompts))
@@ -201,7 +211,7 @@ def audit_sampling(
         )
         for test, p_value, corrected in zip(counted, p_values, statistics.holm(p_values), strict=True)
     ]
-    detectable = max(test.detectable for test in tests if test.prompt is None)
+    detectable = max(test.detectable for test in tests if test.of in ("all prompts", "positions"))
     spread = max(test.spread for test in tests)
     verdict, reason = _judged(tests, detectable, spread, impossible, exact, significance)
     return SamplingAudit(
@@ -240,7 +250,8 @@ def _whole(row: list[int], tokens: int, ends: frozenset[int]) -> list[int]:
 def _first_tokens(drawn: list[list[list[int]]], partitions: list[Cells], tokens: int) -> tuple[list[_Counted], int]:
     """The test of all prompts, then each one's; and how many samples cannot be."""
     single, impossible = [], 0
-    for number, (rows, partition) in enumerate(zip(drawn, partitions, strict=True)):
+    for number, (rows, cells) in enumerate(zip(drawn, partitions, strict=True)):
+        partition = cells.merged(THIN / len(rows))
         counts = np.zeros(partition.count)
         for row in rows:
             place, possible = partition.place(row)
@@ -299,6 +310,7 @@ def _judged(
         where = {
             "prompt": f"at prompt {(worst.prompt or 0) + 1}",
             "positions": f"at tokens {worst.positions[0]} and {worst.positions[1]}",
+            "small batches": "in small batches",
         }.get(worst.of, "over all prompts")
         return "fault", (
             f"the samples do not have the target's law: chi-square {worst.statistic:.0f} on {worst.degrees} degrees of "
