@@ -133,7 +133,7 @@ def audit_sampling(
         tokens: how many first tokens, at least 2.
         samples: of each prompt. None: as many as :data:`RESOLUTION` needs.
         batch: rows of one call.
-        small: how many samples of each prompt are drawn two rows a call, of which a test is made; an eighth at most.
+        small: how many samples of each prompt are drawn two rows a call, of which a test is made; an eighth at most, 0: none.
         positions: γ+1, how many positions a round scores.
         cells: most cells of a prompt, about.
         seed: of torch's global generator, set anew before each call and put back at the end.
@@ -149,6 +149,8 @@ def audit_sampling(
         raise ValueError(f"tokens={tokens} is out of range: use 2 or more, a joint law needs two tokens")
     if cells < 2:
         raise ValueError(f"cells={cells} is out of range: use 2 or more")
+    if small < 0:
+        raise ValueError(f"small={small} is out of range: use 0 or more, 0 for none")
     if seed < 0:
         raise ValueError(f"seed={seed} is out of range: use 0 or more")
     if not 0 < significance < 1:
