@@ -38,7 +38,7 @@ VARIABLE = "SPECDEC_FAST_BACKEND"
 CAPABILITY_VARIABLE = "SPECDEC_FAST_CPU_CAPABILITY"
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
-_WRITTEN = {"cpu": OPS[:-1], "cuda": ("sample", "verify")}  # the ops of a backend that has not all of them
+_WRITTEN = {"cpu": OPS[:-1], "cuda": OPS[:-1]}  # the ops of a backend that has not all of them
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # the kind of device a compiled backend needs
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _chosen: dict[tuple[str, str, str], str] = {}

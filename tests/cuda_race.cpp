@@ -5,21 +5,24 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstdio>
+#include <cstdlib>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
 
-#include "../kernels/cuda/sample.cuh"
+#include "../kernels/cuda/cluster.cuh"
 #include "../kernels/cuda/verify.cuh"
 
 namespace specdec::blocks {
 
 class Barrier {
  public:
+  explicit Barrier(int size) : size_(size) {}
   void wait() {
     std::unique_lock<std::mutex> lock(mutex_);
     const int turn = turn_;
-    if (++arrived_ == kThreads) {
+    if (++arrived_ == size_) {
       arrived_ = 0;
       ++turn_;
       all_.notify_all();
@@ -31,39 +34,61 @@ class Barrier {
  private:
   std::mutex mutex_;
   std::condition_variable all_;
-  int arrived_ = 0, turn_ = 0;
+  int size_, arrived_ = 0, turn_ = 0;
 };
+
+constexpr int64_t kRoom = 6000;  // a tile has 4096 bytes: not all of them find a place on a shelf
 
 struct Block {
-  Barrier barrier;
+  Barrier barrier{kThreads};
   uint64_t lane[kThreads];
   Desk desk;
+  alignas(16) char room[kRoom];
 };
 
-thread_local Block* own_block = nullptr;
-thread_local int own_thread = 0;
+struct Cluster {
+  explicit Cluster(int size) : blocks(size), barrier(size * kThreads) {}
+  std::vector<Block> blocks;
+  Barrier barrier;
+};
 
+thread_local Cluster* own_cluster = nullptr;
+thread_local int own_rank = 0, own_thread = 0;
+
+Block& own_block() { return own_cluster->blocks[own_rank]; }
 int thread_index() { return own_thread; }
-void sync() { own_block->barrier.wait(); }
+void sync() { own_block().barrier.wait(); }
 uint64_t from_lane(uint64_t word, int distance) {
-  own_block->lane[own_thread] = word;
+  own_block().lane[own_thread] = word;
   sync();
-  const uint64_t other = own_block->lane[own_thread ^ distance];
+  const uint64_t other = own_block().lane[own_thread ^ distance];
   sync();
   return other;
 }
+void cluster_sync() { own_cluster->barrier.wait(); }
+char* remote_memory(char* own, int rank) {
+  const char* base = reinterpret_cast<const char*>(&own_block());
+  return reinterpret_cast<char*>(&own_cluster->blocks[rank]) + (own - base);
+}
 
-template <typename Call>
-void launch(void (*body)(const Call&, Desk&), const Call& call) {
-  constexpr int kBlocks = 2;
-  std::vector<Block> blocks(kBlocks);
+// `count` clusters at once, each thread of theirs a thread of the host.
+template <typename Body>
+void launch(int count, int size, const Body& body) {
+  std::vector<std::unique_ptr<Cluster>> clusters;
   std::vector<std::thread> threads;
-  for (int i = 0; i < kBlocks * kThreads; ++i) {
-    threads.emplace_back([&, i] {
-      own_block = &blocks[i / kThreads];
-      own_thread = i % kThreads;
-      body(call, own_block->desk);
-    });
+  for (int c = 0; c < count; ++c) {
+    clusters.push_back(std::make_unique<Cluster>(size));
+    for (int i = 0; i < size * kThreads; ++i) {
+      threads.emplace_back([&body, cluster = clusters.back().get(), c, i] {
+        own_cluster = cluster;
+        own_rank = i / kThreads;
+        own_thread = i % kThreads;
+        body(c, own_block());
+      });
+    }
+    if (threads.size() < 8 * kThreads) continue;
+    for (std::thread& thread : threads) thread.join();
+    threads.clear();
   }
   for (std::thread& thread : threads) thread.join();
 }
@@ -78,13 +103,14 @@ View<T> view(const std::vector<T>& data, int64_t s0, int64_t s1 = 0, int64_t s2 
   return result;
 }
 
-void verify(Rule rule, LawKind kind) {
-  constexpr int64_t kRows = 3, kDrafted = 2, kPositions = 3, kWidth = kTile + 90;
+// By blocks and a queue, or by teams of a size; with all filters or none.
+void verify(Rule rule, LawKind kind, int team, bool filters) {
+  constexpr int64_t kRows = 2, kDrafted = 2, kPositions = 3, kWidth = kTile + 90;
   constexpr int64_t kCompactWidth = kTile + 20;
   std::vector<float> logits(kRows * kPositions * kWidth), draft(kRows * kDrafted * kCompactWidth);
   std::vector<int32_t> index(kCompactWidth), kinds(kRows * kDrafted, kind), status(kRows);
-  std::vector<int64_t> tokens(kRows * kDrafted), count(kRows, kDrafted), seed{3, 4, 5},
-      start{7, 8, 9}, accepted(kRows), token(kRows), sparse_ids(kRows * kDrafted * 2);
+  std::vector<int64_t> tokens(kRows * kDrafted), count(kRows, kDrafted), seed{3, 4},
+      start{7, 8}, accepted(kRows), token(kRows), sparse_ids(kRows * kDrafted * 2);
   std::vector<double> log_prob(kRows * kPositions), sparse_log_q(kRows * kDrafted * 2, -0.7);
   for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::sin(0.7f * i) * 3;
   for (size_t i = 0; i < draft.size(); ++i) draft[i] = std::cos(0.3f * i) * 3;
@@ -107,6 +133,11 @@ void verify(Rule rule, LawKind kind) {
   call.map = {index.data(), kCompactWidth};
   call.sparse_ids = view(sparse_ids, kDrafted * 2, 2, 1);
   call.sparse_log_q = view(sparse_log_q, kDrafted * 2, 2, 1);
+  if (filters) {
+    call.filters.top_k.constant = call.draft_filters.top_k.constant = 700;
+    call.filters.top_p.constant = call.draft_filters.top_p.constant = 0.93f;
+    call.filters.min_p.constant = 0.001f;
+  }
   call.seed = view(seed, 1);
   call.start = view(start, 1);
   call.rows = kRows;
@@ -129,6 +160,8 @@ void verify(Rule rule, LawKind kind) {
   std::vector<Tile> draft_measured(kRows * kDrafted * call.draft_tiles);
   std::vector<Decision> decided(kRows * kPositions);
   std::vector<Rest> rest(kRows * call.tiles);
+  std::vector<Cut> cut(kRows * kPositions), draft_cut(kRows * kDrafted);
+  std::vector<Outcome> outcome(kRows * kPositions);
   call.queue = &queue;
   call.state = state.data();
   call.arrived = arrived.data();
@@ -136,19 +169,32 @@ void verify(Rule rule, LawKind kind) {
   call.draft_measured = draft_measured.data();
   call.decided = decided.data();
   call.rest = rest.data();
-  launch(verify_block, call);
+  call.cut = cut.data();
+  call.draft_cut = draft_cut.data();
+  call.outcome = outcome.data();
+  if (team == 0) {
+    launch(2, 1, [&](int, Block& block) {
+      filters ? verify_block<true>(call, block.desk) : verify_block<false>(call, block.desk);
+    });
+  } else {
+    launch(teams(call), team, [&](int item, Block& block) {
+      verify_team(call, item, {own_rank, team}, block.room, kRoom, block.desk);
+    });
+  }
   for (int64_t b = 0; b < kRows; ++b) {
-    std::printf("%d %d %ld %ld %d\n", rule, kind, accepted[b], token[b], status[b]);
+    std::printf("%d %d %d %ld %ld %d\n", rule, kind, filters, accepted[b], token[b], status[b]);
   }
 }
 
 }  // namespace specdec::blocks
 
-int main() {
+// The size of the teams, 0 for blocks and a queue.
+int main(int, char** arguments) {
   using namespace specdec::blocks;
-  verify(kMatch, kPoint);
-  for (const LawKind kind : {kPoint, kCompact, kSparse}) {
-    verify(kToken, kind);
-    verify(kBlockwise, kind);
-  }
+  const int team = std::atoi(arguments[1]);
+  verify(kMatch, kPoint, team, false);
+  verify(kToken, kSparse, team, false);
+  verify(kBlockwise, kPoint, team, false);
+  verify(kToken, kCompact, team, false);
+  verify(kBlockwise, kCompact, team, true);
 }

@@ -6,6 +6,7 @@ ops' host side is the one a device build has. A tile has 512 entries here and 40
 
 import ctypes
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,8 @@ import torch
 from op_cases import DTYPES, INF, NAN, differing, edge_rows, filters, proposal, run_both, verify_both
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from specdec_fast import ops, reference
+from specdec_fast import dispatch, ops, reference
+from specdec_fast.reference_ops import compressed_rows
 
 ROOT = Path(__file__).parent.parent
 HERE = Path(__file__).parent
@@ -39,7 +41,7 @@ def compile_blocks(source, target, optimise="-O1"):
     done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lpthread"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = torch.library.Library(target.stem, "FRAGMENT")
-    for op in ("sample", "verify"):
+    for op in dispatch.OPS:
         library.define(op + ops._SCHEMAS[op])
     torch.ops.load_library(str(target))
     return library
@@ -68,8 +70,17 @@ def use(library, monkeypatch):
 
 @pytest.fixture
 def blocks(built, monkeypatch):
+    """Blocks and a queue, whatever the shape."""
     use(built[0], monkeypatch)
+    monkeypatch.setenv("SPECDEC_FAST_CUDA_TEAM", "0")
     return "cuda"
+
+
+@pytest.fixture(params=[0, 1, 2, 3, 8], ids="team{}".format)
+def teams(request, blocks, monkeypatch):
+    """And clusters of every kind of size; a shelf holds 2 float32 tiles or 5 of 16 bits."""
+    monkeypatch.setenv("SPECDEC_FAST_CUDA_TEAM", str(request.param))
+    return blocks
 
 
 def pointer(array):
@@ -181,11 +192,13 @@ def test_the_first_entry_above_a_level(parts):
         assert weights[place] > 0
 
 
-def test_the_entry_that_stands_for_a_token(parts):
-    parts.block_entry.restype = ctypes.c_int64
-    ids = np.array([-1, 3, 4, 9, 12, 40], np.int32)
-    found = [parts.block_entry(pointer(ids), ctypes.c_int64(6), ctypes.c_int64(t)) for t in (3, 4, 5, 12, 40, 41, 0)]
-    assert found == [1, 2, -1, 4, 5, -1, -1]
+@pytest.mark.parametrize("size", [0, 1, 6, 32, 33, 1000, 5000])
+def test_the_entries_that_stand_for_a_token(parts, size):
+    parts.block_first.restype = ctypes.c_int64
+    ids = np.sort(np.random.default_rng(size).integers(-1, max(size // 2, 1), size)).astype(np.int32)
+    for target in (-2, -1, 0, 1, size // 4, size // 2, size):
+        place = parts.block_first(pointer(ids), ctypes.c_int64(size), ctypes.c_int64(target))
+        assert place == np.searchsorted(ids, target)
 
 
 def test_a_row_settles_once_however_its_positions_arrive(parts):
@@ -219,26 +232,77 @@ def keys(rows):
     return {"seed": torch.arange(rows) - 5, "position": torch.arange(rows) * 2**31}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_sample_is_the_references(blocks, dtype, width):
-    generator = torch.Generator().manual_seed(width)
-    logits = edge_rows((torch.randn(12, width, generator=generator) * 4).to(dtype))
-    for setting in ({}, {"temperature": filters(12, generator)["temperature"]}):
-        assert differing(*run_both(blocks, logits, **keys(12), **setting)) == 0
+def test_sample_is_the_references(teams, width):
+    for dtype in DTYPES:
+        generator = torch.Generator().manual_seed(width)
+        logits = edge_rows((torch.randn(14, width, generator=generator) * 4).to(dtype))
+        setting = filters(14, generator)
+        for case in ({}, {"temperature": setting["temperature"]}, setting):
+            assert differing(*run_both(teams, logits, **keys(14), **case)) == 0
 
 
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
-@pytest.mark.parametrize("kind", ["point", "dense", "wide", "compact", "sparse"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_verify_is_the_references(blocks, rule, kind, dtype):
-    for width in (16, 111, TILE + 1, 3 * TILE):
+@pytest.mark.parametrize("kind", ["point", "dense", "wide", "compact", "heads", "sparse"])
+def test_verify_is_the_references(teams, rule, kind):
+    for dtype, width in zip((*DTYPES, DTYPES[0]), (TILE + 1, 3 * TILE, 111, 16), strict=True):
         generator = torch.Generator().manual_seed(width)
         case = proposal(kind, 30, 4, width, dtype, generator)
         case["logits"][:6, 1] = edge_rows(case["logits"][:6, 1].clone())
-        temperature = filters(30, generator)["temperature"]
-        for setting in ({}, {"temperature": temperature}, {"draft_temperature": temperature.flip(0)}):
-            assert differing(*verify_both(blocks, **case, **setting, rule=rule)) == 0
+        law, draft_law = filters(30, generator), filters(30, generator, "draft_")
+        draft_law["draft_temperature"] = draft_law["draft_temperature"].flip(0)
+        for setting in ({}, {"temperature": law["temperature"]}, law, law | draft_law):
+            assert differing(*verify_both(teams, **case, **setting, rule=rule)) == 0
+
+
+def test_filters_on_rows_that_are_all_ties_or_nearly_so(teams):
+    """The k-th largest and top-p's edge lie among equals, in one tile and across several."""
+    generator = torch.Generator().manual_seed(12)
+    logits = torch.randint(0, 3, (24, 4 * TILE + 9), generator=generator).float()
+    logits[:4], logits[4] = 4.25, -0.0
+    logits[4, ::2] = 0
+    logits[5, 7:] = -INF
+    logits[6, 3] = logits[6, 3000 % logits.shape[1]] = INF
+    top_p = torch.tensor([0.5, 0.25, 0.1, 0.9]).repeat(6)
+    top_k = torch.tensor([1, 5, 700, 2049] * 6, dtype=torch.int32)
+    for setting in (
+        {"top_p": top_p},
+        {"top_k": top_k},
+        {"top_p": top_p, "top_k": top_k},
+        {"top_p": torch.zeros(24)},
+        {"min_p": torch.full((24,), 0.37)},
+        {"top_p": top_p, "min_p": torch.full((24,), 1.5)},
+    ):
+        for start in range(3):
+            key = keys(24) | {"offset": torch.arange(24) + 24 * start}
+            assert differing(*run_both(teams, logits, **key, **setting)) == 0
+
+
+@pytest.mark.parametrize("width", [30, 2 * TILE + 3])
+def test_softmax_is_the_references(teams, width):
+    generator = torch.Generator().manual_seed(13)
+    logits = edge_rows(torch.randn(14, width, generator=generator) * 4)
+    setting = filters(14, generator)
+    for case in ({}, {"temperature": setting["temperature"]}, setting):
+        expected, result = (ops.softmax(logits, **case, backend=name) for name in ("reference", teams))
+        torch.testing.assert_close(result, expected, rtol=1e-9, atol=1e-15, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_project_and_range_sums_are_the_references(blocks, dtype):
+    generator = torch.Generator().manual_seed(14)
+    size = 3 * TILE + 5
+    q = torch.randn(3, size, generator=generator).to(dtype).softmax(-1)
+    row_start, column = compressed_rows(torch.randint(-1, 300, (size,), generator=generator), 300)
+    low, high = torch.randint(-5, size + 9, (2, 3, 40), generator=generator)
+    order = torch.randperm(size, generator=generator)[: size - 7].int()
+    for op, arguments in (
+        (ops.project, {"row_start": row_start, "column": column}),
+        (ops.range_sums, {"low": low, "high": high}),
+        (ops.range_sums, {"low": low, "high": high, "order": order}),
+    ):
+        expected, result = (op(q, **arguments, backend=name) for name in ("reference", blocks))
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-15)
 
 
 @pytest.mark.parametrize("rule", ["token", "block"])
@@ -287,13 +351,6 @@ def test_mixed_kinds_ragged_counts_and_fewer_positions(blocks, rule):
     case["tokens"][3, 1], case["tokens"][4, 0] = -7, 600
     for positions in (1, 3, 5):
         assert differing(*verify_both(blocks, **case | {"logits": case["logits"][:, :positions]}, rule=rule)) == 0
-
-
-def test_filtered_rows_go_to_the_reference(blocks):
-    case = proposal("dense", 12, 3, 90, torch.float32, torch.Generator().manual_seed(7))
-    setting = filters(12, torch.Generator().manual_seed(8))
-    assert differing(*verify_both(blocks, **case, **setting, rule="token")) == 0
-    assert differing(*run_both(blocks, case["logits"][:, 0], **keys(12), **setting)) == 0
 
 
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
@@ -358,8 +415,9 @@ def test_narrow_vocabularies_whose_drafter_ranks_the_other_way_round(blocks, rul
 
 FAULTS = {
     "a missing reduction": ("block.cuh", "int t = 1; t < kThreads", "int t = 2; t < kThreads"),
-    "a dropped last tile": ("verify.cuh", "tile < call.tiles; ++tile", "tile + 1 < call.tiles; ++tile"),
-    "shared noise": ("verify.cuh", "number(call.start(b), call.base + i, kResidual)", "accept_number(i)"),
+    "a dropped last tile": ("sequence.cuh", "tile < end; ++tile", "tile + 1 < end; ++tile"),
+    "shared noise": ("sequence.cuh", "number(call.start(b), call.base + i, kResidual)", "accept_number(i)"),
+    "a tie dropped from the wrong side": ("scores.cuh", "id >= first", "id <= first"),
 }  # fmt: skip
 
 
@@ -376,7 +434,10 @@ def test_a_planted_fault_is_noticed(tmp_path, monkeypatch, fault):
     header.write_text(header.read_text().replace(sound, faulty))
     library = compile_blocks(tmp_path, tmp_path / f"faulty_{list(FAULTS).index(fault)}.so", "-O0")
     use(library, monkeypatch)
+    monkeypatch.setenv("SPECDEC_FAST_CUDA_TEAM", "0")
     case = proposal("dense", 60, 3, TILE + 200, torch.float32, torch.Generator().manual_seed(10))
+    if "tie" in fault:
+        case |= {"logits": case["logits"].round(), "top_p": torch.full((60,), 0.9)}
     expected, result = (ops.verify(**case, rule="token", backend=name) for name in ("reference", "cuda"))
     assert int((expected.token != result.token).sum()) > 3
 
@@ -390,24 +451,42 @@ def race(tmp_path, headers):
     done = subprocess.run([*command, str(headers), "-o", str(target), "-lpthread"], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"needs a compiler with ThreadSanitizer: {done.stderr.splitlines()[-1]}")
-    return subprocess.run([str(target)], capture_output=True, text=True, timeout=120)
+    return target
 
 
-def test_threads_of_a_block_meet_at_barriers(tmp_path):
-    """One thread of the host for each of a block's threads, two blocks at once, watched by a race checker."""
-    done = race(tmp_path, HERE / "cuda_race.cpp")
-    assert done.returncode == 0, done.stderr[:4000]
-    assert len(done.stdout.splitlines()) == 21
+def outcome(target, team):
+    environment = os.environ | {"TSAN_OPTIONS": "halt_on_error=1"}
+    return subprocess.run([str(target), str(team)], capture_output=True, text=True, timeout=120, env=environment)
 
 
-def test_a_missing_barrier_is_noticed(tmp_path):
+def test_threads_of_blocks_and_clusters_meet_at_barriers(tmp_path):
+    """One thread of the host for each of a block's threads, several blocks at once, watched by a race checker."""
+    target = race(tmp_path, HERE / "cuda_race.cpp")
+    said = set()
+    for team in (0, 2):
+        done = outcome(target, team)
+        assert done.returncode == 0, done.stderr[:4000]
+        assert len(done.stdout.splitlines()) == 10
+        said.add(done.stdout)
+    assert len(said) == 1, "clusters decide otherwise than the queue"
+
+
+BARRIERS = {
+    "of a block": ("draw.cuh", "add_up() {\n    sync();", "add_up() {", 0),
+    "of a cluster": ("cluster.cuh", "room.draft_tiles, desk);\n  desk.team.meet();", "room.draft_tiles, desk);", 2),
+}
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_a_missing_barrier_is_noticed(tmp_path, barrier):
     for folder in ("kernels/cuda", "tests"):
         (tmp_path / folder).mkdir(parents=True)
     for file in (ROOT / "kernels" / "cuda").glob("*.cuh"):
         shutil.copy(file, tmp_path / "kernels" / "cuda")
     shutil.copy(HERE / "cuda_race.cpp", tmp_path / "tests")
-    header = tmp_path / "kernels" / "cuda" / "draw.cuh"
+    name, sound, faulty, team = BARRIERS[barrier]
+    header = tmp_path / "kernels" / "cuda" / name
     text = header.read_text()
-    assert text.count("add_up() {\n    sync();") == 1
-    header.write_text(text.replace("add_up() {\n    sync();", "add_up() {"))
-    assert "data race" in race(tmp_path, tmp_path / "tests" / "cuda_race.cpp").stderr
+    assert text.count(sound) == 1
+    header.write_text(text.replace(sound, faulty))
+    assert "data race" in outcome(race(tmp_path, tmp_path / "tests" / "cuda_race.cpp"), team).stderr

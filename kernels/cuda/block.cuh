@@ -164,6 +164,19 @@ SPECDEC_HOST_DEVICE T atomic_add(T* target, T value) {
 #endif
 }
 
+// To a word of shared memory, where devices add 32 bits at a time.
+SPECDEC_HOST_DEVICE void add_shared(uint64_t* target, uint64_t value) {
+#ifdef __CUDA_ARCH__
+  unsigned* half = reinterpret_cast<unsigned*>(target);
+  const unsigned low = static_cast<unsigned>(value);
+  const unsigned carry = atomicAdd(half, low) > ~low;
+  const unsigned high = static_cast<unsigned>(value >> 32) + carry;
+  if (high != 0) atomicAdd(half + 1, high);
+#else
+  __atomic_fetch_add(target, value, __ATOMIC_RELAXED);
+#endif
+}
+
 SPECDEC_HOST_DEVICE uint64_t atomic_or(uint64_t* target, uint64_t value) {
 #ifdef __CUDA_ARCH__
   return atomicOr(reinterpret_cast<unsigned long long*>(target), value);
@@ -179,7 +192,7 @@ SPECDEC_HOST_DEVICE T read_shared(const T* source) {
   return __ldcg(source);
 #else
   T value;
-  __atomic_load(source, &value, __ATOMIC_RELAXED);
+  __atomic_load(source, &value, __ATOMIC_ACQUIRE);
   return value;
 #endif
 }

@@ -36,6 +36,16 @@ struct Logits {
   int tiles() const { return static_cast<int>((width + kTile - 1) / kTile); }
 };
 
+// Filters, one of each a row.
+struct Filters {
+  View<int32_t> top_k;
+  View<float> top_p{nullptr, {}, 1.0f};
+  View<float> min_p;
+
+  bool given() const { return top_k.data || top_p.data || min_p.data; }
+  SPECDEC_HOST_DEVICE Filter operator()(int64_t b) const { return {top_k(b), top_p(b), min_p(b)}; }
+};
+
 constexpr int kMostPositions = 32;     // a row's state is one word
 constexpr int64_t kMostTiles = kTile;  // a row's tiles are drawn from like a tile's entries
 
@@ -46,13 +56,21 @@ struct Decision {
   int64_t undefined;    // whether the target's row is
 };
 
+// What a row's outcome is if its draft ends at a position.
+struct Outcome {
+  int64_t token, status;
+  double log_prob;
+};
+
 struct VerifyCall {
   Logits logits;
   View<float> temperature;
+  Filters filters;
   View<int64_t> tokens, count;
   View<int32_t> kind;
   Logits draft_logits;
   View<float> draft_temperature;
+  Filters draft_filters;
   IndexMap map;
   View<int64_t> drawn;
   View<double> draft_logsumexp;
@@ -71,17 +89,23 @@ struct VerifyCall {
   // Zero at the start
   uint32_t* queue;    // [1]
   uint64_t* state;    // [rows]: bit i, position i is decided; bit 32 + i, the draft stops there
-  uint32_t* arrived;  // [rows, positions]: tiles measured
+  uint32_t* arrived;  // [rows, positions]: tiles measured; by clusters, whether it is judged
   // Written before it is read
+  Decision* decided;  // [rows, positions]
+  // The same, of the persistent blocks
   Tile* measured;        // [rows, positions, tiles]
   Tile* draft_measured;  // [rows, drafted, draft_tiles]
-  Decision* decided;     // [rows, positions]
+  Cut* cut;              // [rows, positions]
+  Cut* draft_cut;        // [rows, drafted]
   Rest* rest;            // [rows, tiles]
+  // And of clusters
+  Outcome* outcome;  // [rows, positions]
 };
 
 struct SampleCall {
   Logits logits;
   View<float> temperature;
+  Filters filters;
   View<int64_t> seed, position, offset;
   uint32_t purpose;
   int64_t rows;
@@ -89,6 +113,7 @@ struct SampleCall {
   int64_t* token;
   double *log_prob, *logsumexp;
   int32_t* status;
+  Cut* cut;  // [rows], or null
 
   int tiles, run;
   uint32_t* queue;    // [1], zero at the start
@@ -102,7 +127,7 @@ SPECDEC_HOST_DEVICE bool measure_run(const Row& row, int run, int tiles_a_run, T
   const int first = run * tiles_a_run;
   const int end = first + tiles_a_run < row.tiles() ? first + tiles_a_run : row.tiles();
   for (int i = first; i < end; ++i) {
-    const Tile tile = measured(row, i, desk.agreement, desk.powers);
+    const Tile tile = measured<true>(row, i, desk.agreement, desk.powers);
     threads([&](int t) {
       if (t == 0) to[i] = tile;
     });

@@ -37,34 +37,69 @@ struct Weights {
     for (int g = 0; g < kGroups; ++g) total += group[g];
     return total;
   }
-
-  // The first entry whose cumulative sum exceeds a level below the total, and the sum before it.
-  SPECDEC_HOST_DEVICE int find(uint64_t level, uint64_t& below) {
-    below = 0;
-    int g = 0, t = 0, j = 0;
-    for (; below + group[g] <= level; ++g) below += group[g];
-    for (t = g * kEach; below + share[t] <= level; ++t) below += share[t];
-    for (j = t * kEach; below + at(j) <= level; ++j) below += at(j);
-    return j;
-  }
 };
 
 struct Found {
   int64_t index;
-  uint64_t below;
+  uint64_t below;  // the sum of what lies before
 };
 
-// find() by one thread, for all of them.
-SPECDEC_COLD Found found(Weights& weights, uint64_t level, Agreement& agreement) {
-  const int64_t index = single(agreement, [&] {
-    uint64_t below;
-    const int64_t j = weights.find(level, below);
-    agreement.extra = below;
-    return j;
+// What a draw works with: shared memory of a block.
+struct Desk {
+  Team team;
+  Agreement agreement;
+  Powers powers;
+  Weights weights;
+  uint64_t column[kEach];
+
+  // Before anything else.
+  SPECDEC_HOST_DEVICE void set_up(const Team& own) {
+    threads([&](int t) {
+      if (t == 0) team = own;
+    });
+    powers.fill();
+  }
+};
+
+// The first of up to 16 words whose cumulative sum exceeds a level, each word summed over the
+// blocks of a team; all of them where none does, and the total below.
+SPECDEC_COLD Found first_above(uint64_t* words, int count, uint64_t level, int blocks, Desk& desk) {
+  threads([&](int t) {
+    if (t >= count) return;
+    uint64_t sum = blocks == 1 ? words[t] : 0;
+    for (int r = 0; blocks > 1 && r < blocks; ++r) sum += *remote(words + t, r);
+    desk.column[t] = sum;
   });
-  const uint64_t below = agreement.extra;
+  sync();
+  const int64_t index = single(desk.agreement, [&] {
+    uint64_t below = 0;
+    int i = 0;
+    for (; i < count && below + desk.column[i] <= level; ++i) below += desk.column[i];
+    desk.agreement.extra = below;
+    return static_cast<int64_t>(i);
+  });
+  const uint64_t below = desk.agreement.extra;
   sync();
   return {index, below};
+}
+
+// All that the desks' weights add up to.
+SPECDEC_COLD uint64_t total_of(int blocks, Desk& desk) {
+  return first_above(desk.weights.group, Weights::kGroups, ~uint64_t{0}, blocks, desk).below;
+}
+
+// The first entry whose cumulative sum exceeds a level below the total; weights of one desk, or the
+// sums over the desks of a team (then they stay as they are until all blocks have looked).
+SPECDEC_COLD Found found(uint64_t level, int blocks, Desk& desk) {
+  Weights& weights = desk.weights;
+  const Found group = first_above(weights.group, Weights::kGroups, level, blocks, desk);
+  uint64_t below = group.below;
+  const int g = static_cast<int>(group.index) * kEach;
+  const Found share = first_above(weights.share + g, kEach, level - below, blocks, desk);
+  below += share.below;
+  const int j = (g + static_cast<int>(share.index)) * kEach;
+  const Found entry = first_above(&weights.at(j), kEach, level - below, blocks, desk);
+  return {j + entry.index, below + entry.below};
 }
 
 // A level u of the way up, below the total.
@@ -76,23 +111,16 @@ SPECDEC_HOST_DEVICE uint64_t level_of(double u, uint64_t total) {
   return floored < total ? floored : total - 1;
 }
 
-// What a draw works with: shared memory of a block.
-struct Desk {
-  Agreement agreement;
-  Powers powers;
-  Weights weights;
-};
-
 constexpr int64_t kNone = -1;
 
 // The masses of a row's tiles, in the row's unit, with one entry left out.
-SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const Tile* tiles,
+SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const PerTile<Tile>& tiles,
                                   int64_t without, Desk& desk) {
   threads([&](int t) {
     for (int i = t; i < kTile; i += kThreads) {
       uint64_t mass = 0;
       if (i < row.tiles()) {
-        const Tile tile = read_tile(tiles + i);
+        const Tile tile = tiles.read(i);
         uint64_t own = tile.mass;
         if (without != kNone && without / kTile == i && own > 0) {
           own -= TileWeight(row.greedy, tile.peak)(row.score(without), desk.powers);
@@ -107,20 +135,21 @@ SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const Tile* ti
 
 // One draw from a defined law: the smallest entry whose cumulative mass exceeds u of the whole, one
 // entry left out; kNone where nothing is left. Reads one tile again.
-SPECDEC_COLD int64_t draw(const Row& row, const Law& law, const Tile* tiles, double u,
+SPECDEC_COLD int64_t draw(const Row& row, const Law& law, const PerTile<Tile>& tiles, double u,
                           int64_t without, Desk& desk) {
   const uint64_t total = weigh_tiles(row, law, tiles, without, desk);
   if (total == 0) return kNone;
   // At temperature 0 the lowest id among equals is the first with mass
   const double level = row.greedy ? 0.0 : u * static_cast<double>(total);
-  const Found tile = found(desk.weights, level_of(row.greedy ? 0.0 : u, total), desk.agreement);
+  const Found tile = found(level_of(row.greedy ? 0.0 : u, total), 1, desk);
   const int at = static_cast<int>(tile.index);
-  const TileWeight weight(row.greedy, read_tile(tiles + at).peak);
+  const TileWeight weight(row.greedy, tiles.read(at).peak);
   const int64_t first = static_cast<int64_t>(at) * kTile;
+  const char* from = row.at(at);
   threads([&](int t) {
     for (int j = t; j < kTile; j += kThreads) {
       const bool inside = j < row.tile_size(at) && first + j != without;
-      desk.weights.at(j) = inside ? weight(row.score(first + j), desk.powers) : 0;
+      desk.weights.at(j) = inside ? weight(row.score(from, j, first + j), desk.powers) : 0;
     }
   });
   const uint64_t mass = desk.weights.add_up();
@@ -129,7 +158,7 @@ SPECDEC_COLD int64_t draw(const Row& row, const Law& law, const Tile* tiles, dou
   uint64_t inside = 0;
   if (scaled > 0.0) inside = scaled < 0x1p63 ? static_cast<uint64_t>(scaled) : mass - 1;
   if (inside >= mass) inside = mass - 1;
-  return first + found(desk.weights, inside, desk.agreement).index;
+  return first + found(inside, 1, desk).index;
 }
 
 }  // namespace specdec::blocks

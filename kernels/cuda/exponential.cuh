@@ -47,6 +47,14 @@ struct Powers {
   }
 };
 
+SPECDEC_HOST_DEVICE uint64_t high_product(uint64_t a, uint64_t b) {
+#ifdef __CUDA_ARCH__
+  return __umul64hi(a, b);
+#else
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
+
 SPECDEC_HOST_DEVICE uint32_t float_bits(float x) { return static_cast<uint32_t>(to_word(x)); }
 
 SPECDEC_HOST_DEVICE float fused(float a, float b, float c) {

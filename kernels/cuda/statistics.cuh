@@ -32,15 +32,6 @@ struct alignas(16) Tile {
   float unused;
 };
 
-SPECDEC_HOST_DEVICE Tile read_tile(const Tile* source) {
-#ifdef __CUDA_ARCH__
-  const uint4 words = __ldcg(reinterpret_cast<const uint4*>(source));
-  return {uint64_t{words.y} << 32 | words.x, __uint_as_float(words.z), 0.0f};
-#else
-  return *source;
-#endif
-}
-
 // The weight of an entry in its tile.
 struct TileWeight {
   bool counting;
@@ -59,6 +50,7 @@ struct TileWeight {
 };
 
 // Reads a tile: one pass over memory, the maximum first and every exponential once.
+template <bool kPlain>
 SPECDEC_COLD Tile measured(const Row& row, int tile, Agreement& agreement, const Powers& powers) {
   struct Held {
     float score[kEach];
@@ -66,7 +58,7 @@ SPECDEC_COLD Tile measured(const Row& row, int tile, Agreement& agreement, const
   PerThread<Held> held;
   PerThread<float> peaks;
   threads([&](int t) {
-    row.load(tile, t, held[t].score);
+    row.load<kPlain>(tile, t, held[t].score);
     float peak = -kInfinity;
 #pragma unroll
     for (int e = 0; e < kEach; ++e) peak = larger(held[t].score[e], peak);
@@ -143,11 +135,11 @@ struct Law {
 };
 
 // Merges a row's tiles; their order does not matter.
-SPECDEC_COLD Law merged(const Tile* tiles, int count, bool greedy, Agreement& agreement) {
+SPECDEC_COLD Law merged(const PerTile<Tile>& tiles, int count, bool greedy, Agreement& agreement) {
   PerThread<float> peaks;
   threads([&](int t) {
     float peak = -kInfinity;
-    for (int i = t; i < count; i += kThreads) peak = larger(read_tile(tiles + i).peak, peak);
+    for (int i = t; i < count; i += kThreads) peak = larger(tiles.read(i).peak, peak);
     peaks[t] = peak;
   });
   Law law{largest(peaks, agreement), false, false, {0.0f, 0}, 0, 0.0};
@@ -160,7 +152,7 @@ SPECDEC_COLD Law merged(const Tile* tiles, int count, bool greedy, Agreement& ag
   threads([&](int t) {
     uint64_t sum = 0;
     for (int i = t; i < count; i += kThreads) {
-      const Tile tile = read_tile(tiles + i);
+      const Tile tile = tiles.read(i);
       sum += law.mass_of(tile.mass, tile.peak);
     }
     sums[t] = sum;

@@ -18,7 +18,7 @@ SOURCES = [KERNELS, OPS]
 HOME = "SPECDEC_FAST_CUDA_HOME"
 RELEASE = "SPECDEC_FAST_CUDA"
 STABLE_ABI = "0x020a000000000000"  # torch 2.10, the oldest supported
-ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # Fused operations are written out, so that host and device compute the same bits
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
 
