@@ -64,15 +64,17 @@ __global__ void __launch_bounds__(kThreads, 1)
   sample_team(call, blockIdx.x / team.size, team, reinterpret_cast<char*>(room), bytes, desk);
 }
 
-__global__ void __launch_bounds__(kThreads) softmax_kernel(const __grid_constant__ SoftmaxCall call) {
+__global__ void __launch_bounds__(kThreads)
+    softmax_kernel(const __grid_constant__ SoftmaxCall call) {
   softmax_block(call, blockIdx.x, gridDim.x);
 }
 
-__global__ void __launch_bounds__(kThreads) project_kernel(const __grid_constant__ ProjectCall call) {
+__global__ void __launch_bounds__(kThreads)
+    project_kernel(const __grid_constant__ ProjectCall call) {
   project_block(call, blockIdx.x, gridDim.x);
 }
 
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
     range_sums_kernel(const __grid_constant__ RangeSumsCall call) {
   __shared__ Scan scan;
   range_sums_block(call, blockIdx.x, gridDim.x, scan);
@@ -108,7 +110,8 @@ cudaError_t launch_queue(void (*kernel)(Call), const Call& call, uint32_t items,
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, kThreads, 0);
   if (error != cudaSuccess) return error;
   const uint32_t most = static_cast<uint32_t>(device.processors) * (resident > 0 ? resident : 1);
-  kernel<<<items < most ? items : most, kThreads, 0, stream>>>(call);
+  const uint32_t blocks = items < most ? items : most;
+  kernel<<<blocks, kThreads, 0, stream>>>(call);
   return cudaGetLastError();
 }
 
@@ -167,13 +170,15 @@ const char* launch(void (*queue)(Call), void (*team)(Call, int64_t), const Call&
 
 const char* launch_verify(const VerifyCall& call, void* counters, size_t bytes, void* stream) {
   const bool filters = call.filters.given() || call.draft_filters.given();
-  return launch(filters ? verify_filtered_kernel : verify_kernel, verify_team_kernel, call, items(call), teams(call),
-                call.draft_logits, call.draft_tiles, counters, bytes, stream);
+  return launch(filters ? verify_filtered_kernel : verify_kernel, verify_team_kernel, call,
+                items(call), teams(call), call.draft_logits, call.draft_tiles, counters, bytes,
+                stream);
 }
 
 const char* launch_sample(const SampleCall& call, void* counters, size_t bytes, void* stream) {
-  return launch(call.filters.given() ? sample_filtered_kernel : sample_kernel, sample_team_kernel, call, items(call),
-                static_cast<uint32_t>(call.rows), call.logits, 0, counters, bytes, stream);
+  return launch(call.filters.given() ? sample_filtered_kernel : sample_kernel, sample_team_kernel,
+                call, items(call), static_cast<uint32_t>(call.rows), call.logits, 0, counters,
+                bytes, stream);
 }
 
 const char* launch_softmax(const SoftmaxCall& call, void* stream) {

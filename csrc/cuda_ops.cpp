@@ -1,7 +1,7 @@
 // CUDA kernels of the ops whose schemas the Python side defines.
 //
-// More than 32 positions and rows of more than 2^24 entries go to the reference. SPECDEC_LIBRARY and SPECDEC_KEY let a test register the same code
-// for blocks that run on the host.
+// More than 32 positions and rows of more than 2^24 entries go to the reference. SPECDEC_LIBRARY
+// and SPECDEC_KEY let a test register the same code for blocks that run on the host.
 #include <torch/csrc/stable/library.h>
 
 #include <array>
@@ -33,10 +33,12 @@ constexpr double kUnknown = std::numeric_limits<double>::quiet_NaN();
 
 template <typename Result>
 Result from_stack(const StableIValue* stack) {
-  if constexpr (std::is_same_v<Result, Tensor>) return torch::stable::detail::to<Tensor>(stack[0]);
+  if constexpr (std::is_same_v<Result, Tensor>)
+    return torch::stable::detail::to<Tensor>(stack[0]);
   else
-    return {torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
-            torch::stable::detail::to<Tensor>(stack[2]), torch::stable::detail::to<Tensor>(stack[3])};
+    return {
+        torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
+        torch::stable::detail::to<Tensor>(stack[2]), torch::stable::detail::to<Tensor>(stack[3])};
 }
 
 template <typename Result, typename... Arguments>
@@ -70,7 +72,8 @@ bool too_large(const SampleCall& call) {
   return call.tiles > kMostTiles || call.rows * call.tiles > kMostItems;
 }
 
-// Memory and outputs of a call whose inputs are set, and the call itself; cuts go to `cut` if given.
+// Memory and outputs of a call whose inputs are set, and the call itself; cuts go to `cut` if
+// given.
 Outputs draw_rows(SampleCall& call, Cut* cut, const Tensor& like) {
   call.run = call.rows * call.tiles < kManyTiles ? 1 : 4;
   Workspace workspace;
@@ -137,9 +140,9 @@ Tensor softmax(const Tensor& logits_, const MaybeTensor& temperature, const Mayb
   const Outputs drawn = draw_rows(draw, reinterpret_cast<Cut*>(pointer<double>(cuts)), logits_);
 
   Tensor result = new_tensor(logits_, {draw.rows, draw.logits.width}, ScalarType::Double);
-  const SoftmaxCall call{draw.logits,   draw.temperature, draw.rows,  draw.tiles, draw.token,
-                         draw.log_prob, draw.logsumexp,   draw.status, draw.cut,
-                         pointer<double>(result)};
+  const SoftmaxCall call{draw.logits, draw.temperature,       draw.rows,      draw.tiles,
+                         draw.token,  draw.log_prob,          draw.logsumexp, draw.status,
+                         draw.cut,    pointer<double>(result)};
   if (draw.rows > 0) run(logits_, [&](void* stream) { return launch_softmax(call, stream); });
   return result;
 }
@@ -220,8 +223,8 @@ Outputs verify(const Tensor& logits_, const MaybeTensor& temperature, const Mayb
     }
   }
   const int64_t all = call.rows * call.positions * (call.tiles + call.draft_tiles);
-  if (call.positions > kMostPositions || call.tiles > kMostTiles ||
-      call.draft_tiles > kMostTiles || all > kMostItems) {
+  if (call.positions > kMostPositions || call.tiles > kMostTiles || call.draft_tiles > kMostTiles ||
+      all > kMostItems) {
     return reference<Outputs>("specdec_fast::verify", logits_, temperature, top_k, top_p, min_p,
                               tokens, count, kind, draft_logits, draft_temperature, draft_top_k,
                               draft_top_p, draft_min_p, index, drawn, draft_logsumexp, sparse_ids,

@@ -210,7 +210,8 @@ def verify(
             front, V or more behind) hold mass that no target token gets. None: entry k is id k; K may differ from V.
         drawn: ``[B, G]`` int64, the compact entry each token was drawn as, which must be the only one of its id. None:
             all entries that stand for the token.
-        draft_logsumexp: ``[B, G]`` float64, :func:`sample`'s of the same rows and parameters. None: computed.
+        draft_logsumexp: ``[B, G]`` float64, :func:`sample`'s of the same rows and parameters; with it a row without
+            filters is read for a residual only. None: computed.
         sparse_ids: ``[B, G, S]`` int64, distinct within a position, padded with -1.
         sparse_log_q: ``[B, G, S]`` float64, their log masses (which may sum to less than 1).
         draft_temperature, draft_top_k, draft_top_p, draft_min_p: the law of ``draft_logits``.

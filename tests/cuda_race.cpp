@@ -109,8 +109,8 @@ void verify(Rule rule, LawKind kind, int team, bool filters) {
   constexpr int64_t kCompactWidth = kTile + 20;
   std::vector<float> logits(kRows * kPositions * kWidth), draft(kRows * kDrafted * kCompactWidth);
   std::vector<int32_t> index(kCompactWidth), kinds(kRows * kDrafted, kind), status(kRows);
-  std::vector<int64_t> tokens(kRows * kDrafted), count(kRows, kDrafted), seed{3, 4},
-      start{7, 8}, accepted(kRows), token(kRows), sparse_ids(kRows * kDrafted * 2);
+  std::vector<int64_t> tokens(kRows * kDrafted), count(kRows, kDrafted), seed{3, 4}, start{7, 8},
+      accepted(kRows), token(kRows), sparse_ids(kRows * kDrafted * 2);
   std::vector<double> log_prob(kRows * kPositions), sparse_log_q(kRows * kDrafted * 2, -0.7);
   for (size_t i = 0; i < logits.size(); ++i) logits[i] = std::sin(0.7f * i) * 3;
   for (size_t i = 0; i < draft.size(); ++i) draft[i] = std::cos(0.3f * i) * 3;

@@ -41,7 +41,7 @@ def compile_blocks(source, target, optimise="-O1"):
     done = subprocess.run([*command, "-ltorch", "-ltorch_cpu", "-lpthread"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     library = torch.library.Library(target.stem, "FRAGMENT")
-    for op in dispatch.OPS:
+    for op in dispatch._WRITTEN["cuda"]:
         library.define(op + ops._SCHEMAS[op])
     torch.ops.load_library(str(target))
     return library

@@ -22,7 +22,7 @@ NVCC = toolchain.nvcc()
 
 def resources(printed):
     """`({architecture: {kernel: {"registers": .., "stack": .., "shared": ..}}}, functions that spill)`."""
-    table, spilling, kernel, function, architecture, stack = {}, [], None, None, None, 0
+    table, spilling, kernel, function, architecture = {}, [], None, None, None
     for line in printed.splitlines():
         if found := re.search(r"Compiling entry function '(\w+)' for '(\w+)'", line):
             kernel, architecture = re.search(r"\d([a-z_]+_kernel)E", found[1])[1], found[2]
@@ -32,11 +32,11 @@ def resources(printed):
             if int(found[2]) or int(found[3]):
                 spilling.append(f"{function} for {architecture}: {line.strip()}")
         elif found := re.search(r"Used (\d+) registers", line):
-            stack = re.search(r"(\d+) bytes cumulative stack", line)
+            stack, shared = (re.search(rf"(\d+) bytes {what}", line) for what in ("cumulative stack", "smem"))
             table.setdefault(architecture, {})[kernel] = {
                 "registers": int(found[1]),
                 "stack": int(stack[1]) if stack else 0,
-                "shared": int(re.search(r"(\d+) bytes smem", line)[1]),
+                "shared": int(shared[1]) if shared else 0,
             }
     return table, spilling
 

@@ -1,7 +1,7 @@
-// The ops `sample` and `verify` for few rows: a team of blocks takes a position's rows, the target's
-// and the drafter's, into its shared memory and reads them from there however often it has to. All
-// positions are under way at once; each works out what the outcome is if the draft ends with it, and
-// the last one done picks the result.
+// The ops `sample` and `verify` for few rows: a team of blocks takes a position's rows, the
+// target's and the drafter's, into its shared memory and reads them from there however often it has
+// to. All positions are under way at once; each works out what the outcome is if the draft ends
+// with it, and the last one done picks the result.
 #pragma once
 
 #include "sample.cuh"
@@ -128,8 +128,8 @@ SPECDEC_HOST_DEVICE void sample_team(const SampleCall& call, uint32_t b, const T
   team.meet();  // no block leaves while another reads its memory
 }
 
-// A position with its rows on the team's shelves. A drafter's row that only a residual would need is
-// left where it is.
+// A position with its rows on the team's shelves. A drafter's row that only a residual would need
+// is left where it is.
 SPECDEC_COLD void gather(Position& at, const Sequence& sequence, int i, const Room& room,
                          Desk& desk) {
   const bool reads_draft = sequence.reads_draft(i);
@@ -151,8 +151,8 @@ SPECDEC_COLD void gather(Position& at, const Sequence& sequence, int i, const Ro
   at.drafted.undefined = law.undefined;
 }
 
-// Rule block: what a position's draft weighs is known once all positions before it are judged. Those
-// belong to teams that have begun, since items are handed out in order.
+// Rule block: what a position's draft weighs is known once all positions before it are judged.
+// Those belong to teams that have begun, since items are handed out in order.
 SPECDEC_COLD void wait_for_weights(const Sequence& sequence, int i, Desk& desk) {
   const uint32_t* judged = sequence.call.arrived + sequence.b * sequence.call.positions;
   single(desk.agreement, [&] {
@@ -165,7 +165,8 @@ SPECDEC_COLD void wait_for_weights(const Sequence& sequence, int i, Desk& desk) 
   });
 }
 
-// The next token if the draft ends at a position, where that is possible; `wins` says whether it is.
+// The next token if the draft ends at a position, where that is possible; `wins` says whether it
+// is.
 SPECDEC_COLD int64_t next_token(const Sequence& sequence, const Position& at,
                                 const Decision& decision, bool& wins, Desk& desk) {
   const int i = at.i;
@@ -263,9 +264,9 @@ SPECDEC_HOST_DEVICE void verify_team(const VerifyCall& call, uint32_t item, cons
   const Sequence sequence(call, item % call.rows);
   const int i = static_cast<int>(item / call.rows);
   if (i < sequence.steps) {
-    const Room room(Layout(call.tiles, call.draft_tiles, call.logits, call.draft_logits, team.size,
-                           bytes),
-                    memory, call.logits);
+    const Room room(
+        Layout(call.tiles, call.draft_tiles, call.logits, call.draft_logits, team.size, bytes),
+        memory, call.logits);
     decide_position(sequence, i, room, desk);
   }
   team.meet();  // no block leaves while another reads its memory

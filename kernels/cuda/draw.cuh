@@ -114,18 +114,17 @@ SPECDEC_HOST_DEVICE uint64_t level_of(double u, uint64_t total) {
 constexpr int64_t kNone = -1;
 
 // The masses of a row's tiles, in the row's unit, with one entry left out.
-SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const PerTile<Tile>& tiles,
-                                  int64_t without, Desk& desk) {
+SPECDEC_COLD uint64_t weigh_tiles(const Measured& at, int64_t without, Desk& desk) {
   threads([&](int t) {
     for (int i = t; i < kTile; i += kThreads) {
       uint64_t mass = 0;
-      if (i < row.tiles()) {
-        const Tile tile = tiles.read(i);
+      if (i < at.row.tiles()) {
+        const Tile tile = at.tiles.read(i);
         uint64_t own = tile.mass;
         if (without != kNone && without / kTile == i && own > 0) {
-          own -= TileWeight(row.greedy, tile.peak)(row.score(without), desk.powers);
+          own -= TileWeight(at.row.greedy, tile.peak)(at.row.score(without), desk.powers);
         }
-        mass = law.mass_of(own, tile.peak);
+        mass = at.p.mass_of(own, tile.peak);
       }
       desk.weights.at(i) = mass;
     }
@@ -133,32 +132,38 @@ SPECDEC_COLD uint64_t weigh_tiles(const Row& row, const Law& law, const PerTile<
   return desk.weights.add_up();
 }
 
-// One draw from a defined law: the smallest entry whose cumulative mass exceeds u of the whole, one
-// entry left out; kNone where nothing is left. Reads one tile again.
-SPECDEC_COLD int64_t draw(const Row& row, const Law& law, const PerTile<Tile>& tiles, double u,
-                          int64_t without, Desk& desk) {
-  const uint64_t total = weigh_tiles(row, law, tiles, without, desk);
-  if (total == 0) return kNone;
-  // At temperature 0 the lowest id among equals is the first with mass
-  const double level = row.greedy ? 0.0 : u * static_cast<double>(total);
-  const Found tile = found(level_of(row.greedy ? 0.0 : u, total), 1, desk);
-  const int at = static_cast<int>(tile.index);
-  const TileWeight weight(row.greedy, tiles.read(at).peak);
-  const int64_t first = static_cast<int64_t>(at) * kTile;
-  const char* from = row.at(at);
+// The weights of one tile, in its own unit, with one entry left out.
+SPECDEC_COLD uint64_t weigh_entries(const Measured& at, int tile, int64_t without, Desk& desk) {
+  const TileWeight weight(at.row.greedy, at.tiles.read(tile).peak);
+  const int64_t first = static_cast<int64_t>(tile) * kTile;
+  const char* from = at.row.at(tile);
   threads([&](int t) {
     for (int j = t; j < kTile; j += kThreads) {
-      const bool inside = j < row.tile_size(at) && first + j != without;
-      desk.weights.at(j) = inside ? weight(row.score(from, j, first + j), desk.powers) : 0;
+      const bool inside = j < at.row.tile_size(tile) && first + j != without;
+      desk.weights.at(j) = inside ? weight(at.row.score(from, j, first + j), desk.powers) : 0;
     }
   });
-  const uint64_t mass = desk.weights.add_up();
-  const double rest = level - static_cast<double>(tile.below);
-  const double scaled = law.counting ? rest : rest / law.factor(weight.unit);
+  return desk.weights.add_up();
+}
+
+// One draw from a defined law: the smallest entry whose cumulative mass exceeds u of the whole, one
+// entry left out; kNone where nothing is left. Reads one tile again.
+SPECDEC_COLD int64_t draw(const Measured& at, double u, int64_t without, Desk& desk) {
+  const uint64_t total = weigh_tiles(at, without, desk);
+  if (total == 0) return kNone;
+  // At temperature 0 the lowest id among equals is the first with mass
+  const double level = at.row.greedy ? 0.0 : u * static_cast<double>(total);
+  const Found tile = found(level_of(at.row.greedy ? 0.0 : u, total), 1, desk);
+  const int chosen = static_cast<int>(tile.index);
+  const uint64_t mass = weigh_entries(at, chosen, without, desk);
+  double scaled = level - static_cast<double>(tile.below);
+  if (!at.p.counting) {
+    scaled /= at.p.factor(TileWeight(at.row.greedy, at.tiles.read(chosen).peak).unit);
+  }
   uint64_t inside = 0;
   if (scaled > 0.0) inside = scaled < 0x1p63 ? static_cast<uint64_t>(scaled) : mass - 1;
   if (inside >= mass) inside = mass - 1;
-  return first + found(inside, 1, desk).index;
+  return static_cast<int64_t>(chosen) * kTile + found(inside, 1, desk).index;
 }
 
 }  // namespace specdec::blocks

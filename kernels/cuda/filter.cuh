@@ -28,8 +28,8 @@ SPECDEC_HOST_DEVICE float score_of(uint32_t key) {
   return from_word<float>(key >> 31 ? key & 0x7fffffffu : ~key);
 }
 
-// Calls body(tile, score) for a block's share of the entries kept so far, tiles whose peak has a key
-// below `least` left out.
+// Calls body(tile, score) for a block's share of the entries kept so far, tiles whose peak has a
+// key below `least` left out.
 template <typename Body>
 SPECDEC_HOST_DEVICE void each_kept(const Row& row, const PerTile<Tile>& tiles, uint32_t least,
                                    const Team& team, const Body& body) {
@@ -131,16 +131,16 @@ SPECDEC_HOST_DEVICE void keep_top_k(Row& row, const PerTile<Tile>& tiles, int32_
   if (at.inside) row.cut = {at.score, 0};
 }
 
-SPECDEC_HOST_DEVICE void keep_top_p(Row& row, const PerTile<Tile>& tiles, const Law& law, float top_p,
-                             Desk& desk) {
+SPECDEC_HOST_DEVICE void keep_top_p(Row& row, const PerTile<Tile>& tiles, const Law& law,
+                                    float top_p, Desk& desk) {
   TileWeight weight(false, law.peak);
   weight.unit.exponent += law.spread;  // the row's weights sum to less than 2^64
   const auto weigh = [&](float score) { return weight(score, desk.powers); };
   // Entries are dropped while the sum is at most this share; the last one always stays
   const double share = 1.0 - static_cast<double>(top_p);
   const auto limit = [&](uint64_t total) {
-    const uint64_t part = share < 1.0 ? high_product(total, static_cast<uint64_t>(share * 0x1p64))
-                                      : total;
+    const uint64_t part =
+        share < 1.0 ? high_product(total, static_cast<uint64_t>(share * 0x1p64)) : total;
     return part < total ? part : total - 1;
   };
   const Split at = split(row, tiles, true, weigh, limit, desk);

@@ -7,8 +7,8 @@ namespace specdec::blocks {
 
 enum LawKind : int32_t { kPoint = 0, kCompact = 1, kSparse = 2 };
 
-// The target id of each compact entry, ascending, several in a row of one id where they stand for it
-// together; none: entry k is id k.
+// The target id of each compact entry, ascending, several in a row of one id where they stand for
+// it together; none: entry k is id k.
 struct IndexMap {
   const int32_t* id;
   int64_t size;

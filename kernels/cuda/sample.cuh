@@ -15,7 +15,7 @@ SPECDEC_COLD void finish_sample(const SampleCall& call, int64_t b, Row& row,
   if (!law.undefined) {
     const double u =
         philox_uniform(call.seed(b), call.position(b), call.offset(b), call.purpose, 0);
-    token = draw(row, law, tiles, u, kNone, desk);
+    token = draw({row, law, tiles}, u, kNone, desk);
   }
   threads([&](int t) {
     if (t != 0 || desk.team.rank != 0) return;
@@ -49,8 +49,8 @@ SPECDEC_COLD void sample_item(const SampleCall& call, uint32_t item, Desk& desk)
   sync();
 }
 
-// Many rows: blocks that stay on the device take runs from a queue. Without filters there is less to
-// keep in registers.
+// Many rows: blocks that stay on the device take runs from a queue. Without filters there is less
+// to keep in registers.
 template <bool kFilters>
 SPECDEC_HOST_DEVICE void sample_block(const SampleCall& call, Desk& desk) {
   desk.set_up({0, 1});

@@ -34,8 +34,9 @@ SPECDEC_HOST_DEVICE double next_log_weight(double log_weight, double log_p, doub
   return next < 0.0 ? next : 0.0;
 }
 
-// The coin's chance at a position that is not the last: R / (R + 1 - w), and 1 for 0/0. Sums are good
-// to 3e-11, so that less than kNothing counts as 0; no coin is reached with a greater chance then.
+// The coin's chance at a position that is not the last: R / (R + 1 - w), and 1 for 0/0. Sums are
+// good to 3e-11, so that less than kNothing counts as 0; no coin is reached with a greater chance
+// then.
 constexpr double kNothing = 1e-10;
 
 SPECDEC_HOST_DEVICE double chance(double rest, double weight) {
@@ -44,15 +45,13 @@ SPECDEC_HOST_DEVICE double chance(double rest, double weight) {
 }
 
 // A position whose rows are measured.
-struct Position {
-  int i;
-  Row row;  // the target's
-  Law p;
-  PerTile<Tile> tiles;
+struct Position : Measured {  // the target's row
+  int i = 0;
   Proposed drafted;    // where the draft has a token and its law matters
   PerTile<Rest> rest;  // for what is left of p
 
-  SPECDEC_HOST_DEVICE Position() : row(nullptr, kFloats, 0, 1.0f), drafted(Proposed::nothing(row)) {}
+  SPECDEC_HOST_DEVICE Position()
+      : Measured{Row(nullptr, kFloats, 0, 1.0f), {}, {}}, drafted(Proposed::nothing(row)) {}
 };
 
 // What is left of a position's law.
@@ -96,8 +95,8 @@ struct Sequence {
     const bool compact = kind == kCompact && call.draft_logits.data != nullptr;
     return compact && call.draft_temperature(b) != 0.0f ? kCompact : kPoint;
   }
-  // Whether the drafter handed over all that a test needs: its row is then read for a residual only.
-  // What filters drop from it is not part of that.
+  // Whether the drafter handed over all that a test needs: its row is then read for a residual
+  // only. What filters drop from it is not part of that.
   SPECDEC_HOST_DEVICE bool known(int i) const {
     const double logsumexp = call.draft_logsumexp(b, i);
     return logsumexp - logsumexp == 0.0 && !draft_filter().any();
@@ -145,14 +144,14 @@ struct Sequence {
     stops = undefined || !drafted;
     if (rule == kMatch) {
       if (!undefined) {
-        decision.own = draw(at.row, at.p, at.tiles, target_number(at.i), kNone, desk);
+        decision.own = draw(at, target_number(at.i), kNone, desk);
       }
       if (at.row.greedy) decision.log_p = log_prob(at.row, at.p, token, decision.own);
       stops = stops || decision.own != token;
     } else if (drafted) {
       decision.log_q = at.drafted.log_q(desk.agreement);
-      const bool accepted = rule == kBlockwise ||
-                            accepts(decision.log_p, decision.log_q, accept_number(at.i));
+      const bool accepted =
+          rule == kBlockwise || accepts(decision.log_p, decision.log_q, accept_number(at.i));
       stops = stops || !accepted;
     }
     return decision;
@@ -180,7 +179,7 @@ struct Sequence {
     if (drafted.undefined) return {weight, 0};
     if (drafted.kind == kPoint) {
       // weight * p - 1 at the draft token is nothing, elsewhere it is weight * p
-      const uint64_t total = weigh_tiles(at.row, at.p, at.tiles, excluded(drafted), desk);
+      const uint64_t total = weigh_tiles(at, excluded(drafted), desk);
       return {weight * (static_cast<double>(total) / at.p.total), total};
     }
     const Probability of_p(at.p, weight), of_q(drafted.law, 1.0);
@@ -207,10 +206,10 @@ struct Sequence {
     const Proposed& drafted = at.drafted;
     const double u = residual_number(at.i);
     if (drafted.undefined || left.total == 0) {
-      return draw(at.row, at.p, at.tiles, u, kNone, desk);
+      return draw(at, u, kNone, desk);
     }
     if (drafted.kind == kPoint) {
-      return draw(at.row, at.p, at.tiles, u, excluded(drafted), desk);
+      return draw(at, u, excluded(drafted), desk);
     }
     weigh_rest(at, desk);
     const uint64_t level = level_of(u, left.total);
@@ -225,7 +224,7 @@ struct Sequence {
   // The next token from p as it is; 0 where it is undefined.
   SPECDEC_COLD int64_t draw_whole(const Position& at, Desk& desk) const {
     if (at.p.undefined) return 0;
-    return draw(at.row, at.p, at.tiles, residual_number(at.i), kNone, desk);
+    return draw(at, residual_number(at.i), kNone, desk);
   }
 
   SPECDEC_COLD double log_weight(int i) const {
@@ -236,7 +235,8 @@ struct Sequence {
     }
     return result;
   }
-  // Rule block: where the draft ends, at the latest before an undefined row; of the first positions.
+  // Rule block: where the draft ends, at the latest before an undefined row; of the first
+  // positions.
   SPECDEC_HOST_DEVICE int block_end(int most) const {
     int end = 0;
     while (end < most && !read_shared(&decision(end)->undefined)) ++end;

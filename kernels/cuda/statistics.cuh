@@ -161,4 +161,11 @@ SPECDEC_COLD Law merged(const PerTile<Tile>& tiles, int count, bool greedy, Agre
   return law;
 }
 
+// A row that was read, and its law.
+struct Measured {
+  Row row;
+  Law p;
+  PerTile<Tile> tiles;
+};
+
 }  // namespace specdec::blocks

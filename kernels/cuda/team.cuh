@@ -3,8 +3,8 @@
 //
 // A row's tiles are dealt out to the blocks of a team, each of which gets a run of neighbours.
 // Everything else is worked out by every block for itself, from the same integers, so that all come
-// to the same answer and branch alike. On the host whoever includes this file says how the blocks of
-// a cluster meet and where another one's memory lies.
+// to the same answer and branch alike. On the host whoever includes this file says how the blocks
+// of a cluster meet and where another one's memory lies.
 #pragma once
 
 #include "block.cuh"

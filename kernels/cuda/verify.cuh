@@ -1,7 +1,7 @@
-// The op `verify` for many rows: blocks that stay on the device take runs of tiles from a queue that
-// holds all rows' first positions, then all second ones, and so on. Whoever measures the last tile
-// of a position decides it; whoever decides the last position that a row's outcome waits for draws
-// its next token. What lies behind a known stop is skipped. No block ever waits for another.
+// The op `verify` for many rows: blocks that stay on the device take runs of tiles from a queue
+// that holds all rows' first positions, then all second ones, and so on. Whoever measures the last
+// tile of a position decides it; whoever decides the last position that a row's outcome waits for
+// draws its next token. What lies behind a known stop is skipped. No block ever waits for another.
 #pragma once
 
 #include "sequence.cuh"
