@@ -12,8 +12,9 @@ namespace specdec::blocks {
 
 namespace {
 
-// Blocks a multiprocessor: 80 registers a thread without filters, 128 with them, and nothing spills
-constexpr int kResident = 3, kResidentFiltered = 2;
+// Blocks a multiprocessor holds: 80 registers a thread for three, 128 for two, so that nothing
+// spills.
+constexpr int kResident = 2, kResidentLight = 3;
 
 __global__ void __launch_bounds__(kThreads, kResident)
     verify_kernel(const __grid_constant__ VerifyCall call) {
@@ -21,19 +22,19 @@ __global__ void __launch_bounds__(kThreads, kResident)
   verify_block<false>(call, desk);
 }
 
-__global__ void __launch_bounds__(kThreads, kResidentFiltered)
+__global__ void __launch_bounds__(kThreads, kResident)
     verify_filtered_kernel(const __grid_constant__ VerifyCall call) {
   __shared__ Desk desk;
   verify_block<true>(call, desk);
 }
 
-__global__ void __launch_bounds__(kThreads, kResident)
+__global__ void __launch_bounds__(kThreads, kResidentLight)
     sample_kernel(const __grid_constant__ SampleCall call) {
   __shared__ Desk desk;
   sample_block<false>(call, desk);
 }
 
-__global__ void __launch_bounds__(kThreads, kResidentFiltered)
+__global__ void __launch_bounds__(kThreads, kResident)
     sample_filtered_kernel(const __grid_constant__ SampleCall call) {
   __shared__ Desk desk;
   sample_block<true>(call, desk);

@@ -76,7 +76,7 @@ def blocks(built, monkeypatch):
     return "cuda"
 
 
-@pytest.fixture(params=[0, 1, 2, 3, 8], ids="team{}".format)
+@pytest.fixture(params=[0, 1, 3, 8], ids="team{}".format)
 def teams(request, blocks, monkeypatch):
     """And clusters of every kind of size; a shelf holds 2 float32 tiles or 5 of 16 bits."""
     monkeypatch.setenv("SPECDEC_FAST_CUDA_TEAM", str(request.param))
@@ -247,9 +247,9 @@ def test_sample_is_the_references(teams, width):
 def test_verify_is_the_references(teams, rule, kind):
     for dtype, width in zip((*DTYPES, DTYPES[0]), (TILE + 1, 3 * TILE, 111, 16), strict=True):
         generator = torch.Generator().manual_seed(width)
-        case = proposal(kind, 30, 4, width, dtype, generator)
+        case = proposal(kind, 20, 4, width, dtype, generator)
         case["logits"][:6, 1] = edge_rows(case["logits"][:6, 1].clone())
-        law, draft_law = filters(30, generator), filters(30, generator, "draft_")
+        law, draft_law = filters(20, generator), filters(20, generator, "draft_")
         draft_law["draft_temperature"] = draft_law["draft_temperature"].flip(0)
         for setting in ({}, {"temperature": law["temperature"]}, law, law | draft_law):
             assert differing(*verify_both(teams, **case, **setting, rule=rule)) == 0

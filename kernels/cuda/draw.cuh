@@ -51,6 +51,7 @@ struct Desk {
   Powers powers;
   Weights weights;
   uint64_t column[kEach];
+  uint32_t item;  // of a queue: what the block is at
 
   // Before anything else.
   SPECDEC_HOST_DEVICE void set_up(const Team& own) {
@@ -133,7 +134,8 @@ SPECDEC_COLD uint64_t weigh_tiles(const Measured& at, int64_t without, Desk& des
 }
 
 // The weights of one tile, in its own unit, with one entry left out.
-SPECDEC_COLD uint64_t weigh_entries(const Measured& at, int tile, int64_t without, Desk& desk) {
+SPECDEC_HOST_DEVICE uint64_t weigh_entries(const Measured& at, int tile, int64_t without,
+                                           Desk& desk) {
   const TileWeight weight(at.row.greedy, at.tiles.read(tile).peak);
   const int64_t first = static_cast<int64_t>(tile) * kTile;
   const char* from = at.row.at(tile);

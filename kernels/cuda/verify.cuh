@@ -118,7 +118,7 @@ SPECDEC_COLD void finish_at(const Sequence& sequence, int kept, Desk& desk) {
   sequence.write(at, sequence.draw_remainder(at, 1.0, left, desk));
 }
 
-SPECDEC_COLD void finish(const VerifyCall& call, int64_t b, Desk& desk) {
+SPECDEC_HOST_DEVICE void finish(const VerifyCall& call, int64_t b, Desk& desk) {
   const Sequence sequence(call, b);
   if (sequence.rule == kBlockwise) return finish_block(sequence, desk);
   const int kept = settled(read_shared(call.state + b), sequence.steps);
@@ -168,8 +168,8 @@ SPECDEC_COLD uint32_t next_item(const VerifyCall& call) {
 }
 
 // Measures an item's tiles; true where its position waited for nothing else.
-SPECDEC_COLD bool measure_item(const VerifyCall& call, uint32_t item, Desk& desk) {
-  const Work work(call, item);
+SPECDEC_COLD bool measure_item(const VerifyCall& call, Desk& desk) {
+  const Work work(call, desk.item);
   const Sequence sequence(call, work.row);
   const int i = work.position;
   const int64_t place = work.row * call.positions + i;
@@ -182,20 +182,23 @@ SPECDEC_COLD bool measure_item(const VerifyCall& call, uint32_t item, Desk& desk
 
 // Decides an item's position and, if that settles its row, draws the row's next token.
 template <bool kFilters>
-SPECDEC_HOST_DEVICE void settle(const VerifyCall& call, uint32_t item, Desk& desk) {
-  const Work work(call, item);
+SPECDEC_HOST_DEVICE void settle(const VerifyCall& call, Desk& desk) {
+  const Work work(call, desk.item);
   if (decide<kFilters>(call, work.row, work.position, desk)) finish(call, work.row, desk);
   sync();
 }
 
-// Without filters there is less to keep in registers, and more blocks fit.
+// Without filters there is less to keep in registers.
 template <bool kFilters>
 SPECDEC_HOST_DEVICE void verify_block(const VerifyCall& call, Desk& desk) {
   desk.set_up({0, 1});
   for (;;) {
-    const uint32_t item = single(desk.agreement, [&] { return next_item(call); });
-    if (item == kNoItem) return;
-    if (measure_item(call, item, desk)) settle<kFilters>(call, item, desk);
+    threads([&](int t) {
+      if (t == 0) desk.item = next_item(call);
+    });
+    sync();
+    if (desk.item == kNoItem) return;
+    if (measure_item(call, desk)) settle<kFilters>(call, desk);
   }
 }
 
