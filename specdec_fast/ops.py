@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast import native, reference_ops
-from specdec_fast.dispatch import DEFAULT, overload, status, triton_kernel, why_not
+from specdec_fast.dispatch import overload, status, triton_kernel
 from specdec_fast.randomness import Purpose
 
 __all__ = [
@@ -252,9 +252,6 @@ def verify(
         _check("sparse_log_q", sparse_log_q, logits, sparse, torch.float64)
     law = _parameters(logits, "", temperature, top_k, top_p, min_p)
     draft_law = _parameters(logits, "draft_", draft_temperature, draft_top_k, draft_top_p, draft_min_p)
-    if index is not None and drawn is None and logits.is_cuda and (backend or DEFAULT) == "auto":
-        # Entries of one id may be several, and the CUDA kernels read each id once
-        backend = "reference" if why_not("verify", "triton") else "triton"
     op = overload("verify", logits, backend)
     return Verification(
         *op(
