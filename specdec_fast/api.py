@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from specdec_fast import costs, dispatch, methods, warmup
+from specdec_fast import costs, dispatch, methods, sampling, warmup
 from specdec_fast.cache import check_cache, ragged_layers
 from specdec_fast.continuation import load, store
 from specdec_fast.device_engine import DeviceEngine
@@ -374,10 +374,14 @@ class _Loop:
             watched=resident is None and methods.asks(plan, options),
         )
         meter = costs.Meter() if known is not None else None
+        # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
+        inside = do_sample and resident is None and record.scores is None and bool(logits_processor)
+        inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
+        warpers = logits_processor if inside else None
         everything: dict[str, Any] = {
             "rows": rows,
-            "rule": Apart(Fused(rule_for(plan.verification, do_sample=do_sample), greedy=not do_sample)),
-            "processors": logits_processor,
+            "rule": Apart(Fused(rule_for(plan.verification, do_sample=do_sample), not do_sample, warpers)),
+            "processors": LogitsProcessorList() if inside else logits_processor,
             "stops": stops,
             "lookahead": lookahead,
             "source": options.source or Philox(),

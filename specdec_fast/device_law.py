@@ -8,24 +8,15 @@ scores are called on all positions before the operations.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process as hf
 
 from specdec_fast import sampling
 
 __all__ = ["DeviceLaw"]
-
-_FUSED = (
-    (hf.TemperatureLogitsWarper, "temperature"),
-    (hf.TopKLogitsWarper, "top_k"),
-    (hf.TopPLogitsWarper, "top_p"),
-    (hf.MinPLogitsWarper, "min_p"),
-)
 
 
 @dataclass(frozen=True)
@@ -45,8 +36,9 @@ class DeviceLaw:
         """The law of a list of pointwise processors, at ``do_sample=False`` the argmax of what they leave."""
         processors = LogitsProcessorList() if processors is None else processors
         values: dict[str, float] = {} if do_sample else {"temperature": 0.0}
-        if do_sample and _in_order(processors):
-            return cls({name: _value(processor, name) for processor, (_, name) in _named(processors)})
+        usual = sampling.parameters(processors) if do_sample else None
+        if usual is not None:
+            return cls(usual)
         return cls(values, processors)
 
     @property
@@ -67,24 +59,3 @@ class DeviceLaw:
         flat = logits.float().reshape(-1, logits.shape[-1])
         none = torch.zeros((flat.shape[0], 1), dtype=torch.long, device=logits.device)
         return sampling.apply(self.processors, none, flat).view(logits.shape)
-
-
-def _named(processors: LogitsProcessorList) -> list[tuple[Any, tuple[type, str]]]:
-    known = {kind: (kind, name) for kind, name in _FUSED}
-    return [(processor, known[type(processor)]) for processor in processors]
-
-
-def _in_order(processors: LogitsProcessorList) -> bool:
-    kinds = [kind for kind, _ in _FUSED]
-    if not {type(p) for p in processors} <= set(kinds):
-        return False
-    places = [kinds.index(type(p)) for p in processors]
-    usual = all(
-        getattr(p, "filter_value", -torch.inf) == -torch.inf and getattr(p, "min_tokens_to_keep", 1) == 1
-        for p in processors
-    )
-    return usual and all(a < b for a, b in pairwise(places))
-
-
-def _value(processor: Any, name: str) -> float:
-    return float(getattr(processor, name))

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import LogitsProcessorList
 
-from specdec_fast import ops, reference
+from specdec_fast import ops, reference, sampling
 from specdec_fast.dispatch import overload
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
@@ -30,10 +31,13 @@ class Fused:
     Args:
         rule: does the rest.
         greedy: the target decodes at T=0.
+        warpers: the target's, where ``scores`` come without them and :func:`specdec_fast.sampling.parameters` can say
+            them.
     """
 
     rule: Rule
     greedy: bool = False
+    warpers: LogitsProcessorList | None = None
 
     @property
     def name(self) -> str:
@@ -42,8 +46,11 @@ class Fused:
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law
         if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw, SparseLaw, ProjectedLaw):
-            return self.rule.verify(scores, proposal, draws)
-        cold = _zeros(scores.shape[0], scores.device)[1] if self.greedy else None
+            return self.rule.verify(self._processed(scores), proposal, draws)
+        if self.greedy:
+            own: list[Tensor | None] = [_zeros(scores.shape[0], scores.device)[1], None, None, None]
+        else:
+            own = self._parameters(scores)
         count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
         given: dict[str, Tensor | None] = {}
         if isinstance(law, CompactLaw):
@@ -56,7 +63,7 @@ class Fused:
         # The operator itself: its arguments are right by construction, and a round has little time beside its passes
         accepted, token, _, status = overload("verify", scores, None)(
             scores,
-            *(cold, None, None, None),
+            *own,
             proposal.tokens,
             count,
             given.get("kind"),
@@ -75,6 +82,21 @@ class Fused:
         )
         undefined = status.bitwise_and(int(ops.Status.TARGET)).bool()
         return Verdict(accepted, token.masked_fill(undefined, -1))
+
+    def _parameters(self, scores: Tensor) -> list[Tensor | None]:
+        """Temperature, top-k, top-p and min-p, ``[R]`` each or None."""
+        usual = (sampling.parameters(self.warpers) or {}) if self.warpers else {}
+        kinds = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32}
+        return [
+            scores.new_full(scores.shape[:1], usual[name], dtype=kind) if name in usual else None
+            for name, kind in kinds.items()
+        ]
+
+    def _processed(self, scores: Tensor) -> Tensor:
+        if not self.warpers:
+            return scores
+        empty = torch.zeros((scores.shape[0] * scores.shape[1], 1), dtype=torch.long, device=scores.device)
+        return sampling.apply(self.warpers, empty, scores.flatten(0, 1)).view(scores.shape)
 
 
 def _projected(law: ProjectedLaw, drafted: int) -> dict[str, Tensor | None]:

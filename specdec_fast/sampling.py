@@ -4,6 +4,8 @@ The processors are Transformers' own, in the order ``generate`` built them. What
 
 - *pointwise* ones look at nothing but the scores, so all positions of all rows go through them at once;
 - *prefix* ones also look at a row's text: they are called with the true prefix of every position;
+- temperature, top-k, top-p and min-p, the usual lists, are parameters of the operations in :mod:`specdec_fast.ops`:
+  no sorting of the vocabulary;
 - anything else (a custom processor, a grammar, one that knows the row number) is called as plain decoding calls it:
   with the whole batch, once for each committed position, in order.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 import copy
 import enum
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,7 +23,9 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as hf
 
-__all__ = ["Manner", "apply", "drafter_warpers", "holds_a_cache", "manner_of", "process"]
+from specdec_fast import ops
+
+__all__ = ["Manner", "apply", "drafter_warpers", "holds_a_cache", "manner_of", "parameters", "process", "warp"]
 
 _WARPERS: tuple[type, ...] = tuple(
     getattr(hf, name)
@@ -74,6 +79,47 @@ def manner_of(processors: LogitsProcessorList) -> Manner:
 def apply(processors: LogitsProcessorList, ids: Tensor, scores: Tensor) -> Tensor:
     """One call of the processors, as ``generate`` calls them: ``ids [N, L]``, ``scores [N, V]``."""
     return processors(ids, scores)  # type: ignore[arg-type]  # annotated with legacy tensor types
+
+
+_PARAMETERS = (
+    (hf.TemperatureLogitsWarper, "temperature"),
+    (hf.TopKLogitsWarper, "top_k"),
+    (hf.TopPLogitsWarper, "top_p"),
+    (hf.MinPLogitsWarper, "min_p"),
+)
+
+
+def parameters(processors: LogitsProcessorList) -> dict[str, float] | None:
+    """The processors as parameters of :func:`specdec_fast.ops.sample`: each kind once, in Transformers' order.
+
+    Returns:
+        None where parameters cannot say it.
+    """
+    kinds = [kind for kind, _ in _PARAMETERS]
+    if not {type(p) for p in processors} <= set(kinds):
+        return None
+    places = [kinds.index(type(p)) for p in processors]
+    usual = all(
+        getattr(p, "filter_value", -torch.inf) == -torch.inf and getattr(p, "min_tokens_to_keep", 1) == 1
+        for p in processors
+    )
+    if not usual or any(a >= b for a, b in pairwise(places)):
+        return None
+    names = dict(_PARAMETERS)
+    return {names[type(p)]: float(getattr(p, names[type(p)])) for p in processors}
+
+
+def warp(warpers: LogitsProcessorList, scores: Tensor) -> Tensor:
+    """Scores ``[N, K]`` float32 after a drafter's warpers; filters leave ``-inf``.
+
+    The law of what this returns is the drafter's, whatever it filters, so nothing hangs on the last bit of a threshold.
+    """
+    usual = parameters(warpers)
+    if usual is None or usual.keys() <= {"temperature"}:
+        empty = torch.zeros((scores.shape[0], 1), dtype=torch.long, device=scores.device)
+        return apply(warpers, empty, scores)
+    kept = ops.softmax(scores, **usual) > 0  # type: ignore[arg-type]
+    return torch.where(kept, scores / usual.get("temperature", 1.0), -torch.inf)
 
 
 def holds_a_cache(processors: LogitsProcessorList) -> bool:

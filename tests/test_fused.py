@@ -5,8 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from laws import Recorder
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
-from specdec_fast import fused, ops, reference
+from specdec_fast import fused, ops, reference, sampling
 from specdec_fast.block import Block
 from specdec_fast.fused import Fused, drafted_token
 from specdec_fast.proposal import CompactLaw, Place, PointMass, ProjectedLaw, Proposal, SparseLaw
@@ -120,6 +128,52 @@ def test_a_projection_that_is_told_wrongly_is_noticed(monkeypatch):
         monkeypatch.setattr(fused, "_projected", told)
         found = Fused(rule).verify(scores, proposal, draws)
         assert not torch.equal(found.token, plain.token)
+
+
+CHAINS = {
+    "heat": [TemperatureLogitsWarper(0.7)],
+    "top_k": [TemperatureLogitsWarper(1.3), TopKLogitsWarper(7)],
+    "top_p": [TopPLogitsWarper(0.8)],
+    "all": [TemperatureLogitsWarper(0.8), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.05)],
+}
+
+
+@pytest.mark.parametrize("kind", ["point", "indexed", "asked"])
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("name", ["match", "token", "block"])
+def test_warpers_inside_are_the_processed_scores(name, chain, kind):
+    """Whether the operation takes them as parameters or the rule is handed what Transformers makes of the scores."""
+    scores, proposal = problem("point" if kind == "asked" else kind, 4, 3)
+    warpers = LogitsProcessorList(CHAINS[chain])
+    processed = warpers(None, scores.flatten(0, 1).clone()).view(scores.shape)
+    processed[3] = float("nan")
+    draws = draws_of(Recorder() if kind == "asked" else Philox())
+    inside = Fused(RULES[name][0], warpers=warpers).verify(scores, proposal, draws)
+    outside = RULES[name][0].verify(processed, proposal, draws)
+    assert torch.equal(inside.accepted, outside.accepted)
+    assert torch.equal(inside.token, outside.token)
+    bare = Fused(RULES[name][0]).verify(scores, proposal, draws)
+    assert not torch.equal(inside.token, bare.token), "without the warpers the difference would show"
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_drafters_warpers(chain):
+    scores = torch.randn(ROWS, 300, generator=torch.Generator().manual_seed(9)) * 3
+    warpers = LogitsProcessorList(CHAINS[chain])
+    assert torch.equal(sampling.warp(warpers, scores.clone()), warpers(None, scores.clone()))
+
+
+def test_lists_that_are_no_parameters():
+    unusual = ([MinPLogitsWarper(0.1), TopKLogitsWarper(3)], [TopKLogitsWarper(3), TopKLogitsWarper(2)])
+    others = ([TopKLogitsWarper(3, min_tokens_to_keep=5)], [TopPLogitsWarper(0.9, filter_value=-9.0)])
+    for chain in (*unusual, *others, [TypicalLogitsWarper(0.9)]):
+        assert sampling.parameters(LogitsProcessorList(chain)) is None
+    assert sampling.parameters(LogitsProcessorList(CHAINS["all"])) == {
+        "temperature": 0.8,
+        "top_k": 20.0,
+        "top_p": 0.9,
+        "min_p": 0.05,
+    }
 
 
 def test_what_it_does_not_know_goes_to_the_rule(monkeypatch):

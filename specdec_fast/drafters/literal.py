@@ -208,9 +208,7 @@ class LiteralSlrsDrafter:
         runner = Runner(self._model, rows, use_cache=False, joint=True)
         scores = runner.feed(range(rows), ids, [columns] * rows, [1] * rows)[:, 0].float()
         if self._warpers:
-            scores = sampling.apply(
-                self._warpers, torch.zeros((rows, 1), dtype=torch.long, device=scores.device), scores
-            )
+            scores = sampling.warp(self._warpers, scores)
         return reference.masses(scores).cpu()
 
 

@@ -195,10 +195,7 @@ class ModelWriter:
 
     def _scores(self, logits: Tensor) -> Tensor:
         scores = logits.float() if self._picks is None else logits[:, self._picks].float()
-        if self.warpers:
-            empty = torch.zeros((scores.shape[0], 1), dtype=torch.long, device=scores.device)
-            scores = sampling.apply(self.warpers, empty, scores)
-        return scores
+        return sampling.warp(self.warpers, scores) if self.warpers else scores
 
     def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:
         if self.warpers is None:

@@ -90,8 +90,7 @@ class TextModel:
     def _laws(self, logits: Tensor) -> list[Weights]:
         scores = logits[:, self._ids].float()
         if self.warpers:
-            empty = torch.zeros((scores.shape[0], 1), dtype=torch.long, device=scores.device)
-            scores = sampling.apply(self.warpers, empty, scores)
+            scores = sampling.warp(self.warpers, scores)
         if self.warpers is None:
             peak, entry = scores.max(-1)
             sound = peak.isfinite().tolist()
