@@ -37,8 +37,9 @@ def row_work(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             owner = node.func.value
-            of_the_reference = isinstance(owner, ast.Name) and owner.id == "reference"
-            if of_the_reference or node.func.attr in OF_A_ROW:
+            named = owner.id if isinstance(owner, ast.Name) else None
+            of_the_reference = named == "reference"
+            if of_the_reference or (node.func.attr in OF_A_ROW and named != "ops"):
                 yield f"reference.{node.func.attr}" if of_the_reference else node.func.attr
 
 
