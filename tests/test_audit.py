@@ -195,6 +195,30 @@ def test_a_planted_fault_is_found(fault, monkeypatch):
     assert min(test.corrected for test in report.tests) < 1e-6
 
 
+def test_keys_by_position_alone_are_found_by_pairs(monkeypatch):
+    """Under rule *block* a later round gets the coins that this one has looked at; the first tokens do not show it."""
+    uniform = Philox.uniform
+
+    def forgetful(self, seed, position, offset, purpose, trial=0):
+        return uniform(self, seed, position + offset, torch.zeros_like(offset), purpose, trial)
+
+    plain_rules(monkeypatch)
+    monkeypatch.setattr(Philox, "uniform", forgetful)
+    report = audit_sampling(
+        target(),
+        PROMPTS,
+        sampling=PLAIN,
+        arguments={"num_assistant_tokens": 3, "verification": "block", **parties("model")},
+        batch=4096,
+        small=0,
+        positions=4,
+        tokens=4,
+    )
+    assert report.verdict == "fault"
+    assert min(test.corrected for test in report.tests if test.of == "positions") < 1e-6
+    assert all(test.corrected > 0.01 for test in report.tests if test.of != "positions")
+
+
 def test_a_fault_behind_the_first_round_is_found():
     """The fourth token repeats the third where it should be drawn anew."""
 
