@@ -133,7 +133,8 @@ def audit_sampling(
         tokens: how many first tokens, at least 2.
         samples: of each prompt. None: as many as :data:`RESOLUTION` needs.
         batch: rows of one call.
-        small: how many samples of each prompt are drawn two rows a call, of which a test is made; an eighth at most, 0: none.
+        small: how many samples of each prompt are drawn two rows a call, of which a test is made; an eighth of all at
+            most, 0: none.
         positions: γ+1, how many positions a round scores.
         cells: most cells of a prompt, about.
         seed: of torch's global generator, set anew before each call and put back at the end.
