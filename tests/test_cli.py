@@ -340,7 +340,8 @@ def test_env_json(tmp_path):
     result = run("env", "--json", SPECDEC_FAST_CACHE=str(tmp_path))
     assert result.exit_code == 0
     report = json.loads(result.stdout)
-    assert report.keys() == {"versions", "devices", "native", "backends", "models"}
+    assert report.keys() == {"versions", "devices", "native", "backends", "problem", "models"}
+    assert report["problem"] is None
     assert report["versions"]["specdec_fast"] == __version__
     assert report["versions"]["torch"] == torch.__version__
     assert {"python", "transformers", "tokenizers", "triton"} <= report["versions"].keys()

@@ -11,16 +11,19 @@
 
 namespace specdec::blocks {
 
-#if defined(__CUDA_ARCH__)
+#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define SPECDEC_CLUSTERS
+#endif
 SPECDEC_HOST_DEVICE void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
+#ifdef SPECDEC_CLUSTERS
   asm volatile("barrier.cluster.arrive.release;\n\tbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
 
 // What lies in another block's shared memory where `own` lies in this one's.
 SPECDEC_HOST_DEVICE char* remote_memory(char* own, int rank) {
-#if __CUDA_ARCH__ >= 900
+#ifdef SPECDEC_CLUSTERS
   uint64_t there;
   asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(own), "r"(rank));
   return reinterpret_cast<char*>(there);
