@@ -7,7 +7,9 @@ each node is a cell of its own or part of the common rest.
 
 In low precision a law depends on how many positions a forward pass scores. Each is therefore computed in three shapes:
 one position at a time, as plain decoding does; the last of γ+1 positions behind a cache, and one position of a single
-pass over the text and γ more tokens, as speculative decoding does, the last two in batches.
+pass over the text and γ more tokens, as speculative decoding does, the last two in batches. The third runs on the
+weights widened to float32, where such a copy is small enough: an engine that rounds less than the model's own forward
+(a fused pass that stays in float32 between two matrices) has a law nearer to that one.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import copy
 import heapq
 import inspect
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -27,6 +30,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 __all__ = ["SHAPES", "Cells", "Scorer", "cells_of"]
 
 SHAPES = ("one position", "γ+1 positions", "whole text")
+LARGEST = 1 << 31  # parameters of a target that is copied, four bytes each
 ROWS = 16  # of a pass in a batch: more change nothing but its cost
 
 
@@ -45,6 +49,7 @@ class Scorer:
         self, model: PreTrainedModel, prompt: Tensor, sampling: dict[str, Any], *, tokens: int, positions: int
     ):
         self._model: Any = model
+        self._wide: Any = _widened(model)
         self._prompt = prompt
         self._positions = positions
         self._processors, self.ends = _prepared(model, prompt, sampling, tokens)
@@ -112,13 +117,27 @@ class Scorer:
     def _in_one_pass(self, prefixes: Sequence[tuple[int, ...]]) -> Tensor:
         texts = _rows(self._texts(prefixes))
         behind = texts[:, -1:].expand(-1, self._positions - 1)  # whatever stands there is not seen from before it
-        output = self._forward(self._positions, input_ids=torch.cat([texts, behind], 1), use_cache=False)
+        ids = torch.cat([texts, behind], 1)
+        output = self._forward(self._positions, self._wide, input_ids=ids, use_cache=False)
         return output.logits[: len(prefixes), -self._positions]
 
-    def _forward(self, keep: int, **arguments: Any) -> Any:
+    def _forward(self, keep: int, model: Any = None, **arguments: Any) -> Any:
         if self._keeps:
             arguments["logits_to_keep"] = keep
-        return self._model(**arguments, return_dict=True)
+        return (self._model if model is None else model)(**arguments, return_dict=True)
+
+
+_wide: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = weakref.WeakKeyDictionary()
+
+
+def _widened(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy in float32 of a model in low precision; the model itself where it is exact, quantised or large."""
+    plain = {parameter.dtype for parameter in model.parameters()} <= {torch.bfloat16, torch.float16}
+    if not plain or getattr(model, "hf_quantizer", None) is not None or model.num_parameters() > LARGEST:
+        return model
+    if model not in _wide:
+        _wide[model] = copy.deepcopy(model).float()
+    return _wide[model]
 
 
 def _rows(texts: Tensor) -> Tensor:
@@ -169,7 +188,7 @@ class Cells:
 
     @property
     def spread(self) -> float:
-        """Total variation of the law between scoring one position and several, over the cells."""
+        """Total variation of the law between one position at a time and the other shapes, over the cells."""
         plain, *others = self.masses.values()
         return max(float(np.abs(plain - other).sum() / 2) for other in others)
 

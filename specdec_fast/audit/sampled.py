@@ -59,7 +59,7 @@ class SampledTest:
     detectable: float
     """Smallest total variation over the cells that is found with 99 % power; over prompts, its root mean square."""
     spread: float
-    """Total variation of the target's own law between scoring one position and γ+1, over the cells."""
+    """Total variation of the target's own law between one position at a time and the other shapes, over the cells."""
 
 
 @dataclass(frozen=True)
