@@ -35,6 +35,7 @@ CELLS = 12  # the least mass of a cell is one over this
 THIN = 25  # expected counts below this are put together: chi-square's tail holds its level no better than this
 SMALL = 2  # rows of a small batch: its passes are short enough for the native one
 FALLBACK_SAMPLES = 1 << 14  # where no number of samples reaches the resolution
+MOST_FOR_ROUNDING = 4  # times the samples that would do without rounding
 HEADROOM = 1.1  # in low precision: what the pairs have to allow for is known behind the samples only
 
 
@@ -238,8 +239,9 @@ def _enough(partitions: list[Cells], level: float, batch: int, headroom: float) 
     degrees = max(sum(partition.count - 1 for partition in partitions), BINS**2 - 1)
     spread = float(np.mean([partition.noncentrality for partition in partitions]))
     whole = statistics.samples_for(RESOLUTION, degrees, level, spread)
-    if whole is None:  # rounding puts it out of reach; as many as without it find a fault that is not small
-        whole = statistics.samples_for(RESOLUTION, degrees, level) or FALLBACK_SAMPLES
+    without = statistics.samples_for(RESOLUTION, degrees, level) or FALLBACK_SAMPLES
+    if whole is None or whole > MOST_FOR_ROUNDING * without:
+        whole = without  # rounding puts it out of reach; as many as without it find a fault that is not small
     return math.ceil(headroom * whole / len(partitions) / batch) * batch
 
 
