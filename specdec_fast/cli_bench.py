@@ -14,12 +14,12 @@ from specdec_fast import console
 from specdec_fast.cli_bench_kernels import kernels
 from specdec_fast.cli_options import (
     DECODING,
-    OUTPUT,
     ChatOption,
     CompileOption,
     DeviceOption,
     DrafterOption,
     DtypeOption,
+    JsonFileOption,
     LookaheadOption,
     PickleOption,
     RemoteCodeOption,
@@ -102,12 +102,7 @@ def generate(
     repetitions: Annotated[
         int, typer.Option("--repetitions", metavar="N", rich_help_panel=MEASURED, help="Interleaved repetitions.")
     ] = 3,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="Write the rows here as JSON."
-        ),
-    ] = None,
+    json_file: JsonFileOption = None,
     show_traceback: TracebackOption = False,
 ) -> None:
     """Tokens per second of Transformers' generate and assisted generation, our plain decoding and our methods."""

@@ -13,7 +13,7 @@ import typer
 from rich.progress import track
 
 from specdec_fast import console
-from specdec_fast.cli_options import OUTPUT, TracebackOption
+from specdec_fast.cli_options import OUTPUT, JsonFileOption, TracebackOption
 from specdec_fast.microbench import DTYPES, LAWS, OPS, RULES
 
 __all__ = ["kernels"]
@@ -86,12 +86,7 @@ def kernels(
         bool,
         typer.Option("--resume", rich_help_panel=MEASURED, help="Keep the rows of --json's file, measure the rest."),
     ] = False,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="Write the rows here as JSON."
-        ),
-    ] = None,
+    json_file: JsonFileOption = None,
     markdown: Annotated[
         str | None,
         typer.Option(

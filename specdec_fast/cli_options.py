@@ -15,6 +15,7 @@ __all__ = [
     "DeviceOption",
     "DrafterOption",
     "DtypeOption",
+    "JsonFileOption",
     "LookaheadOption",
     "MaxNewTokensOption",
     "MethodOption",
@@ -98,6 +99,16 @@ LookaheadOption = Annotated[
         rich_help_panel=DECODING,
         show_default=False,
         help="Lookahead: draft tokens a round.",
+    ),
+]
+JsonFileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+        help="Write what is measured here as JSON.",
     ),
 ]
 TemperatureOption = Annotated[

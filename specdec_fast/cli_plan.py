@@ -17,6 +17,7 @@ from specdec_fast.cli_options import (
     DeviceOption,
     DrafterOption,
     DtypeOption,
+    JsonFileOption,
     MethodOption,
     PickleOption,
     RemoteCodeOption,
@@ -74,12 +75,7 @@ def plan(
     repetitions: Annotated[
         int, typer.Option("--repetitions", metavar="N", rich_help_panel=MEASURED, help="How often a pass is timed.")
     ] = 5,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", metavar="FILE", rich_help_panel=OUTPUT, show_default=False, help="Write it here as JSON."
-        ),
-    ] = None,
+    json_file: JsonFileOption = None,
     plot: Annotated[
         str | None,
         typer.Option(

@@ -20,7 +20,9 @@ def how(request, monkeypatch):
     if request.param == "kernel":
         launch = pytest.importorskip("specdec_fast.triton_kernels.launch_attention", reason="no Triton kernels here")
         if not launch.triton.knobs.runtime.interpret:
-            pytest.skip("tensors are on the CPU")
+            pytest.skip(
+                "needs Triton's interpreter: with a GPU the kernel is compiled, and these tensors are on the CPU"
+            )
         monkeypatch.setattr(attention, "why_no_kernel", lambda device, dim: None)
     return request.param
 

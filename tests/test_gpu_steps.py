@@ -69,6 +69,5 @@ def test_the_script_is_sound():
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
     usage = subprocess.run(["bash", SCRIPT], capture_output=True, text=True)
     assert usage.returncode == 2 and "build OUT" in usage.stdout
-    if shutil.which("shellcheck") is None:
-        pytest.skip("shellcheck is not installed")
-    assert subprocess.run(["shellcheck", SCRIPT]).returncode == 0
+    if shutil.which("shellcheck"):
+        assert subprocess.run(["shellcheck", SCRIPT]).returncode == 0

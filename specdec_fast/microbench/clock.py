@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,15 +62,15 @@ class Timing:
         return low, high
 
 
-class Clock:
+class Clock(ABC):
     """Times variants; ``cache`` is the size of the device's last cache in bytes."""
 
     device: torch.device
     cache: int
 
+    @abstractmethod
     def run(self, variants: Sequence[Variant], repetitions: int) -> dict[tuple[str, str], Timing]:
         """Interleaved timings by (name, state)."""
-        raise NotImplementedError
 
     def copies(self, needed: int, whole: int, most: int = 2**30) -> int:
         """Copies of the inputs so that what a call needs is not in the cache.
