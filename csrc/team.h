@@ -4,7 +4,7 @@
 // job, so they are woken once a pass and wait for the next job spinning. The lead needs nobody's
 // help: it takes every piece that nobody else has taken, and waits only for pieces that are being
 // worked on. Where others want the cores as well, a thread may lose its core in the middle of one;
-// a lead that has waited long works alone for a while.
+// a lead that has waited long, in a pass or for its end, works alone for a while.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -29,23 +29,34 @@ class Team {
   static void gather(const Lead& lead) {
     Team team;
     const int64_t size = std::min<int64_t>(torch::stable::get_num_threads(), kMost);
-    if (size < 2 || alone().load(std::memory_order_relaxed) > 0) {
-      if (size > 1) alone().fetch_sub(1, std::memory_order_relaxed);
+    Solitude& solitude = Solitude::shared();
+    if (size < 2 || solitude.left.load(std::memory_order_relaxed) > 0) {
+      if (size > 1) solitude.left.fetch_sub(1, std::memory_order_relaxed);
       lead(team);
       return;
     }
     team.size_ = size;
     const auto begun = Clock::now();
+    auto over = begun;
     torch::stable::parallel_for(0, size, 1, [&](int64_t begin, int64_t) {
       if (begin == 0) {
-        const Over over{team};
+        const Over let_go{team};
         lead(team);
+        over = Clock::now();
       } else {
         team.help(begin);
       }
     });
-    if (team.waited_ > kLong && team.waited_ > (Clock::now() - begun) / 4)
-      alone().store(kAlone, std::memory_order_relaxed);
+    // A thread that has not had a core yet keeps the pass from ending, too
+    const auto end = Clock::now();
+    const auto waited = team.waited_ + (end - over);
+    if (waited > kLong && waited > (end - begun) / 4) {
+      const int passes = solitude.next.load(std::memory_order_relaxed);
+      solitude.left.store(passes, std::memory_order_relaxed);
+      solitude.next.store(std::min(2 * passes, kMostAlone), std::memory_order_relaxed);
+    } else {
+      solitude.next.store(kLeastAlone, std::memory_order_relaxed);
+    }
   }
 
   // Calls piece(i) for every i below count; returns when all are done. A thread takes neighbouring
@@ -77,7 +88,9 @@ class Team {
   using Clock = std::chrono::steady_clock;
   static constexpr int64_t kMost = 64;
   static constexpr auto kLong = std::chrono::milliseconds(1);
-  static constexpr int kAlone = 8;  // passes
+  static constexpr int kLeastAlone = 8;  // passes
+  static constexpr int kMostAlone = 64;
+  static constexpr int kSpins = 1 << 11;  // some tens of microseconds
   static constexpr uint32_t kOver = 0xffffffff;
 
   struct Over {  // lets the others go, also where the lead throws
@@ -90,10 +103,16 @@ class Team {
         next;  // epoch and first piece not taken: late threads take none of a new job
   };
 
-  static std::atomic<int>& alone() {
-    static std::atomic<int> passes{0};
-    return passes;
-  }
+  // Passes that a lead makes alone: twice as many each time that company was slow again
+  struct Solitude {
+    std::atomic<int> left{0};
+    std::atomic<int> next{kLeastAlone};
+
+    static Solitude& shared() {
+      static Solitude solitude;
+      return solitude;
+    }
+  };
 
   static uint64_t word(uint32_t epoch, int64_t piece) {
     return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>(piece);
@@ -102,7 +121,7 @@ class Team {
   int64_t begin(int64_t thread, int64_t count) const { return count * thread / size_; }
 
   static void wait(int& spins) {
-    if (++spins < 1 << 14) {
+    if (++spins < kSpins) {
 #if defined(__x86_64__)
       _mm_pause();
 #endif

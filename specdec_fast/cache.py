@@ -134,6 +134,13 @@ class RaggedCache:
         self.ragged = [RaggedLayer(self.window) for _ in range(self.layer_count)]
         self.cache = Cache(layers=list(self.ragged))
 
+    def repeat(self, source: list[int], target: list[int], columns: int) -> None:
+        """Copies the first columns of some rows to others, pair by pair."""
+        for layer in self.ragged:
+            for buffer in (layer.keys, layer.values):
+                if layer.is_initialized and buffer is not None:
+                    buffer[target, :, :columns] = buffer[source, :, :columns]
+
 
 def ragged_layers(config: Any) -> int | None:
     """How many cache layers a model of this configuration needs, None where one of them is not attention.

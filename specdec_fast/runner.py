@@ -22,6 +22,8 @@ __all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
 
 Head = Callable[[Tensor], Tensor]
 
+WORTH_COPYING = 16  # tokens that need no pass of their own: fewer do not pay for cutting a pass in two
+
 
 class Runner:
     """Feeds tokens of ``rows`` rows to a model, each row at its own column, and keeps what it computed.
@@ -125,6 +127,8 @@ class Runner:
             tokens = tokens.clamp(0, self.vocabulary - 1)
         if not self.use_cache:
             tokens, count = self._with_history(rows, tokens, count)
+        elif embeds is None and self.joint and len(rows) > 1 and not any(self.length[row] for row in rows):
+            tokens, count = self._read_once(rows, tokens, list(count), max(tail))
         if self.prefill_chunk and tokens.shape[1] > self.prefill_chunk and embeds is None:
             done = min(count) - max(tail)
             for first in range(0, done, self.prefill_chunk):
@@ -169,6 +173,26 @@ class Runner:
     def advance(self, row: int, columns: int) -> None:
         """Keeps so many of the columns that :meth:`steps` has fed to a row."""
         self.length[row] += columns
+
+    def _read_once(self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: int) -> tuple[Tensor, list[int]]:
+        """Reads prompts that several empty rows begin with once and copies their columns; returns what is left."""
+        columns = min(count) - tail
+        if columns < 1:
+            return tokens, count
+        same = tokens[:, :columns]
+        if self._visible is not None:
+            same = torch.cat([same, self._visible[list(rows)].long()], 1)
+        first: dict[tuple[int, ...], int] = {}
+        source = [first.setdefault(tuple(text), r) for r, text in enumerate(same.tolist())]
+        others = [r for r, s in enumerate(source) if s != r]
+        if len(others) * columns < WORTH_COPYING:
+            return tokens, count
+        some = sorted(first.values())
+        self.feed([rows[r] for r in some], tokens[some, :columns], [columns] * len(some), [1] * len(some))
+        self._units[0][1].repeat([rows[source[r]] for r in others], [rows[r] for r in others], columns)
+        for r in others:
+            self.length[rows[r]] = columns
+        return tokens[:, columns:], [c - columns for c in count]
 
     def _with_history(self, rows: Sequence[int], tokens: Tensor, count: Sequence[int]) -> tuple[Tensor, list[int]]:
         """Puts all earlier tokens of the rows in front and forgets their cached columns."""
