@@ -10,6 +10,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST          the architectures, as torch writes them
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -41,6 +42,12 @@ def version():
     public = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)[1]
     release = toolchain.wanted_release()
     return public + (f"+cu{release.replace('.', '')}" if release else "")
+
+
+def fingerprint():
+    """Of all sources; `specdec_fast/native.py` computes it again where the package lies beside them."""
+    files = [*toolchain.ROOT.glob("csrc/*.[ch]*"), *toolchain.ROOT.glob("kernels/cuda/*.cu*")]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
 
 
 def extensions(**parts):
@@ -91,6 +98,7 @@ class BestEffortBuild(BuildExtension):
             "python": platform.python_version(),
             "torch": str(torch.__version__) if torch else None,
             "cuda": self.cuda,
+            "sources": fingerprint(),
             "failed": {name.rpartition(".")[2]: reason for name, reason in self.reasons.items()},
         }
         (folder / "_build_info.json").write_text(json.dumps(record, indent=2) + "\n")

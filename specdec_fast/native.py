@@ -1,15 +1,19 @@
 """Loading of the compiled parts, once, and the reasons why one is missing.
 
 A missing binary costs speed, never a feature: nothing is warned about at import, and `status` says
-what is there. SPECDEC_FAST_DISABLE_NATIVE=1 forces the Python implementations.
+what is there. One that is older than the sources beside it, in a checkout, is not loaded, and that is warned
+about. SPECDEC_FAST_DISABLE_NATIVE=1 forces the Python implementations.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib
 import json
 import os
 import threading
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +23,7 @@ import torch
 __all__ = ["disabled", "load_ops", "load_text", "status"]
 
 DISABLE = "SPECDEC_FAST_DISABLE_NATIVE"
+STALE = "built from other sources than csrc/ holds now: `pip install --no-build-isolation -e .` builds it again"
 
 _PACKAGE = Path(__file__).parent
 _UNBUILT = {
@@ -78,6 +83,8 @@ def _load(name: str, load: Any) -> ModuleType | None:
                 _reasons[name] = f"disabled by {DISABLE}"
             else:
                 try:
+                    if _stale():
+                        raise _Absent(STALE)
                     _modules[name] = load()
                 except _Absent as absent:
                     _reasons[name] = _build_reason(name) or str(absent)
@@ -105,6 +112,20 @@ def _register(name: str) -> ModuleType:
     module = ModuleType(name)  # stands for the library, which is no Python module
     module.__file__ = str(path)
     return module
+
+
+@functools.cache
+def _stale() -> bool:
+    """Whether the binaries of a checkout were built from other sources than it holds; warns once."""
+    root, record = _PACKAGE.parent, _build_record()
+    if record is None or not (root / "csrc" / "building.py").exists():
+        return False
+    files = [*root.glob("csrc/*.[ch]*"), *root.glob("kernels/cuda/*.cu*")]
+    now = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    if record.get("sources") == now:
+        return False
+    warnings.warn(f"specdec_fast runs without its compiled parts: they were {STALE}", RuntimeWarning, stacklevel=2)
+    return True
 
 
 def _build_reason(name: str) -> str | None:

@@ -1,5 +1,6 @@
 """The compiled parts: loading, doing without them, the n-gram index, and device compilation."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -158,6 +159,28 @@ def test_a_missing_or_broken_binary_is_silent_and_explained(tmp_path):
     assert "OSError" in status["_ops_cpu"]["reason"]
     without = "this torch is built without CUDA"
     assert ("OSError" if torch.version.cuda else without) in status["_ops_cuda"]["reason"]
+
+
+def test_binaries_of_other_sources_are_not_loaded_and_said_to_be(tmp_path):
+    package = tmp_path / "specdec_fast"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (tmp_path / "csrc").mkdir()
+    for name in ("csrc/building.py", "csrc/ops.cpp", "specdec_fast/native.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    (package / "_ops_cpu.so").write_text("not a shared object")
+    sources = hashlib.sha256((ROOT / "csrc" / "ops.cpp").read_bytes()).hexdigest()
+    script = (
+        f"import sys, json; sys.path.insert(0, {str(tmp_path)!r});"
+        "sys.meta_path = [finder for finder in sys.meta_path if 'ditable' not in repr(finder)];"
+        "from specdec_fast import native; print(json.dumps(native.status()))"
+    )
+    for built_from, stale in ((sources, False), ("others", True)):
+        (package / "_build_info.json").write_text(json.dumps({"failed": {}, "sources": built_from}))
+        done = run_python(script, SPECDEC_FAST_DISABLE_NATIVE="0")
+        assert done.returncode == 0, done.stderr
+        assert ("RuntimeWarning" in done.stderr) is stale
+        assert ("other sources" in json.loads(done.stdout)["_ops_cpu"]["reason"]) is stale
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
