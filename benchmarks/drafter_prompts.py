@@ -50,7 +50,7 @@ universities|volunteering
 """)
 
 CHARACTERS = listed("""
-a young fox|an old lighthouse keeper|a lonely robot|a girl who can talk to birds|two brothers|a retired detective
+a young fox|an old ferryman|a lonely robot|a girl who can talk to birds|two brothers|a retired detective
 a lost astronaut|a village baker|a shy dragon|a curious cat|a street musician|a clockmaker|a night nurse
 a travelling salesman|a little boat|a wise owl|a young scientist|a forgotten king|a brave mouse
 a painter who lost her colours|a librarian|a time traveller|a farmer and his donkey|a pair of twins|a ghost
@@ -79,6 +79,107 @@ ROLES = listed("""
 a doctor|a history teacher|a tour guide|a chef|a pirate|a physicist|a gardener|a career coach|a detective
 a medieval knight|a film critic|a software engineer|a mathematician|a farmer|an economist|a children's book author
 a sports coach|a philosopher|a weather reporter
+""")
+
+GOALS = listed("""
+save money on groceries|sleep better at night|stay motivated at work|make new friends|prepare for a job interview
+learn to play an instrument|write a good cover letter|cook dinner for six people|start a small business
+grow herbs indoors|train a puppy|plan a wedding|move to another country|write a novel|give a good presentation
+pass a driving test|reduce plastic waste|lose weight in a healthy way|build a website|fix a leaking tap|choose a laptop
+paint a room|read more books|stop procrastinating|deal with a difficult boss|ask for a raise|help a shy child
+organise a birthday party|study for a maths exam|improve my handwriting|remember people's names|keep a budget
+pack for a long trip|clean a kitchen|start running|stretch before exercise|drink more water|eat less sugar
+meditate every day|take better photographs|write a thank-you note|apologise to a friend|handle criticism
+lead a team meeting|hire the right people|sell a used car|launch a product|find customers|write a business plan
+manage a remote team|set goals for the year|make a decision|negotiate a contract|invest a small amount of money
+prepare for retirement|buy a house|rent out a room|insulate a roof|repair a bicycle tyre|care for an elderly parent
+teach a child to read|run a book club|host a dinner|brew good coffee|make a vegetable soup|roast a chicken
+plan meals for a week|store food safely|sharpen a knife|decorate a small flat|survive a power cut
+protect my data online|choose a strong password|back up my files|speed up an old computer|learn to program
+write clean code|review a colleague's code|design a database|prepare for a marathon|swim faster|improve my posture
+overcome stage fright|write a speech|tell a good joke|start a garden|compost at home|attract birds|travel cheaply
+visit a museum with children|behave at a formal dinner|write a complaint|resolve a conflict at work|conduct a survey
+read a scientific paper|write an abstract|take notes in a lecture|cite sources|work with a tutor
+""")
+
+WHYS = listed("""
+why leaves change colour in autumn|why we yawn|how airplanes stay in the air|why the sea is salty|how rainbows form
+why cats purr|how a microwave heats food|why ice floats|how the heart pumps blood|why we have seasons|how tides work
+how a refrigerator works|why onions make us cry|how bees make honey|how a camera works|why metals conduct heat
+how earthquakes happen|how a vaccine works|why time zones exist|how banks make money|why prices rise
+how a bill becomes a law|why empires fall|how writing was invented|why people migrate|how cities grow|why languages die
+how music affects mood|how habits form|why we forget|how trust is built|why teams fail|how companies set prices
+why some products succeed|how the moon affects the Earth|how stars are born|how computers store numbers
+how a search engine works|how GPS works|how memory works in a computer|why code needs tests
+how encryption keeps a message secret|how spam filters work|how plants drink water|why some animals hibernate
+how birds find their way|how whales breathe|how the eye sees colour|how muscles grow|why we need vitamins
+how antibiotics kill bacteria|why stress harms the body|how children learn to speak|how paper is recycled
+how steel is made|how cheese is made|how glass is blown|how a dam produces power|how a bridge carries load
+how elections work|why the Second World War began|how the pyramids were built|why the Berlin Wall fell
+how railways changed trade
+""")
+
+SUBJECTS = listed("""
+the moon landing|the fall of Constantinople|the Black Death|the American Civil War|the Russian Revolution|the Vikings
+the Ottoman Empire|the Aztecs|the Inca road system|the Ming dynasty|samurai|the suffragettes|the Great Depression
+the European Union|the United Nations|colonialism|the slave trade|the space race|the invention of the telephone
+Marie Curie|Leonardo da Vinci|Isaac Newton|Ada Lovelace|Charles Darwin|Cleopatra|Julius Caesar|Nelson Mandela
+Mahatma Gandhi|Beethoven|Frida Kahlo|Vincent van Gogh|Jane Austen|Homer's Odyssey|Don Quixote|Greek tragedy
+Impressionism|Gothic cathedrals|folk music|hip hop|ballet|anime|science fiction|fairy tales|myths|epic poetry
+customer service|a marketing strategy|brand identity|supply chains|corporate culture|outsourcing|a merger|cash flow
+bookkeeping|a pricing model|market research|e-commerce|advertising|monopolies|trade unions|minimum wage|globalisation
+tourism|public transport|urban planning|housing costs|food waste|water shortage|air pollution|overfishing|wildfires
+hurricanes|glaciers|wetlands|rainforests|endangered species|zoos|animal testing|organic farming|genetic engineering
+stem cells|the human genome|cancer|diabetes|allergies|the flu|mental health|anxiety|depression|addiction|ageing
+pregnancy|first aid|physical therapy|dentistry|eyesight|hearing|the nervous system|the liver|bones|the skin|parenting
+divorce|grandparents|school uniforms|homework|online learning|bullying|exams|scholarships|apprenticeships|immigration
+citizenship|the police|prisons|juries|freedom of speech|censorship|journalism|propaganda|advertising to children
+smartphones|wearable devices|virtual reality|3D printing|drones|blockchain|the Internet of Things|quantum computers
+robot surgery|electric bikes|high-speed rail|space stations|comets|galaxies|the Big Bang|dark matter|the ozone layer
+greenhouse gases|gold|diamonds|salt|cotton|silk|rubber|oil|coal|wood|steel|concrete|plastic|bamboo|sugar|rice|wheat
+potatoes|spices
+""")
+
+WORLD = listed("""
+The house had been empty for years, but that night a light was on.|It was the last day of summer.
+Nobody in the village had ever seen snow.|The letter arrived forty years too late.
+My brother never told me about the map.|The train stopped where there was no station.
+She opened the box and the room went quiet.|I woke up and could read minds.
+The robot asked a question nobody had programmed.|On the third day the river began to sing.
+The king had lost his voice.|There was one rule in the library, and Leo had just broken it.
+The dog came home with a stranger's hat.
+""")
+
+LIMITS = listed("""
+Keep it short.|Use simple language.|Use bullet points.|Answer in one paragraph.|Give examples.|Explain your reasoning.
+Be specific.|Write at least three paragraphs.|Use numbered steps.|Keep a friendly tone.|Answer in under 100 words.
+""")
+
+CHAT = listed("""
+Give me {n} tips to {g}.|How do I {g}?|How can I {g}? {z}|What is the best way to {g}?
+I want to {g}. What should I do first?|Write a step-by-step guide: how to {g}.
+What mistakes do people make when they try to {g}?|Make a checklist for someone who wants to {g}.
+Write a blog post called "How to {g}".|My friend wants to {g}. What would you advise?|Is it hard to {g}? {z}
+Explain {w}.|Explain {w}. {z}|Can you tell me {w}?|I never understood {w}. Help me.|Explain to a child {w}.
+Write a short article that explains {w}.|In a few sentences, {w}?|Describe {s}.|Tell me about {s}. {z}
+What is {s} known for?|Write an essay about {s}.|Write the introduction of an essay about {s}.
+Discuss the effects of {s} on society.|Summarise the history of {s}.|List {n} facts about {s}.
+Give me {n} arguments for and against {s}.|What are the pros and cons of {s}?|How do {s} and {t} relate?
+Compare {s} with {t}. {z}|Write a speech about {s}.|Write a poem about {s}.|Write a song about {s}.
+Explain the main causes and consequences of {s}.|What would {r} say about {s}?
+Act as {r}. I ask you: what do you think of {s}?|You are {r}. Give me advice: I want to {g}.|You are {r}. Explain {w}.
+Imagine you are {c}. Tell me about your day.|Write a story that begins with: "{y}"
+Write a short story with this first sentence: {y}|Continue this story. {y}|Write a scene between {c} and {d} {l}.
+Write a fable about {c} and {d}. End with a lesson.|Describe a character: {c} {l}. {z}|Write a letter from {c} to {d}.
+Write a newspaper report about {c} {l}.|Write a diary entry of {c}.|Tell me a bedtime story about {c}.
+Write a review of a book about {s}.|Write a lesson plan about {s} for a class of teenagers.
+Suggest {n} project ideas about {s}.|Write {n} discussion questions about {s}.|Give me {n} titles for a talk on {s}.
+Brainstorm {n} ideas for a podcast about {t}.|Write an email to {p}: I want to {g}.|Write a message to {p} {m}. {z}
+Write a formal letter to {p} {m}.|Plan a weekend for a family that likes {t}.
+Make a weekly schedule for someone who wants to {g}.|Create a quiz about {s}.
+What is the difference between {t} and {u}?|Define {t} and give an example.|What are the key concepts of {t}? {z}
+Why do people care about {s}?|What can we learn from {s}?|What is the future of {t}?|How does {t} affect {u}?
+Write a tweet about {t}.|Write a slogan and a short advertisement for something to do with {t}.
 """)
 
 ABOUT = listed("""
@@ -132,11 +233,11 @@ checks whether two words are anagrams|capitalises every second letter|removes pu
 finds the longest word of a sentence|converts snake_case to camelCase|converts Roman numerals to integers
 converts an integer to binary without bin()|validates an email address|validates a password
 parses a line of a CSV file|parses key=value pairs into a dictionary
-formats a number of seconds as hours, minutes and seconds|computes the n-th Fibonacci number with memoisation
+formats a number of seconds as hours, minutes and seconds|computes the n-th triangular number
 computes the factorial of n|checks whether a year is a leap year|converts Celsius to Fahrenheit
 computes the area of a circle|computes compound interest|computes the distance between two points
 merges two sorted lists|merges two dictionaries|inverts a dictionary|sorts a dictionary by value|flattens a dictionary
-implements a stack|implements a queue with two stacks|implements bubble sort|implements quicksort
+implements a priority queue|implements a ring buffer|implements bubble sort|implements quicksort
 implements merge sort|implements a binary search tree|traverses a graph breadth first|finds a path through a maze
 transposes a matrix|multiplies two matrices|reads a JSON file and prints its keys
 downloads a page and counts its links|lists the files of a folder by size|renames files in a folder
@@ -250,7 +351,7 @@ def word_problem(rng: random.Random) -> str:
 
 
 def stream(seed: int, paragraphs: list[str], excluded: Overlap) -> Iterator[Prompt]:
-    """Prompts for ever: about 42 % chat about topics, 8 % arithmetic, 30 % chat about code, 20 % plain text."""
+    """Prompts for ever: about 60 % chat about topics, 6 % arithmetic, 21 % chat about code, 13 % plain text."""
     rng = random.Random(seed)
     functions = python_functions(standard_library())
     small_words = {"the", "a", "of", "in", "whether", "and", "to"}
@@ -278,24 +379,27 @@ def stream(seed: int, paragraphs: list[str], excluded: Overlap) -> Iterator[Prom
 
     def make() -> Prompt:
         kind = rng.random()
-        if kind < 0.36:
+        if kind < 0.54:
             t, u = rng.sample(TOPICS, 2)
-            fill = {"t": t, "u": u, "c": rng.choice(CHARACTERS), "l": rng.choice(PLACES), "p": rng.choice(PEOPLE),
-                    "m": rng.choice(MATTERS), "r": rng.choice(ROLES)}  # fmt: skip
-            return Prompt(rng.choice(ABOUT).format(**fill), True)
-        if kind < 0.42:
+            c, d = rng.sample(CHARACTERS, 2)
+            fill = {"t": t, "u": u, "c": c, "d": d, "l": rng.choice(PLACES), "p": rng.choice(PEOPLE),
+                    "m": rng.choice(MATTERS), "r": rng.choice(ROLES), "g": rng.choice(GOALS), "w": rng.choice(WHYS),
+                    "s": rng.choice(SUBJECTS), "y": rng.choice(WORLD), "z": rng.choice(LIMITS),
+                    "n": rng.choice(["three", "four", "five", "six", "seven", "ten"])}  # fmt: skip
+            return Prompt(rng.choice(CHAT if rng.random() < 0.7 else ABOUT).format(**fill), True)
+        if kind < 0.60:
             return Prompt(rng.choice(PASSAGE).replace("\\n", "\n").format(x=passage()), True)
-        if kind < 0.50:
+        if kind < 0.66:
             return Prompt(word_problem(rng), True)
-        if kind < 0.62:
+        if kind < 0.74:
             return Prompt(rng.choice(CODE).format(d=task()), True)
-        if kind < 0.72:
+        if kind < 0.82:
             head = rng.choice(functions)[0] if rng.random() < 0.4 else synthetic_header()
             ask = rng.choice(["Complete this function:", "Complete the following Python function.", "Finish this code:",
                               "Write the body of this function:"])  # fmt: skip
             fence = rng.choice(["\n\n```python\n{}```", "\n\n{}", "\n```\n{}```"])
             return Prompt(ask + fence.format(head), True)
-        if kind < 0.80:
+        if kind < 0.87:
             whole = rng.choice(functions)[2]
             if len(whole) > 600:
                 return make()
@@ -304,7 +408,7 @@ def stream(seed: int, paragraphs: list[str], excluded: Overlap) -> Iterator[Prom
                               "Make this function simpler:",
                               "Rewrite this function so that it is easier to read:"])  # fmt: skip
             return Prompt(f"{ask}\n\n```python\n{whole}```", True)
-        if kind < 0.93:
+        if kind < 0.95:
             head = rng.choice(functions)[0] if rng.random() < 0.4 else synthetic_header()
             imports = rng.choice(["", "", "from typing import List\n\n\n", "import math\n\n\n", "import re\n\n\n"])
             return Prompt(imports + head, False)

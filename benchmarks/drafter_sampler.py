@@ -1,19 +1,24 @@
 """Batched sampling from a Llama target, with its most probable next tokens kept beside every token.
 
-`model.generate` appends to its cache by copying it, which is half of the time on a CPU, and waits
-for the longest row. Here the cache is written in place and a finished row is refilled at once.
+Rows have lengths of their own and one cache, so a finished row is refilled at once; a step of all rows is one native
+call (``specdec_fast/lean.py``) that reads of each row what it holds, not the longest row's width.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import LlamaForCausalLM
 
+from specdec_fast.cache import RaggedCache
+from specdec_fast.lean import lean_model
+
 __all__ = ["Sample", "sample_stream"]
+
+LANES = 192  # positions of a native pass that fills prompts in
 
 
 @dataclass
@@ -32,76 +37,55 @@ class Sample:
 
 
 class Rows:
-    """Rows of a preallocated KV cache, each with a length of its own."""
+    """Rows of one key-value cache, each with a length of its own.
+
+    Raises:
+        RuntimeError: the model has no native pass here.
+    """
 
     def __init__(self, model: LlamaForCausalLM, batch: int, max_length: int):
-        config = model.config
-        self.model = model
-        self.kv_heads = config.num_key_value_heads
-        self.groups = config.num_attention_heads // self.kv_heads
-        self.head_dim = model.model.layers[0].self_attn.head_dim
-        shape = (config.num_hidden_layers, batch, self.kv_heads, max_length, self.head_dim)
-        self.keys = torch.zeros(shape, dtype=model.dtype)
-        self.values = torch.zeros(shape, dtype=model.dtype)
+        lean = lean_model(model, rounded=False)
+        if lean is None:
+            raise RuntimeError("this model has no native pass: build the package's native code, on a CPU")
+        self.lean = lean
+        self.cache = RaggedCache(batch, model.config.num_hidden_layers)
+        self.cache.window.end = max_length
         self.length = torch.zeros(batch, dtype=torch.long)
-        positions = torch.arange(max_length)[None]
-        cos, sin = model.model.rotary_emb(self.keys, positions)
-        self.cos, self.sin = cos[0], sin[0]  # [max_length, head_dim]
 
-    def prefill(self, rows: list[int], prompts: list[list[int]]) -> Tensor:
-        """Fill `rows` with `prompts`; the logits of the next token, `[len(rows), V]`."""
-        width = max(map(len, prompts))
-        ids = torch.tensor([p + [0] * (width - len(p)) for p in prompts])
-        output = self.model.model(ids, use_cache=True)  # causal: what stands right of a prompt's end is never seen
-        index = torch.tensor(rows)
-        for i, layer in enumerate(output.past_key_values.layers):
-            self.keys[i, index, :, :width] = layer.keys
-            self.values[i, index, :, :width] = layer.values
-        ends = torch.tensor([len(p) for p in prompts])
-        self.length[index] = ends
-        return self.model.lm_head(output.last_hidden_state[torch.arange(len(rows)), ends - 1])
+    def fill(self, rows: list[int], texts: list[list[int]]) -> None:
+        """Begin `rows` with `texts` (of at least one token), less the last token of each, which the next step reads."""
+        width = max(map(len, texts)) - 1
+        ids = torch.tensor([t[:-1] + [0] * (width + 1 - len(t)) for t in texts])
+        window, share = self.cache.window, max(1, LANES // len(rows))
+        window.rows = torch.tensor(rows)
+        for first in range(0, width, share):  # what stands right of a text's end is overwritten before it is seen
+            columns = torch.arange(first, min(first + share, width)).expand(len(rows), -1)
+            self.lean(ids[:, first : first + share], columns, [0] * len(rows), self.cache, [0])
+        window.rows = None
+        self.length[rows] = torch.tensor([len(t) - 1 for t in texts])
 
     def step(self, ids: Tensor) -> Tensor:
-        """Append one token to every row; the logits of the next one, `[B, V]`."""
-        batch = len(ids)
-        rows, at = torch.arange(batch), self.length
-        reach = int(at.max()) + 1
-        mask = (torch.arange(reach)[None] <= at[:, None])[:, None, None]  # [B, 1, 1, reach]
-        mask = torch.zeros(mask.shape, dtype=self.keys.dtype).masked_fill_(~mask, float("-inf"))
-        mask = mask.expand(batch, 1, self.groups, reach)
-        cos, sin = self.cos[at][:, None], self.sin[at][:, None]  # [B, 1, head_dim]
-
-        def rotate(x: Tensor) -> Tensor:
-            half = self.head_dim // 2
-            return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
-
-        h = self.model.model.embed_tokens(ids)
-        for i, layer in enumerate(self.model.model.layers):
-            x, attention = layer.input_layernorm(h), layer.self_attn
-            q = rotate(attention.q_proj(x).view(batch, -1, self.head_dim))
-            self.keys[i, rows, :, at] = rotate(attention.k_proj(x).view(batch, -1, self.head_dim))
-            self.values[i, rows, :, at] = attention.v_proj(x).view(batch, -1, self.head_dim)
-            # The heads that share a key are queries of one attention: [B, kv_heads, groups, head_dim].
-            q = q.view(batch, self.kv_heads, self.groups, self.head_dim)
-            x = F.scaled_dot_product_attention(q, self.keys[i, :, :, :reach], self.values[i, :, :, :reach], mask)
-            h = h + attention.o_proj(x.reshape(batch, -1))
-            h = h + layer.mlp(layer.post_attention_layernorm(h))
-        self.length = at + 1
-        return self.model.lm_head(self.model.model.norm(h))
+        """Append one token to every row; the logits of the next one, `[B, V]` float32."""
+        logits = self.lean(ids[:, None], self.length[:, None], [0] * len(ids), self.cache, [0])
+        self.length += 1
+        return logits[:, 0]
 
 
 def choose(
     logits: Tensor, temperature: Tensor, top_k: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Next tokens `[B]` (temperature 0: the argmax), and the top `[B, K]` ids and probabilities at temperature 1."""
-    logits = logits.float()
     top_logits, top_ids = logits.topk(top_k, -1)
-    top_probs = (top_logits - logits.logsumexp(-1, keepdim=True)).exp()
+    probs = (logits - top_logits[:, :1]).exp_()
+    top_probs = probs.gather(1, top_ids) / probs.sum(-1, keepdim=True)
     tokens = top_ids[:, 0].clone()
-    drawn = temperature > 0
-    if drawn.any():
-        cumulative = (logits[drawn] / temperature[drawn, None]).softmax(-1).cumsum(-1)
-        u = torch.rand(len(cumulative), 1, generator=generator) * cumulative[:, -1:]
+    drawn = (temperature > 0).nonzero()[:, 0]
+    if len(drawn):
+        weights = probs[drawn]
+        cooled = (temperature[drawn] != 1).nonzero()[:, 0]
+        weights[cooled] = weights[cooled].pow_(1 / temperature[drawn][cooled, None])
+        cumulative = weights.cumsum(-1)
+        u = torch.rand(len(drawn), 1, generator=generator) * cumulative[:, -1:]
         tokens[drawn] = torch.searchsorted(cumulative, u).squeeze(1).clamp_(max=logits.shape[1] - 1)
     return tokens, top_ids, top_probs
 
@@ -114,42 +98,47 @@ def sample_stream(
     stop_id: int,
     batch: int = 96,
     refill: int = 8,
+    ahead: int = 64,
     max_prompt: int = 176,
     max_new_tokens: int = 192,
     top_k: int = 12,
     seed: int = 0,
 ) -> Iterator[Sample]:
-    """Yield samples for ever; `prompts` gives (token ids, temperature)."""
+    """Yield samples for ever; `prompts` gives (token ids, temperature).
+
+    `refill` prompts of like length, of the next `ahead`, are filled in at once.
+    """
     generator = torch.Generator().manual_seed(seed)
     cache = Rows(model, batch, max_prompt + max_new_tokens + 1)
-    logits = torch.zeros(batch, model.config.vocab_size, dtype=model.dtype)
     temperature = torch.zeros(batch)
+    last = torch.zeros(batch, dtype=torch.long)
     prompt: list[list[int]] = [[] for _ in range(batch)]
     history: list[list[tuple[int, np.ndarray, np.ndarray]]] = [[] for _ in range(batch)]
     free = list(range(batch))
+    waiting: list[tuple[list[int], float]] = []
+    fitting = ((ids, t) for ids, t in prompts if len(ids) <= max_prompt)
     while True:
         while len(free) >= refill:
-            rows, free = free[:refill], free[refill:]
-            fresh = []
-            for row in rows:
-                while True:
-                    ids, t = next(prompts)
-                    if len(ids) <= max_prompt:
-                        break
+            rows, free = sorted(free[:refill]), free[refill:]
+            if len(waiting) < refill:
+                waiting += islice(fitting, ahead)
+                waiting.sort(key=lambda item: len(item[0]))
+            at = torch.randint(max(1, len(waiting) - refill + 1), (), generator=generator).item()
+            taken, waiting[at : at + refill] = waiting[at : at + refill], []
+            for row, (ids, t) in zip(rows, taken, strict=True):
                 prompt[row], history[row] = ids, []
-                temperature[row] = t
-                fresh.append(ids)
-            logits[rows] = cache.prefill(rows, fresh)
-        tokens, top_ids, top_probs = choose(logits, temperature, top_k, generator)
+                temperature[row], last[row] = t, ids[-1]
+            cache.fill(rows, [ids for ids, _ in taken])
+        cache.length[free] = 0
+        last, top_ids, top_probs = choose(cache.step(last), temperature, top_k, generator)
         listed, ids_np, probs_np = (
-            tokens.tolist(),
+            last.tolist(),
             top_ids.numpy().astype(np.uint16),
             top_probs.numpy().astype(np.float16),
         )
         idle = set(free)
         for row in range(batch):
             if row in idle:
-                cache.length[row] = 0
                 continue
             history[row].append((listed[row], ids_np[row], probs_np[row]))
             if listed[row] == stop_id or len(history[row]) == max_new_tokens:
@@ -159,4 +148,3 @@ def sample_stream(
                     len(prompt[row]), float(temperature[row]), np.stack(a), np.stack(b),
                 )  # fmt: skip
                 free.append(row)
-        logits = cache.step(tokens)

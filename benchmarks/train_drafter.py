@@ -3,6 +3,7 @@
     python train_drafter.py sample    TARGET SAMPLES --prose TEXT... --exclude JSONL...
     python train_drafter.py label     TARGET LABELLED --prose TEXT...
     python train_drafter.py tokenizer TARGET DRAFTER SAMPLES LABELLED
+    python train_drafter.py grow      TARGET DRAFTER OLD SAMPLES
     python train_drafter.py train     TARGET DRAFTER SAMPLES LABELLED
     python train_drafter.py evaluate  TARGET DRAFTER --humaneval JSONL --mtbench JSONL
 
@@ -18,7 +19,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -121,15 +122,17 @@ def label(args: argparse.Namespace) -> None:
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def choose_tokens(target: dict, mass: Counter[str], size: int) -> list[str]:
+def choose_tokens(target: dict, mass: Counter[str], size: int, kept: Iterable[str] = ()) -> list[str]:
     """The `size` tokens (less the specials) of most mass, closed under the target's merges, commonest first.
+
+    Those of `kept`, so closed themselves, are among them.
 
     Closed means: with a token come the tokens that it is merged from. The merges left out never take
     part in a text that has only chosen tokens, so both tokenizers then agree.
     """
     made_of = {a + b: (a, b) for a, b in reversed(target["model"]["merges"])}
     alphabet = sorted({c for token in made_of for c in token} | byte_alphabet())
-    chosen = set(alphabet)
+    chosen = set(alphabet) | set(kept)
 
     def needs(token: str) -> set[str]:
         return set() if token in chosen or len(token) == 1 else {token}.union(*map(needs, made_of[token]))
@@ -162,15 +165,20 @@ def make_tokenizer(target: dict, tokens: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def tokenizer(args: argparse.Namespace) -> None:
-    """Choose the vocabulary by the target's own next-token mass on samples and text."""
-    target = json.loads((args.target / "tokenizer.json").read_text("utf-8"))
+def token_mass(target: dict, args: argparse.Namespace) -> Counter[str]:
+    """What the target's laws give each of its tokens on the samples of `args.data`, and a prior by rank."""
     text = {i: token for token, i in target["model"]["vocab"].items()}
     mass = np.zeros(max(text) + 1)
     for item in load_shards(args.data):
         np.add.at(mass, item.top_ids.ravel(), item.top_probs.ravel().astype(np.float64))
     mass += args.prior / (1 + np.arange(len(mass)))
-    counts = Counter({text[i]: float(m) for i, m in enumerate(mass) if m > 0})
+    return Counter({text[i]: float(m) for i, m in enumerate(mass) if m > 0})
+
+
+def tokenizer(args: argparse.Namespace) -> None:
+    """Choose the vocabulary by the target's own next-token mass on samples and text."""
+    target = json.loads((args.target / "tokenizer.json").read_text("utf-8"))
+    counts = token_mass(target, args)
     for size in sorted({2048, 4096, 6144, args.size, 12288, 16384}):
         chosen = set(choose_tokens(target, counts, size)) | set(SPECIALS)
         covered = sum(m for token, m in counts.items() if token in chosen)
@@ -182,30 +190,79 @@ def tokenizer(args: argparse.Namespace) -> None:
     print(f"{len(made)} tokens, {inside} of them in the target's vocabulary")
 
 
+@torch.no_grad()
+def grow(args: argparse.Namespace) -> None:
+    """Make a drafter with more tokens, and more layers, out of a trained one.
+
+    Old tokens keep their ids and rows. A new token's row is what the linear map that fits the old rows best (least
+    squares over the tokens in both vocabularies) makes of the target's row. New layers add nothing at first.
+    """
+    target = json.loads((args.target / "tokenizer.json").read_text("utf-8"))
+    old_tokenizer = PreTrainedTokenizerFast.from_pretrained(args.old)
+    old = LlamaForCausalLM.from_pretrained(args.old, dtype=torch.float32)
+    ids = old_tokenizer.get_vocab()
+    kept = [token for token in sorted(ids, key=ids.__getitem__) if token not in SPECIALS]
+    chosen = choose_tokens(target, token_mass(target, args), args.size, kept)
+    known = set(kept)
+    new = [token for token in chosen if token not in known]
+    made = make_tokenizer(target, kept + new)
+    made.chat_template = old_tokenizer.chat_template
+    made.save_pretrained(args.out)
+
+    config = LlamaConfig(**old.config.to_dict() | {"num_hidden_layers": old.config.num_hidden_layers + args.add_layers})
+    config.vocab_size = len(made)
+    model = LlamaForCausalLM(config)
+    rows = old.model.embed_tokens.weight
+    model.load_state_dict({k: v for k, v in old.state_dict().items() if v is not rows and v.shape != rows.shape}, False)
+    for layer in model.model.layers[old.config.num_hidden_layers :]:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    table = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.float32).get_input_embeddings().weight
+    table = torch.cat([table, torch.ones(len(table), 1)], 1)
+    place = target["model"]["vocab"]
+    both = [token for token in kept if token in place]
+    fit = torch.linalg.lstsq(table[[place[t] for t in both]], rows[[ids[t] for t in both]]).solution
+    model.model.embed_tokens.weight[: len(rows)] = rows
+    model.model.embed_tokens.weight[len(rows) :] = table[[place[t] for t in new]] @ fit
+    model.save_pretrained(args.out)
+    print(f"{len(rows)} + {len(new)} tokens, {sum(p.numel() for p in model.parameters())} parameters")
+
+
 # --- training ------------------------------------------------------------------------------------
 
 
-class SparseCrossEntropy(torch.autograd.Function):
-    """Sum of −w·log softmax(hidden @ weightᵀ)[ids] for hidden `[N, H]`, weight `[V, H]`, ids and w `[N, K]`.
+class SparseLoss(torch.autograd.Function):
+    """(1 − s)·cross entropy + s·total variation of softmax(hidden @ weightᵀ) to sparse laws, summed over places.
 
-    The gradient is made on the way, a few rows at a time: only its bfloat16 form is ever `[N, V]`.
+    Hidden `[N, H]`, weight `[V, H]`, ids and weights of the laws `[N, K]`, share s. The gradient is made on the way, a
+    few rows at a time: only its bfloat16 form is ever `[N, V]`. The cross entropy alone is the value, whatever s is.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, ids: Tensor, weights: Tensor, share: float) -> Tensor:
         grad = torch.empty(len(hidden), len(weight), dtype=hidden.dtype)
         total = torch.zeros(())
         for h, i, w, out in zip(*(x.split(64) for x in (hidden, ids, weights, grad)), strict=True):
             log_q = (h @ weight.T).log_softmax(-1, dtype=torch.float32)
             total -= (w * log_q.gather(1, i)).sum()
-            out.copy_(log_q.exp_().mul_(w.sum(-1, keepdim=True)).scatter_add_(1, i, -w))
+            q, mass = log_q.exp_(), w.sum(-1, keepdim=True)
+            if share:
+                # Acceptance, the sum of min(p, q), grows with q where q < p alone: its gradient is q·(below − Q),
+                # Q being what q has there. Laws may name a token twice.
+                law = torch.zeros_like(q).scatter_add_(1, i, w)
+                below = (q < law).float().mul_(q).mul_(share)
+                mass = mass * (1 - share) + below.sum(-1, keepdim=True)
+                q.mul_(mass).sub_(below)
+                out.copy_(q.scatter_add_(1, i, w * (share - 1)))
+            else:
+                out.copy_(q.mul_(mass).scatter_add_(1, i, -w))
         ctx.save_for_backward(grad @ weight, grad.T @ hidden)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * scale, grad_weight * scale, None, None
+        return grad_hidden * scale, grad_weight * scale, None, None, None
 
 
 def new_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -239,14 +296,34 @@ def learning_rate(step: int, progress: float, args: argparse.Namespace) -> float
     return args.lr * min(1.0, (step + 1) / args.warmup) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def loss_of(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Summed cross entropy and summed weight of a batch."""
+def learnt(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Final hidden states, and ids and weights of the laws, where a batch has something to learn."""
     hidden = model.model(batch.ids[:, :-1], use_cache=False).last_hidden_state
     weights = batch.law_weights[:, 1:]
-    learnt = weights.sum(-1) > 0
-    weights = weights[learnt]
-    total = SparseCrossEntropy.apply(hidden[learnt], model.lm_head.weight, batch.law_ids[:, 1:][learnt], weights)
-    return total, weights.sum()
+    chosen = weights.sum(-1) > 0
+    return hidden[chosen], batch.law_ids[:, 1:][chosen], weights[chosen]
+
+
+def loss_of(model: LlamaForCausalLM, batch: Batch, share: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Summed loss, `share` of it the total variation, and summed weight of a batch."""
+    hidden, ids, weights = learnt(model, batch)
+    return SparseLoss.apply(hidden, model.lm_head.weight, ids, weights, share), weights.sum()
+
+
+@torch.no_grad()
+def check(model: LlamaForCausalLM, held_out: list[Batch]) -> str:
+    """Cross entropy, expected acceptance and agreement of the most probable token, a place on average."""
+    sums = torch.zeros(4)
+    for batch in held_out:
+        for hidden, ids, weights in zip(*(x.split(256) for x in learnt(model, batch)), strict=True):
+            log_q = (hidden @ model.lm_head.weight.T).log_softmax(-1, dtype=torch.float32)
+            sums[0] -= (weights * log_q.gather(1, ids)).sum()
+            law = torch.zeros_like(log_q).scatter_add_(1, ids, weights)
+            sums[1] += torch.minimum(log_q.exp(), law).sum()
+            sums[2] += (log_q.argmax(-1) == law.argmax(-1)).sum()
+            sums[3] += len(hidden)
+    loss, accepted, agreed = (sums[:3] / sums[3]).tolist()
+    return f"loss {loss:.4f}, acceptance {accepted:.4f}, same first choice {agreed:.4f}"
 
 
 def train(args: argparse.Namespace) -> None:
@@ -265,16 +342,18 @@ def train(args: argparse.Namespace) -> None:
         texts.extend(translation(item, 0.0) for item in load_shards([args.labelled], known))
 
     load()
-    excluded = Overlap(evaluation_texts(args.exclude))
-    plain = plain_texts([*standard_library(), *args.prose], tokenizer, excluded, k=held_out[0].law_ids.shape[1])
+    plain: list[Tokens] = []
+    if args.text_share:
+        excluded = Overlap(evaluation_texts(args.exclude))
+        plain = plain_texts([*standard_library(), *args.prose], tokenizer, excluded, k=held_out[0].law_ids.shape[1])
     named = {"samples": samples, "held out": held_out, "labelled texts": texts, "plain texts": plain}
     for name, items in named.items():
         print(f"{name}: {len(items)} items, {sum(len(i.ids) for i in items)} drafter tokens", flush=True)
 
-    model = new_model(args, tokenizer)
     if args.init:
-        model.load_state_dict(torch.load(args.init))
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32)
     else:
+        model = new_model(args, tokenizer)
         begin_with_target_embeddings(model, args.target, translation)
     print(f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
     # The optimizer's weights stay in float32; the model computes in bfloat16.
@@ -290,6 +369,7 @@ def train(args: argparse.Namespace) -> None:
     )
     sources = [batches(items, args.batch, rng) for items in (samples, texts, plain)]
     checks = list(islice(batches(held_out, args.batch, random.Random(0), 0.0), 8))
+    print(f"held-out samples at first: {check(model, checks)}", flush=True)
     start, next_save = time.time(), args.save_every / args.minutes
     step, tokens, running, running_weight = 0, 0, 0.0, 0.0
     while (progress := (time.time() - start) / (60 * args.minutes)) < 1:
@@ -297,7 +377,7 @@ def train(args: argparse.Namespace) -> None:
             group["lr"] = learning_rate(step, progress, args)
         share = args.text_share * (1 - progress)
         batch = next(rng.choices(sources, [1 - share, share / 3, share * 2 / 3])[0])
-        total, weight = loss_of(model, batch)
+        total, weight = loss_of(model, batch, args.variation * progress)
         (total / weight).backward()
         for name, p in model.named_parameters():
             master[name].grad, p.grad = p.grad.float(), None
@@ -310,11 +390,9 @@ def train(args: argparse.Namespace) -> None:
         tokens += batch.ids.numel()
         running, running_weight = running + total.item(), running_weight + weight.item()
         if step % args.log == 0:
-            with torch.no_grad():
-                check, mass = (sum(x) for x in zip(*(loss_of(model, b) for b in checks), strict=True))
             print(
                 f"step {step}, {tokens} tokens, {time.time() - start:.0f} s: loss {running / running_weight:.4f}, "
-                f"held-out samples {check / mass:.4f}", flush=True,
+                f"held-out samples: {check(model, checks)}", flush=True,
             )  # fmt: skip
             running = running_weight = 0.0
         if progress > next_save:  # samples may still be arriving
@@ -323,7 +401,8 @@ def train(args: argparse.Namespace) -> None:
             next_save += args.save_every / args.minutes
     model.save_pretrained(args.out)
     if args.keep:
-        torch.save(master | {"lm_head.weight": master["model.embed_tokens.weight"]}, args.keep)
+        model.float().load_state_dict(master | {"lm_head.weight": master["model.embed_tokens.weight"]})
+        model.save_pretrained(args.keep)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -426,14 +505,21 @@ def main() -> None:
     p.add_argument("--size", type=int, default=8192)
     p.add_argument("--prior", type=float, default=3000.0, help="this over the token's rank is added to its mass")
 
+    p = command(grow)
+    p.add_argument("old", type=Path, help="folder of the trained drafter")
+    p.add_argument("data", type=Path, nargs="+", help="folders of shards")
+    p.add_argument("--size", type=int, default=12288, help="tokens in all")
+    p.add_argument("--add-layers", type=int, default=0)
+    p.add_argument("--prior", type=float, default=3000.0, help="this over the token's rank is added to its mass")
+
     p = command(train)
     p.add_argument("samples", type=Path)
     p.add_argument("labelled", type=Path)
     p.add_argument("--prose", type=Path, nargs="*", default=[], help="text files, beside the standard library")
     p.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSON lines whose texts nothing may repeat")
     p.add_argument("--save-every", type=float, default=6, help="minutes between saves; new shards are read as well")
-    p.add_argument("--init", type=Path, help="weights to go on from")
-    p.add_argument("--keep", type=Path, help="where to keep the float32 weights")
+    p.add_argument("--init", type=Path, help="folder of a model to go on from")
+    p.add_argument("--keep", type=Path, help="folder for the float32 weights")
     p.add_argument("--hidden", type=int, default=256)
     p.add_argument("--layers", type=int, default=3)
     p.add_argument("--heads", type=int, default=4)
@@ -445,6 +531,7 @@ def main() -> None:
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--text-share", type=float, default=0.6, help="of other text than samples; falls to 0")
     p.add_argument("--prompt-weight", type=float, default=0.0, help="of the prompts' tokens in the loss")
+    p.add_argument("--variation", type=float, default=0.0, help="share of the total variation in the loss at the end")
     p.add_argument("--log", type=int, default=40)
 
     p = command(evaluate)
