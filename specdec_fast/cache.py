@@ -29,6 +29,7 @@ class Window:
         columns: ``[R, n]`` int64, None where every row writes at ``start``.
         end: columns the attention sees: one more than the last written.
         total_rows: rows of the whole cache.
+        most: columns that no row grows beyond, 0: unknown. Buffers are made no longer without need.
     """
 
     rows: Tensor | None = None
@@ -36,6 +37,7 @@ class Window:
     columns: Tensor | None = None
     end: int = 0
     total_rows: int = 0
+    most: int = 0
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -90,7 +92,10 @@ class RaggedLayer(CacheLayerMixin):
     def _grown(self, buffer: Tensor, end: int) -> Tensor:
         if end <= buffer.shape[2]:
             return buffer
-        grown = self._empty(buffer, max(end, buffer.shape[2] * 3 // 2) + GROWTH)
+        size = max(end, buffer.shape[2] * 3 // 2) + GROWTH
+        if end <= self.window.most:
+            size = min(size, self.window.most)
+        grown = self._empty(buffer, size)
         grown[:, :, : buffer.shape[2]] = buffer
         return grown
 

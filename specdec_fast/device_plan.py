@@ -72,7 +72,15 @@ class Call:
     def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
         """The target as it is."""
         chunk = self.prefill_chunk
-        return Runner(model, rows, visible=self.visible, use_cache=self.use_cache, prefill_chunk=chunk, lean=lean)
+        return Runner(
+            model,
+            rows,
+            visible=self.visible,
+            use_cache=self.use_cache,
+            prefill_chunk=chunk,
+            lean=lean,
+            most=self.longest,
+        )
 
 
 def open_session(

@@ -41,6 +41,7 @@ class Runner:
         head: replaces the model's LM head: maps ``[.., H]`` final hidden states to logits.
         joint: whether rows share a forward pass; None: find out.
         lean: takes the model's place in short passes, where padding is on the left; its logits are those of ``head``.
+        most: how many columns a row can come to have, 0: unknown.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Runner:
         head: Head | None = None,
         joint: bool | None = None,
         lean: LeanModel | None = None,
+        most: int = 0,
     ):
         self.model = model
         self.rows = rows
@@ -80,6 +82,8 @@ class Runner:
             joint = rows == 1 or supports_ragged_batches(model)
         groups = [list(range(rows))] if joint else [[row] for row in range(rows)]
         self._units = self._make_caches(groups, layers)
+        for _, unit in self._units:
+            unit.window.most = most
 
     def _make_caches(self, groups: list[list[int]], layers: int) -> list[tuple[list[int], RaggedCache]]:
         return [(group, RaggedCache(len(group), layers)) for group in groups]

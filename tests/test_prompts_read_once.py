@@ -104,3 +104,11 @@ def test_returned_sequences_of_one_prompt_are_those_of_generate(prefill_chunk, c
         compile=compiled, **both,
     )  # fmt: skip
     assert torch.equal(own, plain)
+
+
+def test_a_cache_grows_no_longer_than_the_longest_text():
+    runner = Runner(model(), 3, most=40)
+    runner.feed(range(3), ids(3, 25), [25] * 3, [1] * 3)
+    assert {layer.room for _, unit in runner.caches for layer in unit.ragged} == {40}
+    runner.feed(range(3), ids(3, 18), [18] * 3, [1] * 3)  # what was said does not hold: it grows all the same
+    assert all(layer.room > 43 for _, unit in runner.caches for layer in unit.ragged)
