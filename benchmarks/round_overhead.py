@@ -61,14 +61,26 @@ class Clock:
 
         return timed
 
+    def reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """An operation that passes and choosing share: what its report says of passes, in nanoseconds, counts."""
+
+        def read(*arguments: Any) -> Any:
+            result = function(*arguments)
+            self.seconds += 1e-9 * int(result[-1][-1])
+            return result
+
+        return read
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Times the forward of Llama models and the native operation."""
-        native = getattr(torch.ops.specdec_fast, "llama_forward", None)
+        """Times the forward of Llama models and the native operations."""
+        ops = torch.ops.specdec_fast
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(LlamaForCausalLM, "forward", self.wrap(LlamaForCausalLM.forward)))
-            if native is not None:
-                stack.enter_context(mock.patch.object(torch.ops.specdec_fast, "llama_forward", self.wrap(native)))
+            passes = (("llama_forward", self.wrap), ("llama_read", self.wrap), ("llama_draft", self.reading))
+            for name, counted in passes:
+                if (native := getattr(ops, name, None)) is not None:
+                    stack.enter_context(mock.patch.object(ops, name, counted(native)))
             yield
 
 

@@ -19,7 +19,7 @@
 #include <mutex>
 #include <vector>
 
-#include "llama_pass.h"
+#include "llama_model.h"
 
 namespace {
 
@@ -28,6 +28,7 @@ using specdec::Form;
 using specdec::Inputs;
 using specdec::kSide;
 using specdec::Lanes;
+using specdec::Llama;
 using specdec::Matrix;
 using specdec::Pass;
 using specdec::PassKernels;
@@ -81,32 +82,19 @@ Matrix matrix_of(const Tensor& weight, const Tensor& scale, const Tensor& offset
   return matrix;
 }
 
-// What does not change from pass to pass, and the tensors it points into
-struct Model {
-  std::vector<Tensor> kept;
-  std::vector<Matrix> matrices;  // seven a layer, and the head
-  std::vector<int64_t> windows;
-  const void* embedding;
-  bool half;  // the embedding's type
-  int64_t vocabulary, hidden, inner, layers;
-  const float *norms, *head_norms;
-  Shape shape;
+}  // namespace
 
-  void embed(int64_t token, float* out) const {
-    const int64_t at = token * hidden;
-    for (int64_t h = 0; h < hidden; ++h) {
-      out[h] = half ? widen(static_cast<const uint16_t*>(embedding)[at + h])
-                    : static_cast<const float*>(embedding)[at + h];
-    }
+namespace specdec {
+
+void Llama::embed(int64_t token, float* out) const {
+  const int64_t at = token * hidden;
+  for (int64_t h = 0; h < hidden; ++h) {
+    out[h] = half ? widen(static_cast<const uint16_t*>(embedding)[at + h])
+                  : static_cast<const float*>(embedding)[at + h];
   }
+}
 
-  // Logits of the asked lanes: [asked, vocabulary of the head]
-  void run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
-           const std::vector<Stored>& caches, const float* turns, const std::vector<int64_t>& asked,
-           float* logits) const;
-};
-
-void Model::run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
+void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
                 const std::vector<Stored>& caches, const float* turns,
                 const std::vector<int64_t>& asked, float* logits) const {
   const Pass pass(team, kernels, shape, lanes);
@@ -144,16 +132,44 @@ void Model::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
   pass.apply({&matrices.back()}, inputs.of(form, normal.data(), last, hidden), logits, last);
 }
 
+std::vector<Stored> Llama::caches(const std::vector<Tensor>& keys,
+                                  const std::vector<Tensor>& values, int64_t highest_row,
+                                  int64_t highest_column) const {
+  STD_TORCH_CHECK(static_cast<int64_t>(keys.size()) == layers && values.size() == keys.size(),
+                  "llama: keys and values of every layer");
+  std::vector<Stored> found;
+  for (int64_t l = 0; l < layers; ++l) {
+    const Tensor &key = keys[l], &value = values[l];
+    const ScalarType stored = key.scalar_type();
+    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::BFloat16,
+                    "llama: caches are float32 or bfloat16");
+    check(key, stored, "a cache");
+    check(value, stored, "a cache");
+    STD_TORCH_CHECK(highest_row < key.size(0) && highest_column < key.size(2) &&
+                        key.size(1) == shape.kv_heads && key.size(3) == shape.dim &&
+                        value.size(0) == key.size(0) && value.size(1) == shape.kv_heads &&
+                        value.size(2) == key.size(2) && value.size(3) == shape.dim,
+                    "llama: a row or column is out of range of the cache");
+    found.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(),
+                     stored == ScalarType::BFloat16, key.size(2), windows[l]});
+  }
+  return found;
+}
+
+}  // namespace specdec
+
+namespace {
+
 // Models by number: an argument of some hundred tensors would cost more than a small model's pass
 class Shelf {
  public:
-  int64_t put(std::shared_ptr<const Model> model) {
+  int64_t put(std::shared_ptr<const Llama> model) {
     const std::lock_guard<std::mutex> guard(mutex_);
     models_[++last_] = std::move(model);
     return last_;
   }
 
-  std::shared_ptr<const Model> get(int64_t number) {
+  std::shared_ptr<const Llama> get(int64_t number) {
     const std::lock_guard<std::mutex> guard(mutex_);
     const auto found = models_.find(number);
     STD_TORCH_CHECK(found != models_.end(), "llama: no model has the number ", number);
@@ -167,7 +183,7 @@ class Shelf {
 
  private:
   std::mutex mutex_;
-  std::map<int64_t, std::shared_ptr<const Model>> models_;
+  std::map<int64_t, std::shared_ptr<const Llama>> models_;
   int64_t last_ = 0;
 };
 
@@ -181,7 +197,7 @@ int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
                     std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
                     const Tensor& head_norms, std::vector<int64_t> windows, int64_t heads,
                     int64_t kv_heads, int64_t dim, double scaling, double epsilon) {
-  auto model = std::make_shared<Model>();
+  auto model = std::make_shared<Llama>();
   const int64_t layers = static_cast<int64_t>(windows.size()), hidden = embedding.size(1);
   STD_TORCH_CHECK(
       static_cast<int64_t>(weights.size()) == 7 * layers + 1 && scales.size() == weights.size() &&
@@ -237,12 +253,34 @@ int64_t llama_capability() {
   return index;
 }
 
+}  // namespace
+
+namespace specdec {
+
+std::shared_ptr<const Llama> llama(int64_t number) { return shelf().get(number); }
+
+const PassKernels& llama_kernels(int64_t capability) {
+  STD_TORCH_CHECK(capability >= -1 && capability < 4, "llama: no such instruction set");
+  const PassKernels* kernels = capability < 0 ? &pass_kernels() : pass_kernels(kNames[capability]);
+  STD_TORCH_CHECK(kernels, "llama: this machine cannot run ", kNames[capability]);
+  return *kernels;
+}
+
+const float* llama_turns(const Tensor& rotations, const Shape& shape) {
+  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2 && rotations.size(2) == shape.dim,
+                  "llama: rotations are [positions, 2, dim]");
+  return floats(rotations, "rotations");
+}
+
+}  // namespace specdec
+
+namespace {
+
 Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns,
                      std::vector<int64_t> rows, std::vector<int64_t> hidden,
                      std::vector<int64_t> wanted, const Tensor& rotations, std::vector<Tensor> keys,
                      std::vector<Tensor> values, int64_t capability) {
-  const std::shared_ptr<const Model> model = shelf().get(number);
-  const Shape& shape = model->shape;
+  const std::shared_ptr<const Llama> model = shelf().get(number);
   const int64_t height = static_cast<int64_t>(rows.size());
   check(tokens, ScalarType::Long, "tokens");
   check(columns, ScalarType::Long, "columns");
@@ -250,11 +288,7 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
                       columns.size(0) == height && columns.size(1) == tokens.size(1) &&
                       hidden.size() == rows.size(),
                   "llama: tokens and columns are [rows, lanes]");
-  STD_TORCH_CHECK(
-      static_cast<int64_t>(keys.size()) == model->layers && values.size() == keys.size(),
-      "llama: keys and values of every layer");
-  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2 && rotations.size(2) == shape.dim,
-                  "llama: rotations are [positions, 2, dim]");
+  const float* turns = specdec::llama_turns(rotations, model->shape);
   const int64_t n = tokens.size(1), m = height * n;
   const int64_t* token = tokens.const_data_ptr<int64_t>();
   std::vector<int64_t> row, padding, asked;
@@ -276,33 +310,13 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
     highest_row = std::max(highest_row, lanes.row[i]);
     highest_column = std::max(highest_column, lanes.column[i]);
   }
-  std::vector<Stored> caches;
-  for (int64_t l = 0; l < model->layers; ++l) {
-    const Tensor &key = keys[l], &value = values[l];
-    const ScalarType stored = key.scalar_type();
-    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::BFloat16,
-                    "llama: caches are float32 or bfloat16");
-    check(key, stored, "a cache");
-    check(value, stored, "a cache");
-    STD_TORCH_CHECK(highest_row < key.size(0) && highest_column < key.size(2) &&
-                        key.size(1) == shape.kv_heads && key.size(3) == shape.dim &&
-                        value.size(0) == key.size(0) && value.size(1) == shape.kv_heads &&
-                        value.size(2) == key.size(2) && value.size(3) == shape.dim,
-                    "llama: a row or column is out of range of the cache");
-    caches.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(),
-                      stored == ScalarType::BFloat16, key.size(2), model->windows[l]});
-  }
-  STD_TORCH_CHECK(capability >= -1 && capability < 4, "llama: no such instruction set");
-  const PassKernels* kernels =
-      capability < 0 ? &specdec::pass_kernels() : specdec::pass_kernels(kNames[capability]);
-  STD_TORCH_CHECK(kernels, "llama: this machine cannot run ", kNames[capability]);
-  const std::array<int64_t, 3> size{height, static_cast<int64_t>(wanted.size()),
-                                    model->matrices.back().rows};
+  const std::vector<Stored> caches = model->caches(keys, values, highest_row, highest_column);
+  const specdec::PassKernels& kernels = specdec::llama_kernels(capability);
+  const std::array<int64_t, 3> size{height, static_cast<int64_t>(wanted.size()), model->width()};
   Tensor logits = torch::stable::new_empty(rotations, {size.data(), 3}, ScalarType::Float);
   float* scores = logits.mutable_data_ptr<float>();
-  const float* turns = floats(rotations, "rotations");
   Team::gather(
-      [&](Team& team) { model->run(team, *kernels, lanes, token, caches, turns, asked, scores); });
+      [&](Team& team) { model->run(team, kernels, lanes, token, caches, turns, asked, scores); });
   return logits;
 }
 

@@ -19,14 +19,15 @@ int64_t entry_size(Float type) { return type == kFloat32 ? 4 : 2; }
 // All chunks of some rows, numbered through.
 class Chunks {
  public:
-  explicit Chunks(const std::vector<Row*>& rows) : rows_(rows), first_{0} {
+  Chunks(const std::vector<Row*>& rows, const Share& share)
+      : rows_(rows), share_(share), first_{0} {
     for (const Row* row : rows) first_.push_back(first_.back() + row->chunks());
   }
 
   template <typename Body>
   void each(const Body& body) const {
     if (first_.back() == 0) return;
-    torch::stable::parallel_for(0, first_.back(), kGrain, [&](int64_t begin, int64_t end) {
+    share_(first_.back(), kGrain, [&](int64_t begin, int64_t end) {
       size_t r = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
       for (int64_t i = begin; i < end; ++i) {
         while (i >= first_[r + 1]) ++r;
@@ -37,6 +38,7 @@ class Chunks {
 
  private:
   const std::vector<Row*>& rows_;
+  const Share& share_;
   std::vector<int64_t> first_;
 };
 
@@ -117,7 +119,11 @@ double Row::logsumexp() const {
   return filters.greedy() ? peak : peak + std::log(total);
 }
 
-void measure(const std::vector<Row*>& all) {
+void share_out(int64_t count, int64_t grain, const Body& body) {
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+void measure(const std::vector<Row*>& all, const Share& share) {
   std::vector<Row*> rows;
   for (Row* row : all) {
     if (!row->measured) rows.push_back(row);
@@ -135,7 +141,7 @@ void measure(const std::vector<Row*>& all) {
     row.masses[c] =
         chunk_kernels().sum_exp(buffer, padded(row.chunk_size(c)), std::min(peak, kLargest));
   };
-  Chunks(rows).each([&](Row& row, size_t r, int64_t c) {
+  Chunks(rows, share).each([&](Row& row, size_t r, int64_t c) {
     if (!row.filters.any()) return sums(row, r, c);
     alignas(64) float buffer[kChunk];
     peaks[r][c] = row.scores(c, buffer);
@@ -149,13 +155,10 @@ void measure(const std::vector<Row*>& all) {
     filtered.push_back(rows[r]);
     place.push_back(r);
   }
-  torch::stable::parallel_for(0, static_cast<int64_t>(filtered.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  filter(*filtered[i], peaks[place[i]]);
-                                }
-                              });
-  Chunks(filtered).each([&](Row& row, size_t i, int64_t c) {
+  share(static_cast<int64_t>(filtered.size()), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) filter(*filtered[i], peaks[place[i]]);
+  });
+  Chunks(filtered, share).each([&](Row& row, size_t i, int64_t c) {
     float& peak = peaks[place[i]][c];
     if (peak < row.threshold) {
       peak = -kInfinity;

@@ -61,9 +61,17 @@ struct Row {
   double logsumexp() const;
 };
 
+// Calls body(begin, end) for pieces of [0, count), about `grain` each, on whatever threads there
+// are.
+using Body = std::function<void(int64_t begin, int64_t end)>;
+using Share = std::function<void(int64_t count, int64_t grain, const Body& body)>;
+
+// By torch's threads.
+void share_out(int64_t count, int64_t grain, const Body& body);
+
 // Measures rows that are not yet; all of them at once, so that threads share one long row as well
 // as many. Rows at temperature 0 get only their peak.
-void measure(const std::vector<Row*>& rows);
+void measure(const std::vector<Row*>& rows, const Share& share = share_out);
 
 // Where chunk masses cross u of their sum: the smallest entry whose cumulative mass exceeds it.
 // `fill` writes a chunk's weights, on the scale of the masses, to a buffer. An entry without mass

@@ -400,8 +400,8 @@ class _Loop:
             if resident is not None:
                 target, drafter = resident.target, NoDrafter(device)
             else:
-                further = lookahead.further if lookahead.watches else None
-                drafter = methods.build_drafter(plan, *parts, further=further)
+                watcher = lookahead if isinstance(lookahead, Adaptive) and lookahead.watches else None
+                drafter = methods.build_drafter(plan, *parts, watcher=watcher)
                 target = opened.target if opened is not None else call.runner(model, batch, lean)
             if past:
                 load(target, cache, past)

@@ -25,6 +25,7 @@ __all__ = [
     "VARIABLE",
     "check_default",
     "overload",
+    "runs_natively",
     "setting_problem",
     "status",
     "triton_kernel",
@@ -42,6 +43,7 @@ _WRITTEN = {"cpu": OPS[:-1], "cuda": OPS[:-1]}  # the ops of a backend that has 
 _DEVICES = {"cpu": "cpu", "cuda": "cuda"}  # the kind of device a compiled backend needs
 _PREFERRED = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 _chosen: dict[tuple[str, str, str], str] = {}
+_native: dict[tuple[str, str], bool] = {}
 _told: set[str] = set()
 
 
@@ -58,6 +60,14 @@ def overload(op: str, like: Tensor, backend: str | None) -> Callable[..., Any]:
         ValueError: an unknown backend, one that is not there, or one for another kind of device.
     """
     return getattr(getattr(torch.ops.specdec_fast, op), _overload_name(op, like.device.type, backend or DEFAULT))
+
+
+def runs_natively(op: str) -> bool:
+    """Whether an op on the CPU is the C++ kernel's by default."""
+    key = (op, DEFAULT)
+    if key not in _native:
+        _native[key] = DEFAULT in ("auto", "cpu") and not why_not(op, "cpu")
+    return _native[key]
 
 
 @torch.compiler.assume_constant_result

@@ -20,7 +20,7 @@ from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
-from specdec_fast.verification import Draws, Rule
+from specdec_fast.verification import Draws, Rule, Verdict
 
 __all__ = ["Engine", "Record", "refuse_undefined"]
 
@@ -146,10 +146,25 @@ class Engine:
         begin = time.perf_counter()
         logits = self._score(active, proposal)
         raw = logits.clone() if self.record.logits is not None else None
+        scores = self._processed(active, proposal, logits) if self.processors else logits
+        verdict = self.rule.verify(scores, proposal, draws)
+        accepted, token, drafts = _verdict_on_host(verdict, proposal)
+        self.statistics.verify_seconds += time.perf_counter() - begin
+        for r, row in enumerate(active):
+            refuse_undefined(token[r], row)
+            block = [*drafts[r][: accepted[r]], token[r]]
+            kept = self._commit(row, block)
+            self._learn(row, proposal.count[r], accepted[r], kept, proposal.count[r])
+            if not self.record.empty:
+                self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
+        self._settle()
+
+    def _processed(self, active: list[int], proposal: Proposal, logits: Tensor) -> Tensor:
+        """Scores of every drafted position."""
         start = [self.rows.length[row] for row in active]
         if self._manner is sampling.Manner.PREFIX:  # prefixes are read off the rows: put the drafts there
             self._place(active, proposal, logits.shape[-1])
-        scores = sampling.process(
+        return sampling.process(
             self.processors,
             self._manner,
             logits,
@@ -157,17 +172,6 @@ class Engine:
             active,
             [c + 1 for c in proposal.count],
         )
-        verdict = self.rule.verify(scores, proposal, draws)
-        accepted, token, drafts = _to_host(verdict.accepted, verdict.token, proposal.tokens)
-        self.statistics.verify_seconds += time.perf_counter() - begin
-        for r, row in enumerate(active):
-            refuse_undefined(token[r][0], row)
-            block = drafts[r][: accepted[r][0]] + token[r]
-            kept = self._commit(row, block)
-            self._learn(row, proposal.count[r], accepted[r][0], kept, proposal.count[r])
-            if not self.record.empty:
-                self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
-        self._settle()
 
     def _round_in_order(self) -> None:
         """One position after the other for the whole batch, until a row rejects: for callables that see every step.
@@ -180,7 +184,7 @@ class Engine:
         begin = time.perf_counter()
         length = self.rows.length[active[0]]
         width = proposal.tokens.shape[1]
-        tokens = torch.full((batch, width), self.pad, dtype=torch.long, device=self.rows.ids.device)
+        tokens = torch.full((batch, width), self.pad, dtype=torch.long, device=self.rows.device)
         tokens[active] = proposal.tokens
         count = [width] * batch  # a finished row takes in padding
         for r, row in enumerate(active):
@@ -219,7 +223,7 @@ class Engine:
     # Draft and score -------------------------------------------------------------------------------------------------
 
     def _draws(self, active: list[int]) -> Draws:
-        device = self.rows.ids.device
+        device = self.rows.device
         # Padding is not counted: a row draws the same numbers in whatever batch it stands
         start = [self.shift + self.rows.length[row] - self.target.hidden[row] for row in active]
         seed = self.rows.seed if len(active) == self.rows.batch else self.rows.seed[active]
@@ -271,15 +275,15 @@ class Engine:
         if max(unseen) == 1:
             self._timed(rows, max(lanes), begin)
         # A copy in float32, as plain decoding takes it: processors write into it
-        return logits.to(device=self.rows.ids.device, dtype=torch.float32, copy=True)
+        return logits.to(device=self.rows.device, dtype=torch.float32, copy=True)
 
     def _score_quickly(self, rows: list[int], proposal: Proposal) -> Tensor | None:
         """The same from lists, where the target has not seen one token a row and runs as one operation."""
         lanes = [c + 1 for c in proposal.count]
         texts = [self.rows.tokens[row] for row in rows]
-        if self.rows.ids.device.type != "cpu" or not all(texts) or not self.target.quick(lanes):
+        if self.rows.device.type != "cpu" or not all(texts) or not self.target.quick(lanes):
             return None
-        drafts = proposal.tokens.tolist()
+        drafts = proposal.on_host()
         lists = [[text[-1], *draft[:c]] for text, draft, c in zip(texts, drafts, proposal.count, strict=True)]
         begin = time.perf_counter()
         logits = self.target.read(rows, lists, lanes)
@@ -318,9 +322,10 @@ class Engine:
         if self._stop[row] is None:
             if self.stops.reads_text:
                 self.rows.reserve(length + len(block))
-                self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.ids.device)
+                self.rows.ids[row, length : length + len(block)] = torch.tensor(block, device=self.rows.device)
                 written = True
-            index = self.stops.first(self.rows.ids[row : row + 1], length, block)
+            ids = self.rows.ids[row : row + 1] if self.stops.reads_text else None
+            index = self.stops.first(ids, length, block)
             if index is not None:
                 self._stop[row] = length + index + 1
                 if self.stops.pads:
@@ -392,6 +397,14 @@ class Engine:
         for column in range(self._streamed, ready):
             self.streamer.put(self.rows.ids[:, column].to("cpu", copy=True))
         self._streamed = max(self._streamed, ready)
+
+
+def _verdict_on_host(verdict: Verdict, proposal: Proposal) -> tuple[list[int], list[int], list[list[int]]]:
+    """How many draft tokens of each row stay, the token behind them, and the drafts."""
+    if verdict.accepted.device.type == "cpu":
+        return verdict.accepted.tolist(), verdict.token.tolist(), proposal.on_host()
+    accepted, token, drafts = _to_host(verdict.accepted, verdict.token, proposal.tokens)
+    return [n for (n,) in accepted], [t for (t,) in token], drafts
 
 
 def _to_host(*tensors: Tensor) -> list[list[list[int]]]:

@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from specdec_fast import ops, reference, sampling
-from specdec_fast.dispatch import overload
+from specdec_fast.dispatch import overload, runs_natively
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
 
-__all__ = ["Fused", "confidence", "drafted_token", "likeliest"]
+__all__ = ["Fused", "confidence", "drafted_token", "draws_natively", "likeliest"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Fused:
         given: dict[str, Tensor | None] = {}
         if isinstance(law, CompactLaw):
             index = law.index.int() if law.index is not None and law.narrow is None else law.narrow
-            given = {"draft_logits": law.scores, "index": index, "drawn": law.drawn}
+            given = {"draft_logits": law.scores, "index": index, "drawn": law.drawn, "logsumexp": law.logsumexp}
         elif isinstance(law, SparseLaw):
             given = {"sparse_ids": law.ids, "sparse_log_q": law.masses.log()}
         elif isinstance(law, ProjectedLaw):
@@ -71,7 +71,7 @@ class Fused:
             *(None, None, None, None),
             given.get("index"),
             given.get("drawn"),
-            None,
+            given.get("logsumexp"),
             given.get("sparse_ids"),
             given.get("sparse_log_q"),
             draws.seed,
@@ -80,6 +80,8 @@ class Fused:
             ops.RULES[self.rule.name],
             False,
         )
+        if status.device.type == "cpu" and not any(status.tolist()):
+            return Verdict(accepted, token)
         undefined = status.bitwise_and(int(ops.Status.TARGET)).bool()
         return Verdict(accepted, token.masked_fill(undefined, -1))
 
@@ -133,15 +135,23 @@ def _projected(law: ProjectedLaw, drafted: int) -> dict[str, Tensor | None]:
     return given
 
 
-def drafted_token(scores: Tensor, draws: Draws, step: int) -> Tensor:
-    """The drafter's draw from ``scores [R, K]`` at a step: ``[R]`` int64, -1 where they are no law."""
+def draws_natively(draws: Draws, device: torch.device) -> bool:
+    """Whether the native code may draw these numbers itself: Philox's, on the CPU, no other backend being asked for."""
+    return type(draws.source) is Philox and device.type == "cpu" and runs_natively("sample")
+
+
+def drafted_token(scores: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
+    """The drafter's draw from ``scores [R, K]`` at a step: ``[R]`` int64, -1 where they are no law.
+
+    With the logsumexp of the scores, ``[R]`` float64, where it is known.
+    """
     if type(draws.source) is not Philox or scores.dtype == torch.float64:
-        return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device))
+        return reference.draw(reference.masses(scores), draws.draft(step).to(scores.device)), None
     place = scores.device
     offset = torch.full_like(draws.start, step, device=place)
     key = draws.seed.to(place), draws.start.to(place), offset, int(Purpose.DRAFT)
-    token, _, _, status = overload("sample", scores, None)(scores, None, None, None, None, *key)
-    return token.masked_fill_(status.bool(), -1)
+    token, _, logsumexp, status = overload("sample", scores, None)(scores, None, None, None, None, *key)
+    return token.masked_fill_(status.bool(), -1), logsumexp
 
 
 def confidence(scores: Tensor, token: Tensor) -> list[float]:

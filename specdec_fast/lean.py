@@ -13,10 +13,11 @@ the drafter's law a little and the output's law not at all.
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
 
-__all__ = ["MOST_LANES", "LeanModel", "lean_model"]
+__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
@@ -39,6 +40,40 @@ MOST_HALVES, MOST_BESIDE_TILES = 256, 64
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
 ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
+
+
+class Choosing(NamedTuple):
+    """How a drafter's tokens are drawn.
+
+    Args:
+        temperature: 0: the argmax.
+        top_k, top_p, min_p: 0, 1 and 0: off.
+        confidence: a draft ends behind a token less probable than this; 0: never.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    confidence: float = 0.0
+
+
+class Drafted(NamedTuple):
+    """What a drafter wrote in one call, ``R`` rows of up to ``G`` tokens; behind a row's count nothing is meant.
+
+    Args:
+        drawn: ``[R, G]`` int64 entries; -1 where the scores were no law.
+        scores: ``[R, G, K]`` float32 they were drawn from, after temperature and filters; None of an argmax.
+        logsumexp: ``[R, G]`` float64 of those scores; None of an argmax.
+        counts: tokens of each row.
+        levels: ``[R][G]`` of the confidence in each token, where drafts end by that; None else.
+    """
+
+    drawn: Tensor
+    scores: Tensor | None
+    logsumexp: Tensor | None
+    counts: list[int]
+    levels: list[list[int]] | None
 
 
 class _Model:
@@ -171,26 +206,31 @@ class LeanModel:
         start: list[int],
         hidden: list[int],
         cache: RaggedCache,
-        tail: int,
+        tail: list[int],
     ) -> Tensor:
-        """The same from lists of one length, one a row.
+        """The same from lists, one a row.
 
         Args:
-            texts: ids of each of the ``R`` rows, at least one.
+            texts: ids of each of the ``R`` rows, at least one; of any lengths.
             places: their rows in the cache.
             start: column of each text's first token.
             hidden: ``[R]`` as above.
-            tail: how many last lanes to have logits of.
+            tail: how many last lanes of each row to have logits of, at least one.
 
         Returns:
-            ``[R, tail, V]`` float32.
+            ``[R, max(tail), V]`` float32, each row's own lanes first.
         """
-        n = len(texts[0])
-        columns = [list(range(first, first + n)) for first in start]
-        tokens, where = torch.tensor([texts, columns]).unbind(0)
-        buffers = self._buffers(cache, max(start) + n)
-        logits: Tensor = torch.ops.specdec_fast.llama_forward(
-            self._model().number, tokens, where, places, hidden, list(range(n - tail, n)), *buffers
+        lengths = [len(text) for text in texts]
+        end = max(first + n for first, n in zip(start, lengths, strict=True))
+        logits: Tensor = torch.ops.specdec_fast.llama_read(
+            self._model().number,
+            _joined(texts),
+            lengths,
+            places,
+            start,
+            hidden,
+            tail,
+            *self._buffers(cache, end),
         )
         return logits
 
@@ -212,6 +252,63 @@ class LeanModel:
             return logits[:, 0]
 
         return step
+
+    def draft(
+        self,
+        texts: list[list[int]],
+        places: list[int],
+        start: list[int],
+        hidden: list[int],
+        cache: RaggedCache,
+        steps: list[int],
+        choosing: Choosing,
+        choices: Tensor | None,
+        seed: Tensor,
+        position: Tensor,
+        stops: list[tuple[list[float], list[float]]] | None = None,
+    ) -> Drafted:
+        """Feeds each row its text, then draws and feeds tokens without coming back in between.
+
+        The tokens are those that :func:`specdec_fast.fused.drafted_token` draws from the logits of single passes, or
+        their argmax. The last token of a draft is not fed.
+
+        Args:
+            texts: ids of each of the ``R`` rows, at least one; of any lengths.
+            places, start, hidden: as for :meth:`read`.
+            steps: tokens of each row's draft at most, at least 1.
+            choosing: how they are drawn.
+            choices: ``[K]`` int64 id of each logit; None: they are ids.
+            seed, position: ``[R]`` int64, of the numbers' keys.
+            stops: where each row's draft ends early, as :meth:`specdec_fast.lookahead.Adaptive.stops` tells it: by
+                level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, ``steps`` of them at
+                least, what the product of those of its tokens must exceed for it to go on. None: nowhere.
+        """
+        lengths = [len(text) for text in texts]
+        end = max(first + n + most for first, n, most in zip(start, lengths, steps, strict=True))
+        numbers: list[float] = []
+        for (sure, bounds), most in zip(stops or (), steps, strict=bool(stops)):
+            numbers += sure
+            numbers += bounds[:most]
+        drawn, scores, logsumexp, level, report = torch.ops.specdec_fast.llama_draft(
+            self._model().number,
+            _joined(texts),
+            lengths,
+            places,
+            start,
+            hidden,
+            steps,
+            choices,
+            seed,
+            position,
+            *choosing,
+            len(stops[0][0]) if stops else 0,
+            numbers,
+            *self._buffers(cache, end),
+        )
+        counts, levels = report.tolist()[:-1], level.tolist() if stops else None
+        if not choosing.temperature:
+            return Drafted(drawn, None, None, counts, levels)
+        return Drafted(drawn, scores, logsumexp, counts, levels)
 
     def _buffers(self, cache: RaggedCache, end: int) -> tuple[Tensor, list[Any], list[Any], int]:
         """What the operation reads and writes beside the lanes, with room for the columns below ``end``."""
@@ -259,6 +356,11 @@ class LeanModel:
         if module.variance_epsilon != self._epsilon:
             raise ValueError("the norms differ")
         return module.weight.detach().float()
+
+
+def _joined(texts: list[list[int]]) -> list[int]:
+    """The texts behind one another."""
+    return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
 
 
 def _linears(layer: Any) -> list[Any]:
@@ -388,6 +490,16 @@ _library.define(
 )
 _library.define("llama_forget(int model) -> ()")
 _library.define("llama_capability() -> int")
+_library.define(
+    "llama_read(int model, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] tails, "
+    "Tensor rotations, Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"
+)
+_library.define(
+    "llama_draft(int model, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] steps, "
+    "Tensor? choices, Tensor seed, Tensor start, float temperature, int top_k, float top_p, float min_p, "
+    "float least, int levels, float[] stops, Tensor rotations, Tensor(a!)[] keys, Tensor(b!)[] values, int capability) "
+    "-> (Tensor drawn, Tensor scores, Tensor logsumexp, Tensor level, Tensor report)"
+)
 _library.define(
     "llama_forward(int model, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes, Tensor rotations, "
     "Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"

@@ -233,18 +233,33 @@ class Adaptive:
         if drafted >= own.limit:
             return False
         own.reach *= self._sure_acceptance(own, step)
-        return self._worth(own, drafted)
+        return own.reach > self._worth(own, drafted)
 
-    def _worth(self, own: _Row, drafted: int) -> bool:
-        """Whether some number of further tokens brings more than it costs at the row's best speed."""
-        reach, gained = own.reach, 0.0
-        here = self._round[drafted]
+    def _worth(self, own: _Row, drafted: int) -> float:
+        """Where the draft so far is accepted more often, further tokens bring more than they cost at the best speed."""
+        reach, gained, least = 1.0, 0.0, float("inf")
         for more in range(drafted + 1, own.limit + 1):
             reach *= own.expected[more - 1]
             gained += reach
-            if gained > own.speed * (self._round[more] - here):
-                return True
-        return False
+            cost = own.speed * (self._round[more] - self._round[drafted])
+            if gained > 0:
+                least = min(least, cost / gained)
+        return least
+
+    def stops(self, row: int) -> tuple[list[float], list[float]]:
+        """:meth:`further` in numbers, for a drafter that cannot ask: the row's next draft as its limit was chosen.
+
+        Returns:
+            the acceptance of a token by the step of its confidence; and for drafts of 1, 2, .. tokens, up to the limit,
+            what the product of those of its tokens must exceed for it to go on.
+        """
+        own = self._rows[row]
+        sure = [self._sure_acceptance(own, step) for step in range(self.STEPS)]
+        return sure, [self._worth(own, drafted) for drafted in range(1, own.limit + 1)]
+
+    def saw(self, row: int, steps: Sequence[int]) -> None:
+        """Takes note of the confidence of each token of a draft that was ended by :meth:`stops`."""
+        self._rows[row].sure = list(steps)
 
     def _sure_acceptance(self, own: _Row, step: int) -> float:
         prior = min(self._sure_prior[step] * own.factor, 0.99)

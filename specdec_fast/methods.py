@@ -17,7 +17,7 @@ from specdec_fast.choice import Choice, across_vocabularies, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
-from specdec_fast.drafters.model import CompactDrafter, Further, ModelWriter, SameText, SlemDrafter
+from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter, Watcher
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.drafters.projection import ProjectionDrafter, ProjectionWriter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
@@ -280,12 +280,12 @@ def build_drafter(
     processors: LogitsProcessorList,
     do_sample: bool,
     device: torch.device,
-    further: Further | None = None,
+    watcher: Watcher | None = None,
 ) -> Drafter:
     """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``.
 
     Args:
-        further: whether to draft on; asked where :func:`asks` says so.
+        watcher: whether to draft on; asked where :func:`asks` says so.
     """
     if plan.method == "autoregressive":
         return NoDrafter(device)
@@ -301,7 +301,7 @@ def build_drafter(
     assert drafter is not None
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
     confidence = options.assistant_confidence_threshold or 0.0
-    stop: dict[str, Any] = {"confidence": confidence, "further": further}
+    stop: dict[str, Any] = {"confidence": confidence, "watcher": watcher}
     if plan.method == "model":
         same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **stop)
         return CompactDrafter(same, None, device)

@@ -91,12 +91,14 @@ class CompactLaw:
         index: ``[K]`` int64 ascending target ids, or None where entry ``k`` is target id ``k``.
         drawn: ``[R, G]`` int64, the entry drawn at each position.
         narrow: ``index`` in int32, as the operations take it; None: made where needed.
+        logsumexp: ``[R, G]`` float64 of the scores, where it is known.
     """
 
     scores: Tensor
     index: Tensor | None
     drawn: Tensor
     narrow: Tensor | None = None
+    logsumexp: Tensor | None = None
 
     def log_q(self, tokens: Tensor) -> Tensor:
         return reference.log_prob(self.scores, self.drawn)
@@ -111,7 +113,8 @@ class CompactLaw:
 
     def at(self, position: int) -> CompactLaw:
         one = slice(position, position + 1)
-        return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one], self.narrow)
+        sums = None if self.logsumexp is None else self.logsumexp[:, one]
+        return CompactLaw(self.scores[:, one], self.index, self.drawn[:, one], self.narrow, sums)
 
 
 class Place(NamedTuple):
@@ -220,11 +223,17 @@ class Proposal:
         tokens: ``[R, G]`` int64 target ids; what lies behind a row's count is never looked at.
         count: ``[R]`` how many tokens each row drafted, on the host.
         law: the law they were drawn from; one with a ``mass`` is verified lazily.
+        lists: the tokens as lists, where the drafter had them.
     """
 
     tokens: Tensor
     count: list[int]
     law: DenseLaw | LazyLaw
+    lists: list[list[int]] | None = None
+
+    def on_host(self) -> list[list[int]]:
+        """The tokens as lists, ``[R][G]``."""
+        return self.tokens.tolist() if self.lists is None else self.lists
 
     def at(self, position: int) -> Proposal:
         """One drafted position, as a proposal of at most one token a row."""

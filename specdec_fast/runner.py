@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
-from specdec_fast.lean import LeanModel
+from specdec_fast.lean import Choosing, Drafted, LeanModel
 
 __all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
 
@@ -150,18 +150,40 @@ class Runner:
     def read(self, rows: Sequence[int], texts: list[list[int]], tail: list[int]) -> Tensor:
         """:meth:`feed` for tokens that are on the host: one list a row, none of them empty."""
         count = [len(text) for text in texts]
-        even = min(count) == max(count) and min(tail) == max(tail)
-        if self._lean is None or not even or not self.quick(count):
+        if self._lean is None or not self.quick(count):
             tokens = [torch.tensor(text, dtype=torch.long) for text in texts]
             return self.feed(rows, torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), count, tail)
-        if self.vocabulary is not None:
-            last = self.vocabulary - 1
-            texts = [[min(max(token, 0), last) for token in text] for text in texts]
+        texts = self._readable(texts)
         start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
-        logits = self._lean.read(texts, list(rows), start, hidden, self._units[0][1], tail[0])
+        logits = self._lean.read(texts, list(rows), start, hidden, self._units[0][1], tail)
         for row, n in zip(rows, count, strict=True):
             self.length[row] += n
         return logits
+
+    def draft(
+        self,
+        rows: list[int],
+        texts: list[list[int]],
+        steps: list[int],
+        choosing: Choosing,
+        choices: Tensor | None,
+        seed: Tensor,
+        position: Tensor,
+        stops: list[tuple[list[float], list[float]]] | None = None,
+    ) -> Drafted:
+        """Feeds tokens to rows and drafts behind them in one operation: :meth:`LeanModel.draft`.
+
+        All but the last token of a draft are fed too and count. Only where the texts' pass is :meth:`quick`.
+        """
+        assert self._lean is not None
+        texts = self._readable(texts)
+        start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
+        drafted = self._lean.draft(
+            texts, rows, start, hidden, self._units[0][1], steps, choosing, choices, seed, position, stops
+        )
+        for row, text, count in zip(rows, texts, drafted.counts, strict=True):
+            self.length[row] += len(text) + count - 1
+        return drafted
 
     def steps(self, rows: list[int], most: int) -> Callable[[Tensor], Tensor] | None:
         """A function that feeds one token to each row, ``[R]`` int64 ids it has, and returns logits ``[R, V]``.
@@ -173,6 +195,13 @@ class Runner:
             return None
         start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
         return self._lean.steps(rows, start, hidden, self._units[0][1], most)
+
+    def _readable(self, texts: list[list[int]]) -> list[list[int]]:
+        """An id that the model does not have is read as another one."""
+        if self.vocabulary is None or all(min(text) >= 0 and max(text) < self.vocabulary for text in texts):
+            return texts
+        last = self.vocabulary - 1
+        return [[min(max(token, 0), last) for token in text] for text in texts]
 
     def advance(self, row: int, columns: int) -> None:
         """Keeps so many of the columns that :meth:`steps` has fed to a row."""

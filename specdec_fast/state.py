@@ -27,8 +27,9 @@ class Rows:
         self.prompt_columns = columns
         self.pad = pad
         self.capacity = max(capacity, columns + 1)
-        self.ids = prompt.long().clone()
-        """``[B, C]``: the columns so far and room for more, filled with padding."""
+        self.device = prompt.device
+        self._ids = prompt.long().clone()
+        self._unwritten: list[tuple[int, int, list[int]]] = []  # row, column, tokens
         self.reserve(columns + 1)
         self.seed = seed.to(prompt.device)
         self.length = [columns] * batch
@@ -43,6 +44,17 @@ class Rows:
         """Each row's text without padding, on the host: what a drafter reads."""
 
     @property
+    def ids(self) -> Tensor:
+        """``[B, C]``: the columns so far and room for more, filled with padding.
+
+        Writing into a tensor costs more than a round's other bookkeeping, so it is put off until somebody looks.
+        """
+        for row, first, tokens in self._unwritten:
+            self._ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
+        self._unwritten.clear()
+        return self._ids
+
+    @property
     def batch(self) -> int:
         return len(self.length)
 
@@ -53,15 +65,15 @@ class Rows:
 
     def reserve(self, columns: int) -> None:
         """Makes room. Not for ``capacity`` at once: callers who stop at an EOS allow millions of tokens."""
-        missing = columns - self.ids.shape[1]
+        missing = columns - self._ids.shape[1]
         if missing > 0:
-            missing = max(missing, self.ids.shape[1], GROWTH)
-            self.ids = torch.nn.functional.pad(self.ids, (0, missing), value=self.pad)
+            missing = max(missing, self._ids.shape[1], GROWTH)
+            self._ids = torch.nn.functional.pad(self._ids, (0, missing), value=self.pad)
 
     def commit(self, row: int, tokens: list[int]) -> None:
         """Appends tokens to a row."""
         first = self.length[row]
         self.reserve(first + len(tokens))
-        self.ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.ids.device)
+        self._unwritten.append((row, first, tokens))
         self.length[row] += len(tokens)
         self.tokens[row].extend(tokens)

@@ -42,11 +42,11 @@ class Stops:
         self.reads_text = bool(self._others)
         """Whether :meth:`first` looks at ``ids``."""
 
-    def first(self, ids: Tensor, length: int, tokens: list[int]) -> int | None:
+    def first(self, ids: Tensor | None, length: int, tokens: list[int]) -> int | None:
         """Where a block ends its row.
 
         Args:
-            ids: ``[1, C]`` the row; where text is read, the block is in it already, behind ``length`` columns.
+            ids: ``[1, C]`` the row, the block in it already, behind ``length`` columns; None where no text is read.
             tokens: the block.
 
         Returns:
@@ -56,7 +56,7 @@ class Stops:
             end = length + i + 1
             if token in self.eos or (self.max_length is not None and end >= self.max_length):
                 return i
-            if self._others and bool(self._others(ids[:, :end], None)[0]):
+            if ids is not None and self._others and bool(self._others(ids[:, :end], None)[0]):
                 return i
         return None
 

@@ -210,9 +210,10 @@ def plain_rules(patch) -> None:
     patch.setattr(fused.Fused, "verify", lambda self, *given: self.rule.verify(*given))
 
     def drawn(scores, draws, step):
-        return reference.draw(reference.masses(scores), draws.draft(step))
+        return reference.draw(reference.masses(scores), draws.draft(step)), None
 
     patch.setattr(drafter_models, "drafted_token", drawn)
+    patch.setattr(drafter_models, "draws_natively", lambda *_: False)
 
 
 def exact_drafters(patch) -> None:

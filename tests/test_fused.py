@@ -196,5 +196,7 @@ def test_a_drafters_draw():
     scores[7] = float("nan")
     draws = draws_of(Philox())
     plain = reference.draw(reference.masses(scores), draws.draft(4))
-    assert torch.equal(drafted_token(scores, draws, 4), plain)
+    token, logsumexp = drafted_token(scores, draws, 4)
+    assert torch.equal(token, plain)
     assert plain[7] == -1
+    assert torch.allclose(logsumexp, scores.double().logsumexp(1), equal_nan=True)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,19 +24,30 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
-from specdec_fast.fused import confidence, drafted_token, likeliest
-from specdec_fast.lean import lean_model
+from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest
+from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws
 
-__all__ = ["CompactDrafter", "Context", "Further", "ModelWriter", "SameText", "SlemDrafter", "common"]
+__all__ = ["CompactDrafter", "Context", "ModelWriter", "SameText", "SlemDrafter", "Watcher", "common"]
 
 MOST_STEPS = 4.0  # drafter tokens written for one target token, at most
-Further = Callable[[int, int, float], bool]
-"""Whether a row drafts on: from its number, the tokens of its draft and the newest one's probability."""
+
+
+class Watcher(Protocol):
+    """Who knows whether a row drafts on, from how sure the drafter is of what it has written: an adaptive lookahead."""
+
+    def further(self, row: int, drafted: int, confidence: float) -> bool:
+        """Whether to, from the tokens of its draft and the newest one's probability."""
+
+    def stops(self, row: int) -> tuple[list[float], list[float]]:
+        """The same in numbers, told beforehand (:meth:`specdec_fast.lookahead.Adaptive.stops`)."""
+
+    def saw(self, row: int, steps: Sequence[int]) -> None:
+        """Takes note of the level of confidence of each token, where it was told beforehand."""
 
 
 class Context(Protocol):
@@ -71,7 +82,7 @@ class ModelWriter:
             and where that pays no others are computed.
         confidence: stop a row's draft behind a token whose probability is below this; 0: never. The token itself
             stays: dropping it after having looked at it would change the output's law.
-        further: asked behind every token whether the row drafts on, in place of ``confidence``.
+        watcher: asked whether a row drafts on, in place of ``confidence``.
     """
 
     def __init__(
@@ -82,7 +93,7 @@ class ModelWriter:
         warpers: LogitsProcessorList | None,
         choices: Tensor | None = None,
         confidence: float = 0.0,
-        further: Further | None = None,
+        watcher: Watcher | None = None,
     ):
         self.contexts = contexts
         self.device = model.device
@@ -98,11 +109,12 @@ class ModelWriter:
         self._choices = None if choices is None else choices.to(model.device)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
-        self._further = further
+        self._watcher = watcher
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
         self._first = [0] * len(contexts)
         self._positions = self._runner.positions
+        self._choosing = _choosing(warpers, confidence) if self._picks is None else None
 
     def read(self, rows: Rows, active: list[int]) -> None:
         """Takes note of what was committed since the last round."""
@@ -127,20 +139,25 @@ class ModelWriter:
         return written.spread(places, len(active))
 
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
+        if (at_once := self._at_once(active, count, draws)) is not None:
+            return at_once
         most = max(count)
         logits = self._catch_up(active)
         feed = self._runner.steps(active, most)
         drawn, kept_scores = [], []
+        sums: list[Tensor] = []
         fed: list[Tensor] = []
         for step in range(most):
             scores = self._scores(logits)
-            token = self._pick(scores, draws, step)
+            token, logsumexp = self._pick(scores, draws, step)
             drawn.append(token)
             kept_scores.append(scores)
+            if logsumexp is not None:
+                sums.append(logsumexp)
             if self._confidence:
                 sure = [mass >= self._confidence for mass in confidence(scores, token)]
                 count = [c if ok else min(c, step + 1) for c, ok in zip(count, sure, strict=True)]
-            if self._further is not None:
+            if self._watcher is not None:
                 count = self._asked(active, count, step + 1, scores, token)
             if step + 1 >= max(count):
                 break
@@ -158,7 +175,27 @@ class ModelWriter:
         for row, ids in zip(active, written, strict=True):
             self._drafted[row] = ids
         law = None if self.warpers is None else torch.stack(kept_scores, 1)
-        return Written(entries, law, count)
+        return Written(entries, law, count, torch.stack(sums, 1) if sums else None)
+
+    def _at_once(self, active: list[int], count: list[int], draws: Draws) -> Written | None:
+        """The same in one operation, without Python between the steps; None where there is none."""
+        if self._choosing is None or not draws_natively(draws, self.device):
+            return None
+        missing = self._missing(active)
+        if not self._runner.quick([len(text) for text in missing]):
+            return None
+        watcher = self._watcher
+        stops = None if watcher is None else [watcher.stops(row) for row in active]
+        key = draws.seed, draws.start
+        drafted = self._runner.draft(active, missing, count, self._choosing, self._choices, *key, stops)
+        if watcher is not None and drafted.levels is not None:
+            for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
+                watcher.saw(row, levels[:length])
+        entries = drafted.drawn.tolist()
+        written = entries if self._choices is None else self._ids(drafted.drawn).tolist()
+        for row, ids, drawn in zip(active, written, drafted.counts, strict=True):
+            self._drafted[row] = ids[: drawn - 1]
+        return Written(drafted.drawn, drafted.scores, drafted.counts, drafted.logsumexp, entries)
 
     def _ids(self, entries: Tensor) -> Tensor:
         """The drafter's ids of entries drawn; some id where there is none."""
@@ -168,10 +205,10 @@ class ModelWriter:
 
     def _asked(self, active: list[int], count: list[int], drafted: int, scores: Tensor, token: Tensor) -> list[int]:
         """How long each draft becomes, now that so many tokens of it are drawn; none of them is dropped."""
-        assert self._further is not None
+        assert self._watcher is not None
         sure = confidence(scores, token)
         asked = zip(active, count, sure, strict=True)
-        on = [drafted <= c and self._further(row, drafted, mass) for row, c, mass in asked]
+        on = [drafted <= c and self._watcher.further(row, drafted, mass) for row, c, mass in asked]
         return [c if goes else min(c, drafted) for c, goes in zip(count, on, strict=True)]
 
     def _make_room(self, row: int, steps: int) -> int:
@@ -185,21 +222,25 @@ class ModelWriter:
         return min(steps, self._positions - (length - self._first[row]))
 
     def _catch_up(self, active: list[int]) -> Tensor:
-        """Feeds each row what its cache lacks (one token at least): logits behind its text, ``[R, V]``."""
+        """Feeds each row what its cache lacks: logits behind its text, ``[R, V]``."""
+        return self._runner.read(active, self._missing(active), [1] * len(active))[:, 0]
+
+    def _missing(self, active: list[int]) -> list[list[int]]:
+        """What each row's cache lacks of its text: one token at least."""
         missing = []
         for row in active:
             text = self.contexts[row].ids
             self._runner.rollback(row, len(text) - self._first[row] - 1)
             missing.append(text[self._first[row] + self._runner.length[row] :])
-        return self._runner.read(active, missing, [1] * len(active))[:, 0]
+        return missing
 
     def _scores(self, logits: Tensor) -> Tensor:
         scores = logits.float() if self._picks is None else logits[:, self._picks].float()
         return sampling.warp(self.warpers, scores) if self.warpers else scores
 
-    def _pick(self, scores: Tensor, draws: Draws, step: int) -> Tensor:
+    def _pick(self, scores: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
         if self.warpers is None:
-            return likeliest(scores)
+            return likeliest(scores), None
         return drafted_token(scores, draws, step)
 
 
@@ -211,11 +252,15 @@ class Written:
         drawn: ``[R, G]`` int64, entries of the writer's choices; -1 where the drafter's scores were no distribution.
         scores: ``[R, G, K]`` float32 they were drawn from, None for an argmax drafter.
         count: tokens of each row.
+        logsumexp: ``[R, G]`` float64 of the scores, where it is known.
+        entries: ``drawn`` as lists, where they are at hand.
     """
 
     drawn: Tensor
     scores: Tensor | None
     count: list[int]
+    logsumexp: Tensor | None = None
+    entries: list[list[int]] | None = None
 
     def spread(self, places: list[int], rows: int) -> Written:
         """The same with rows that wrote nothing put in between."""
@@ -223,14 +268,17 @@ class Written:
             return self
         drawn = self.drawn.new_zeros((rows, self.drawn.shape[1]))
         drawn[places] = self.drawn
-        scores = None
+        scores, logsumexp = None, None
         if self.scores is not None:
             scores = self.scores.new_zeros((rows, *self.scores.shape[1:]))
             scores[places] = self.scores
+        if self.logsumexp is not None:
+            logsumexp = self.logsumexp.new_zeros((rows, self.logsumexp.shape[1]))
+            logsumexp[places] = self.logsumexp
         count = [0] * rows
         for place, number in zip(places, self.count, strict=True):
             count[place] = number
-        return Written(drawn, scores, count)
+        return Written(drawn, scores, count, logsumexp)
 
 
 class CompactDrafter:
@@ -262,12 +310,11 @@ class CompactDrafter:
         written = self._writer.write(active, limit, draws)
         drawn = written.drawn.to(self._device)
         tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
-        law: DenseLaw = (
-            PointMass(tokens)
-            if written.scores is None
-            else CompactLaw(written.scores.to(self._device), self._index, drawn, self._narrow)
-        )
-        return Proposal(tokens, written.count, law)
+        law: DenseLaw = PointMass(tokens)
+        if written.scores is not None:
+            sums = None if written.logsumexp is None else written.logsumexp.to(self._device)
+            law = CompactLaw(written.scores.to(self._device), self._index, drawn, self._narrow, sums)
+        return Proposal(tokens, written.count, law, written.entries if self._index is None else None)
 
 
 class SlemDrafter:
@@ -309,6 +356,17 @@ class SlemDrafter:
             drafts.append(self._proposer.propose(rows.tokens[row], context, text_ids)[:most] if text_ids else [])
         self._translate += time.perf_counter() - begin
         return Proposal.of_lists(drafts, self._device)
+
+
+def _choosing(warpers: LogitsProcessorList | None, confidence: float) -> Choosing | None:
+    """The drafter's sampling as the native loop takes it; None where it cannot say it."""
+    if warpers is None:
+        return Choosing(confidence=confidence)
+    usual = sampling.parameters(warpers)
+    if usual is None:
+        return None
+    top_k = int(usual.pop("top_k", 0))
+    return Choosing(**{"temperature": 1.0, **usual}, top_k=top_k, confidence=confidence)
 
 
 def common(left: Sequence[int], right: Sequence[int]) -> int:
