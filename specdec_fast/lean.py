@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import threading
 import weakref
 from collections.abc import Callable
@@ -26,12 +27,12 @@ from transformers.cache_utils import DynamicCache
 
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
-ZERO = 128  # of a weight in 8 bits
 SAMPLES = 64  # of each matrix, to see whether it has been changed
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
 # where the machine multiplies bfloat16 in vectors, and where it has tiles for it besides
@@ -118,7 +119,7 @@ class LeanModel:
         self._rotary = weakref.ref(body.rotary_emb)
         self._rotations = torch.empty((0, 2, self._dim))
         self._restrictions: dict[bytes, LeanModel] = {}
-        self._embedding = _plain(body.embed_tokens, nn.Embedding).weight.detach().contiguous()
+        self._embedding = plain(body.embed_tokens, nn.Embedding).weight.detach().contiguous()
         cache = DynamicCache(config=model.config)
         self._windows = [int(getattr(layer, "sliding_window", None) or 0) for layer in cache.layers]
         for layer in layers:
@@ -132,8 +133,8 @@ class LeanModel:
         if getattr(attention, "q_norm", None) is not None:
             pairs = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
             self._head_norms = torch.stack([torch.stack([self._norm(q), self._norm(k)]) for q, k in pairs])
-        linears = [linear for layer in layers for linear in _linears(layer)]
-        matrices = [_matrix(linear, rounded) for linear in [*linears, model.get_output_embeddings()]]
+        maps = [linear for layer in layers for linear in linears(layer)]
+        matrices = [matrix(linear, rounded) for linear in [*maps, model.get_output_embeddings()]]
         self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
 
     @property
@@ -153,8 +154,8 @@ class LeanModel:
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 if len(parts[-1]):
-                    packed = name == "_weights" and self._rounded
-                    parts[-1] = _packed(_unpacked(parts[-1])[place]) if packed else parts[-1][place]
+                    bytes_ = name == "_weights" and self._rounded
+                    parts[-1] = packed(unpacked(parts[-1])[place]) if bytes_ else parts[-1][place]
                 setattr(other, name, parts)
             self._restrictions = {key: other}
         return other
@@ -280,15 +281,15 @@ class LeanModel:
             choices: ``[K]`` int64 id of each logit; None: they are ids.
             seed, position: ``[R]`` int64, of the numbers' keys.
             stops: where each row's draft ends early, as :meth:`specdec_fast.lookahead.Adaptive.stops` tells it: by
-                level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, ``steps`` of them at
-                least, what the product of those of its tokens must exceed for it to go on. None: nowhere.
+                level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, what the product of
+                those of its tokens must exceed for it to go on. None: nowhere.
         """
         lengths = [len(text) for text in texts]
         end = max(first + n + most for first, n, most in zip(start, lengths, steps, strict=True))
         numbers: list[float] = []
         for (sure, bounds), most in zip(stops or (), steps, strict=bool(stops)):
             numbers += sure
-            numbers += bounds[:most]
+            numbers += bounds[:most] + [math.inf] * (most - len(bounds))
         drawn, scores, logsumexp, level, report = torch.ops.specdec_fast.llama_draft(
             self._model().number,
             _joined(texts),
@@ -361,44 +362,6 @@ class LeanModel:
 def _joined(texts: list[list[int]]) -> list[int]:
     """The texts behind one another."""
     return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
-
-
-def _linears(layer: Any) -> list[Any]:
-    attention, mlp = layer.self_attn, layer.mlp
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        raise TypeError(f"{type(mlp.act_fn).__name__} is no SiLU")
-    inner = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-    return [*inner, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-
-
-def _plain(module: Any, kind: type) -> Any:
-    """The module, where it is exactly of this kind."""
-    if type(module) is not kind:
-        raise TypeError(f"{type(module).__name__} is no plain {kind.__name__}")
-    return module
-
-
-def _matrix(module: Any, rounded: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A linear map: weights ``[N, K]``, float32 scales ``[N]`` (or none) and offsets ``[N]`` (or none)."""
-    linear = _plain(module, nn.Linear)
-    weights = linear.weight.detach()
-    offsets = torch.empty(0) if linear.bias is None else linear.bias.detach().float()
-    if not rounded:
-        return weights.contiguous(), torch.empty(0), offsets
-    scales = weights.float().abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny) / 127
-    return _packed((weights.float() / scales.unsqueeze(1)).round_().add_(ZERO).to(torch.uint8)), scales, offsets
-
-
-def _packed(weights: Tensor) -> Tensor:
-    """Bytes ``[N, K]``, each :data:`ZERO` above its weight, as ``csrc/pass.h`` reads them: ``[N/16, K/4, 16, 4]``."""
-    n, k = weights.shape
-    whole = torch.nn.functional.pad(weights, (0, -k % 4, 0, -n % 16), value=ZERO)
-    return whole.view(-1, 16, whole.shape[1] // 4, 4).transpose(1, 2).contiguous()
-
-
-def _unpacked(weights: Tensor) -> Tensor:
-    """``[N, K]`` of :func:`_packed`, with what it filled in."""
-    return weights.transpose(1, 2).reshape(weights.shape[0] * 16, -1)
 
 
 _Kept = dict[bool, tuple[list[Any], LeanModel | None]]

@@ -53,7 +53,7 @@ LAYERS = (
     {"lean", "attention"},
     {"walk"},
     {"static_cache"},
-    {"cache", "pretrained", "ngram", "intersection_mass"},
+    {"cache", "lean_weights", "pretrained", "ngram", "intersection_mass"},
     {"text"},
     {"spelling"},
     {"token_map"},
