@@ -371,7 +371,7 @@ class _Loop:
             outlook,
             unread=[len(text) for text in rows.tokens],
             horizon=limit - columns,
-            watched=resident is None and methods.asks(plan, options),
+            watched=methods.asks(plan, options) if resident is None else resident.watched,
         )
         meter = costs.Meter() if known is not None else None
         # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters

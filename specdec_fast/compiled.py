@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
 from specdec_fast.costs import Costs
@@ -253,9 +254,9 @@ def check_out(
         capacity: of the target's and of the drafter's.
         how: passes run.
         head: of the drafter.
-        choices: ``index``, ``choices`` and ``picks`` of the drafter's writer, those that it has.
+        choices: tensors of the drafter's writer: ``index``, ``choices`` and ``picks``, those that it has, a map's.
     """
-    names = tuple(sorted((name, len(t), hash(t.cpu().numpy().tobytes())) for name, t in (choices or {}).items()))
+    names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
     key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype)
     weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
@@ -282,6 +283,17 @@ def check_out(
         pair.graphs.clear()  # they read the old ones
     pair.weights, pair.head = weights, head
     return pair
+
+
+_digests: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _digest(tensor: Tensor) -> int:
+    """A hash of what a tensor holds, kept while it lives: a map of two vocabularies is tens of megabytes."""
+    known = _digests.get(tensor)
+    if known is None or known[0] != tensor._version:
+        _digests[tensor] = known = tensor._version, hash(tensor.cpu().numpy().tobytes())
+    return known[1]
 
 
 def hand_back(pair: Pair) -> None:

@@ -15,8 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from specdec_fast.device_round import BUCKETS, bucket_of
+from specdec_fast.device_round import BUCKETS, Told, bucket_of
 from specdec_fast.engine import Engine, refuse_undefined
+from specdec_fast.lookahead import Adaptive
 from specdec_fast.state import Rows
 
 __all__ = ["DeviceEngine", "Launcher", "Report"]
@@ -35,7 +36,7 @@ class Launcher(Protocol):
     def start(self, rows: Rows, shift: int) -> None:
         """Reads the prompt; ``shift`` columns of the target's cache are in front of it."""
 
-    def tell(self, texts: list[list[int]], active: list[int], gamma: int) -> float:
+    def tell(self, texts: list[list[int]], active: list[int]) -> float:
         """Hands the drafter what it cannot read on the device; returns the seconds this has taken so far."""
 
     def launch(self, gamma: int) -> Report:
@@ -43,6 +44,9 @@ class Launcher(Protocol):
 
     def limit(self, values: list[int]) -> None:
         """Sets how many tokens each row of the call may draft."""
+
+    def stops(self, row: int, sure: list[float], worth: list[float]) -> None:
+        """Sets where a row's draft ends, as :meth:`specdec_fast.lookahead.Adaptive.stops` says it."""
 
     def stop(self, row: int) -> None:
         """Ends a row for a reason that only the host can see."""
@@ -54,8 +58,8 @@ class Launcher(Protocol):
 class Report(Protocol):
     """What a round gave."""
 
-    def read(self) -> list[list[int]]:
-        """``[B][3 + gamma + 1]``, as :class:`specdec_fast.device_round.Round` returns it; waits until it is there."""
+    def read(self) -> list[Told]:
+        """What each row did; waits until it is there."""
 
 
 @dataclass
@@ -75,11 +79,10 @@ class DeviceEngine(Engine):
         """Generates; returns ``sequences [B, L]`` on the host."""
         begin = time.perf_counter()
         reports: deque[Report] = deque()
-        gamma = 0
         with torch.no_grad():
             self.launcher.start(self.rows, self.shift)
             while self.rows.active:
-                told = self.launcher.tell(self.rows.tokens, self.rows.active, gamma)
+                told = self.launcher.tell(self.rows.tokens, self.rows.active)
                 self.statistics.translate_seconds = told
                 gamma = self._next_gamma(len(reports))
                 reports.append(self.launcher.launch(gamma))
@@ -98,10 +101,13 @@ class DeviceEngine(Engine):
         """Tells the rows their lookahead; the bucket of the round to come."""
         limits = [0] * self.rows.batch
         longest = 0
+        watched = self.lookahead if isinstance(self.lookahead, Adaptive) and self.lookahead.watches else None
         for row in self.rows.active:
             room = self.rows.capacity - self.rows.length[row] - 1
             limits[row] = max(min(self.lookahead[row], BUCKETS[-1], room), 0)
             longest = max(longest, self.rows.length[row])
+            if watched is not None and limits[row]:
+                self.launcher.stops(row, *watched.stops(row))
         if limits != self._limits:
             self._limits = limits
             self.launcher.limit(limits)
@@ -115,12 +121,14 @@ class DeviceEngine(Engine):
     def _take(self, report: Report) -> None:
         """Takes note of a round."""
         self.statistics.rounds += 1
-        for row, (new, accepted, drafted, *block) in enumerate(report.read()[: self.rows.batch]):
-            if not new or self.rows.done[row]:
+        for row, told in enumerate(report.read()[: self.rows.batch]):
+            if not told.new or self.rows.done[row]:
                 continue
-            refuse_undefined(block[min(accepted, new - 1)], row)
-            kept = self._commit(row, block[: accepted + 1])
-            self._learn(row, drafted, accepted, kept, drafted)
+            refuse_undefined(told.block[min(told.accepted, told.new - 1)], row)
+            kept = self._commit(row, told.block[: told.accepted + 1])
+            if told.sure and isinstance(self.lookahead, Adaptive):
+                self.lookahead.saw(row, told.sure[: told.drafted])
+            self._learn(row, told.drafted, told.accepted, kept, told.drafted)
         self._settle()
         for row, done in enumerate(self.rows.done):
             if done:

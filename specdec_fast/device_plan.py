@@ -13,11 +13,12 @@ from specdec_fast.attention import for_static_cache
 from specdec_fast.compiled import Compilation
 from specdec_fast.costs import Observed, Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
+from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, HostTarget, Session
 from specdec_fast.drafters.head import pruned_head
 from specdec_fast.lean import LeanModel
-from specdec_fast.methods import Plan, logit_width
+from specdec_fast.methods import Plan, asks, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
@@ -25,11 +26,12 @@ from specdec_fast.static_runner import why_not_static
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
 from specdec_fast.text import Reader
+from specdec_fast.token_map import TokenMap, token_map
 from specdec_fast.vocab import Vocabulary, intersection
 
 __all__ = ["Call", "drafter_part", "mode_of", "open_session", "resident_outlook", "why_not_resident"]
 
-METHODS = ("autoregressive", "model", "tli")
+METHODS = ("autoregressive", "model", "tli", "projection")
 
 
 def mode_of(options: Options, model: PreTrainedModel, disabled: bool) -> str:
@@ -113,7 +115,7 @@ def open_session(
         *sizes,
         law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
         rule=call.plan.verification,
-        drafter=drafter_part(model, batch, call),
+        drafter=drafter_part(model, batch, call, how),
         visible=call.visible,
         prefill_chunk=call.prefill_chunk,
         ends=sorted(call.stops.eos) if call.stops.pads else [],
@@ -173,7 +175,15 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < call.longest:
         return f"the text may leave the drafter's {positions} positions"
+    if plan.method == "projection" and not len(_map_of(model, options)):
+        return "no token of the drafter stands for one of the target"
     return None
+
+
+def _map_of(model: PreTrainedModel, options: Options) -> TokenMap:
+    assert options.assistant_model is not None
+    sizes = {"target_size": logit_width(model), "drafter_size": logit_width(options.assistant_model)}
+    return token_map(Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer), **sizes)
 
 
 def _padded_left(visible: Tensor | None) -> bool:
@@ -181,7 +191,15 @@ def _padded_left(visible: Tensor | None) -> bool:
     return visible is None or (bool((visible.long().diff(dim=1) >= 0).all()) and bool(visible[:, -1].all()))
 
 
-def drafter_part(model: PreTrainedModel, rows: int, call: Call) -> DrafterPart | None:
+def watches(plan: Plan, options: Options, how: Compilation) -> bool:
+    """Whether the lookahead ends drafts where the drafter is unsure.
+
+    Where rounds are compiled or captured a draft costs its whole bucket wherever it ends, so nothing would be saved.
+    """
+    return plan.schedule == "adaptive" and asks(plan, options) and not (how.compiled or how.captured)
+
+
+def drafter_part(model: PreTrainedModel, rows: int, call: Call, how: Compilation) -> DrafterPart | None:
     """The drafter of a call that :func:`why_not_resident` has nothing against."""
     options, drafter = call.options, call.options.assistant_model
     if call.plan.method == "autoregressive" or drafter is None:
@@ -191,17 +209,27 @@ def drafter_part(model: PreTrainedModel, rows: int, call: Call) -> DrafterPart |
         call.processors, do_sample=call.do_sample, temperature=options.assistant_temperature
     )
     law = DeviceLaw.of(warpers, do_sample=warpers is not None)
-    confidence = options.assistant_confidence_threshold or 0.0
+    stop: dict[str, Any] = {
+        "confidence": options.assistant_confidence_threshold or 0.0,
+        "watched": watches(call.plan, options, how),
+    }
     if call.plan.method == "model":
-        return DrafterPart(drafter, law, confidence=confidence)
+        return DrafterPart(drafter, law, **stop)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
         Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
         for _ in range(rows)
     ]
+    if call.plan.method == "projection":
+        table = _map_of(model, options)
+        head, tensors = pruned_head(drafter, table.drafter_ids), dict(device_tables(table))
+        if head is None:
+            tensors["picks"] = table.drafter_ids
+        listed = int(tensors["number"].amax())
+        return DrafterPart(drafter, law, head, tensors, contexts, listed=listed, **stop)
     shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
     head = pruned_head(drafter, shared.drafter_ids)
     tensors = {"index": shared.target_ids.int(), "target_ids": shared.target_ids, "choices": shared.drafter_ids}
     if head is None:
         tensors["picks"] = shared.drafter_ids
-    return DrafterPart(drafter, law, head, tensors, contexts, confidence)
+    return DrafterPart(drafter, law, head, tensors, contexts, **stop)

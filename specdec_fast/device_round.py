@@ -8,6 +8,7 @@ loop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from specdec_fast import ops
 from specdec_fast.device_law import DeviceLaw
+from specdec_fast.lookahead import Adaptive
 from specdec_fast.randomness import Purpose
 from specdec_fast.static_runner import StaticRunner, static_forward
 
@@ -25,9 +27,11 @@ __all__ = [
     "DeviceDrafter",
     "DeviceWriter",
     "Draft",
+    "Drawn",
     "NothingDrafted",
     "Round",
     "State",
+    "Told",
     "bucket_of",
 ]
 
@@ -61,6 +65,8 @@ class State:
         ends: ``[E]`` ids that end a row, filled up with an id that no token has.
         tail: ``[B, F]`` the last ids of the drafter's text, where the host writes it (another tokenizer).
         text: ``[B]`` length of the drafter's text.
+        sure: ``[B, S]`` float64, the acceptance expected of a draft token by its confidence, in S equal steps.
+        worth: ``[B, M]`` float64: behind its i-th token a row drafts on where the whole draft's is above this.
     """
 
     ids: Tensor
@@ -76,6 +82,8 @@ class State:
     ends: Tensor
     tail: Tensor
     text: Tensor
+    sure: Tensor
+    worth: Tensor
 
     ENDS = 64
     TAIL = 4
@@ -93,6 +101,8 @@ class State:
             done=torch.zeros(rows, dtype=torch.bool, device=device),
             ends=numbers(cls.ENDS),
             tail=numbers(rows, cls.TAIL),
+            sure=numbers(rows, Adaptive.STEPS).double(),
+            worth=numbers(rows, BUCKETS[-1]).double(),
             **{name: numbers(rows) for name in each},
         )
         state.clear()
@@ -122,7 +132,12 @@ class State:
 class Draft(NamedTuple):
     """What a drafter proposes: target ids ``[B, G]`` and how many of them each row drafted ``[B]``.
 
-    Where they have a law, also the logits ``[B, G, K]``, their logsumexp and the entries drawn ``[B, G]``.
+    Where they have a law, also the logits ``[B, G, K]``, their logsumexp and the entries drawn ``[B, G]``, as
+    :func:`specdec_fast.ops.verify` takes them; where that is of several kinds, ``kind [B, G]`` and ``ids`` with
+    ``log_q [B, G, S]``.
+
+    The host is told ``own [B, G]``, the drafter's ids that stand in its cache behind its text (-1: none), where its
+    tokenizer is another; and ``sure [B, G]``, the step of each token's confidence, where the lookahead asks for it.
     """
 
     tokens: Tensor
@@ -130,10 +145,43 @@ class Draft(NamedTuple):
     logits: Tensor | None = None
     logsumexp: Tensor | None = None
     drawn: Tensor | None = None
+    kind: Tensor | None = None
+    ids: Tensor | None = None
+    log_q: Tensor | None = None
+    own: Tensor | None = None
+    sure: Tensor | None = None
+
+
+class Told(NamedTuple):
+    """What the host reads of a row's round.
+
+    ``new`` columns were committed (0: the row was done), ``accepted`` of the ``drafted`` tokens; ``block`` holds the
+    accepted ones and the one behind them (-1: there is none that the target's scores define). ``own`` and ``sure`` as
+    in :class:`Draft`, nothing where the drafter tells nothing.
+    """
+
+    new: int
+    accepted: int
+    drafted: int
+    block: list[int]
+    own: list[int]
+    sure: list[int]
+
+    @classmethod
+    def of(cls, values: list[int], own: bool, sure: bool) -> Told:
+        """From a row of what :class:`Round` returns."""
+        new, accepted, drafted, *rest = values
+        width = (len(rest) - 1) // (1 + own + sure)
+        parts = [rest[width + 1 + i * width :][:width] for i in range(own + sure)]
+        return cls(new, accepted, drafted, rest[: width + 1], parts[0] if own else [], parts[-1] if sure else [])
 
 
 class DeviceDrafter(Protocol):
     """Drafts on the device."""
+
+    @property
+    def tells(self) -> tuple[bool, bool]:
+        """Whether its drafts hold ``own`` and ``sure``."""
 
     @property
     def index(self) -> Tensor | None:
@@ -152,9 +200,20 @@ class NothingDrafted:
 
     index: Tensor | None = None
     parameters: ClassVar[dict[str, Tensor]] = {}
+    tells: ClassVar[tuple[bool, bool]] = (False, False)
 
     def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
         return Draft(state.ids[:, :gamma], torch.zeros_like(room))
+
+
+class Drawn(NamedTuple):
+    """One draft step: the scores ``[B, K]`` it was drawn from, the entry (-1: they are no law), and what
+    :func:`specdec_fast.ops.sample` says of it, ``[B]`` each."""
+
+    scores: Tensor
+    entry: Tensor
+    log_prob: Tensor
+    logsumexp: Tensor
 
 
 class DeviceWriter:
@@ -169,6 +228,8 @@ class DeviceWriter:
         choices: ``[K]`` int64 its own ids of them.
         picks: the same, where its head computes other logits as well.
         confidence: a row's draft ends behind a token whose probability is below this.
+        watched: a row's draft ends where ``State.sure`` and ``State.worth`` say so.
+        eager: shapes may hang on values (a CPU, and nothing compiled): drafting ends where all rows are through.
     """
 
     def __init__(
@@ -182,24 +243,73 @@ class DeviceWriter:
         choices: Tensor | None = None,
         picks: Tensor | None = None,
         confidence: float = 0.0,
+        watched: bool = False,
+        eager: bool = False,
     ):
         self.runner = runner
         self.law = law
         self.parameters = parameters
         self.index = index
+        self.watched = watched
         self._target_ids = target_ids
         self._choices = choices
         self._picks = picks
+        self.eager = eager
         self._confidence = confidence
+
+    @property
+    def tells(self) -> tuple[bool, bool]:
+        return self._choices is not None, self.watched
 
     def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
         """Reads what is new of each row's text, then draws token by token."""
         tail, text = self._tail(state)
+        count = self._able(text, room)
+        steps: list[Drawn] = []
+        sure: list[Tensor] = []
+        reach = torch.ones_like(state.sure[:, 0])
+        for drawn in self._steps(state, gamma, tail, text):
+            steps.append(drawn)
+            if self._confidence or self.watched:
+                mass = (_certainty(drawn.scores, drawn.entry) if self.law.greedy else drawn.log_prob).exp()
+                on = mass >= self._confidence
+                if self.watched:
+                    scale = state.sure.shape[1]
+                    sure.append((mass.nan_to_num(0.0) * scale).long().clamp(max=scale - 1))
+                    reach = reach * state.sure.gather(1, sure[-1].unsqueeze(1)).squeeze(1)
+                    on = reach > state.worth[:, len(steps) - 1]
+                count = torch.where(on, count, count.clamp(max=len(steps)))
+            if self.eager and int(count.amax()) <= len(steps):
+                break
+        entries = torch.stack([drawn.entry for drawn in steps], 1)
+        known = entries.clamp(min=0)
+        tokens = entries if self._target_ids is None else torch.where(entries < 0, -1, self._target_ids[known])
+        draft = Draft(tokens, count, own=self._read(known), sure=torch.stack(sure, 1) if sure else None)
+        if not law_wanted or self.law.greedy:
+            return draft
+        logits, logsumexp = (torch.stack(part, 1) for part in ([d.scores for d in steps], [d.logsumexp for d in steps]))
+        return draft._replace(logits=logits, logsumexp=logsumexp, drawn=entries)
+
+    def _able(self, text: Tensor, room: Tensor) -> Tensor:
+        """How many tokens each row may draft, ``[B]``: at most as many as the drafter has positions for."""
+        places = (self.runner.positions - text).clamp(min=0)
+        return torch.where(text > 0, torch.minimum(room, places), 0)
+
+    def _read(self, known: Tensor) -> Tensor | None:
+        """The drafter's ids of the entries ``[B, S]`` that were drawn and read, all but the last; for the host."""
+        if self._choices is None:
+            return None
+        return torch.cat([self._choices[known[:, :-1]], torch.full_like(known[:, :1], -1)], 1)
+
+    def _steps(self, state: State, gamma: int, tail: Tensor, text: Tensor) -> Iterator[Drawn]:
+        """Draws up to ``gamma`` tokens one behind the other, each read when the next is asked for.
+
+        Args:
+            tail, text: of :meth:`_tail`.
+        """
         start = (text - tail.shape[1]).clamp(min=0)
         logits = self.runner.score(tail, start, (text - 1 - start).clamp(min=0))
-        places = (self.runner.positions - text).clamp(min=0)
-        count, key = torch.where(text > 0, torch.minimum(room, places), 0), state.committed
-        tokens, kept, sums, entries = [], [], [], []
+        key = state.committed
         for step in range(gamma):
             scores = self.law.scores(logits if self._picks is None else logits[:, self._picks])
             found = ops.sample(
@@ -210,23 +320,11 @@ class DeviceWriter:
                 purpose=Purpose.DRAFT,
                 **self.parameters,  # type: ignore[arg-type]
             )
-            drawn = torch.where(found.status != 0, -1, found.token)
-            kept.append(scores)
-            sums.append(found.logsumexp)
-            entries.append(drawn)
-            known = drawn.clamp(min=0)
-            tokens.append(drawn if self._target_ids is None else torch.where(drawn < 0, -1, self._target_ids[known]))
-            if self._confidence:
-                log_prob = _certainty(scores, drawn) if self.law.greedy else found.log_prob
-                count = torch.where(log_prob.exp() >= self._confidence, count, count.clamp(max=step + 1))
+            yield Drawn(scores, torch.where(found.status != 0, -1, found.token), found.log_prob, found.logsumexp)
             if step + 1 < gamma:
+                known = torch.where(found.status != 0, 0, found.token)
                 own = known if self._choices is None else self._choices[known]
                 logits = self.runner.score(own.unsqueeze(1), text + step, torch.zeros_like(text))
-        if not law_wanted or self.law.greedy or not gamma:
-            return Draft(torch.stack(tokens, 1) if tokens else state.ids[:, :0], count)
-        stacked = (torch.stack(part, 1) for part in (tokens, kept, sums, entries))
-        tokens_, logits_, logsumexp, drawn_ = stacked
-        return Draft(tokens_, count, logits_, logsumexp, drawn_)
 
     def catch_up(self, state: State, unread: int) -> None:
         """Reads the last tokens of each row after rounds without a draft; same tokenizer."""
@@ -276,9 +374,8 @@ class Round:
         """Runs a round and commits what it gave.
 
         Returns:
-            ``[B, 3 + gamma + 1]`` int64: how many columns were committed (0: the row was done), draft tokens accepted,
-            draft tokens drafted, then the accepted tokens and the one behind them (-1: there is none that the target's
-            scores define).
+            ``[B, N]`` int64, what :meth:`Told.of` takes apart: columns committed, draft tokens accepted, draft tokens
+            drafted, the block, and what the drafter tells.
         """
         drafter = self.drafter if gamma else NothingDrafted()
         draft = drafter.draft(state, gamma, self._room(state, gamma), self.rule != "match")
@@ -310,6 +407,9 @@ class Round:
             index=None if draft.logits is None else self.drafter.index,
             drawn=draft.drawn,
             draft_logsumexp=draft.logsumexp,
+            kind=draft.kind,
+            sparse_ids=draft.ids,
+            sparse_log_q=draft.log_q,
             **self.parameters,  # type: ignore[arg-type]
             **given,  # type: ignore[arg-type]
         )
@@ -332,4 +432,5 @@ def _commit(state: State, draft: Draft, accepted: Tensor, token: Tensor) -> Tens
     state.ids.scatter_(1, columns, torch.where(place < new.unsqueeze(1), block, state.ids.gather(1, columns)))
     state.done |= (stop <= new) & ending.any(1) | (new >= room)
     state.length += new
-    return torch.cat([torch.stack([new, accepted, draft.drafted], 1), block], 1)
+    told = [part for part in (draft.own, draft.sure) if part is not None]
+    return torch.cat([torch.stack([new, accepted, draft.drafted], 1), block, *told], 1)

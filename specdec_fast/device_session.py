@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from specdec_fast.compiled import Captured, Compilation, Pair, capture, check_out, hand_back, notice, upload
 from specdec_fast.costs import Costs
 from specdec_fast.device_law import DeviceLaw
+from specdec_fast.device_projection import DeviceProjection
 from specdec_fast.device_round import (
     BUCKETS,
     UNREAD,
@@ -27,15 +28,17 @@ from specdec_fast.device_round import (
     NothingDrafted,
     Round,
     State,
+    Told,
     bucket_of,
 )
-from specdec_fast.drafters.model import Context, common
+from specdec_fast.device_text import DraftedText, read_texts
+from specdec_fast.drafters.model import Context
 from specdec_fast.runner import Head
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_runner import Forward, StaticRunner
 
-__all__ = ["DraftedText", "DrafterPart", "HostTarget", "Session"]
+__all__ = ["DrafterPart", "HostTarget", "Session"]
 
 TIMED = (1, 5)  # draft tokens of the rounds that are timed
 ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
@@ -49,9 +52,11 @@ class DrafterPart:
         model: the drafter.
         law: its sampling.
         head: its LM head, where it has one of its own.
-        tensors: what it may draw, as :class:`DeviceWriter` takes it; nothing for the target's tokenizer.
+        tensors: what it may draw, as :class:`DeviceWriter` or :class:`DeviceProjection` takes it; nothing for the
+            target's tokenizer.
         contexts: one a row, of a tokenizer of its own.
-        confidence: as for :class:`DeviceWriter`.
+        confidence, watched: as for :class:`DeviceWriter`.
+        listed: of a projection, the longest list of what may follow; None for other methods.
     """
 
     model: PreTrainedModel
@@ -60,30 +65,38 @@ class DrafterPart:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     contexts: Sequence[Context] | None = None
     confidence: float = 0.0
+    watched: bool = False
+    listed: int | None = None
 
 
 class HostReport:
-    """A report that is there at once."""
+    """A report that is there at once.
 
-    def __init__(self, values: Tensor):
+    Args:
+        values: of a round.
+        tells: what its drafter tells.
+    """
+
+    def __init__(self, values: Tensor, tells: tuple[bool, bool]):
         self._values = values
+        self._tells = tells
 
-    def read(self) -> list[list[int]]:
-        return self._values.tolist()
+    def read(self) -> list[Told]:
+        return [Told.of(row, *self._tells) for row in self._values.tolist()]
 
 
-class PinnedReport:
+class PinnedReport(HostReport):
     """A report on its way to the host: the device goes on, and only the reader waits."""
 
-    def __init__(self, values: Tensor):
-        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    def __init__(self, values: Tensor, tells: tuple[bool, bool]):
+        super().__init__(torch.empty(values.shape, dtype=values.dtype, pin_memory=True), tells)
         self._values.copy_(values, non_blocking=True)
         self._there = torch.cuda.Event()
         self._there.record()
 
-    def read(self) -> list[list[int]]:
+    def read(self) -> list[Told]:
         self._there.synchronize()
-        return self._values.tolist()
+        return super().read()
 
 
 class Session:
@@ -140,11 +153,17 @@ class Session:
         self._unread = 1  # the most tokens of a row that a drafter with the target's tokenizer has not read
         self._stopped: set[int] = set()
         self._text: DraftedText | None = None
+        self._report: HostReport | None = None  # of the newest round; None: it drafted nothing
         self._bind()
 
     @property
     def state(self) -> State:
         return self._pair.state
+
+    @property
+    def watched(self) -> bool:
+        """Whether drafts end where the lookahead says so (:meth:`stops`)."""
+        return self._part is not None and self._part.watched
 
     @property
     def bytes(self) -> int:
@@ -170,13 +189,19 @@ class Session:
         pair, part = self._pair, self._part
         drafter: DeviceDrafter = NothingDrafted()
         if part is not None and self.drafter is not None:
-            parameters = pair.set_parameters(1, part.law.values)
-            drafter = DeviceWriter(
-                self.drafter, part.law, parameters=parameters, confidence=part.confidence, **pair.choices
-            )
+            settings: dict[str, Any] = {
+                "parameters": pair.set_parameters(1, part.law.values),
+                "confidence": part.confidence,
+                "watched": part.watched,
+                "eager": not self.costly,
+            }
+            if part.listed is None:
+                drafter = DeviceWriter(self.drafter, part.law, **settings, **pair.choices)
+            else:
+                drafter = DeviceProjection(self.drafter, part.law, **settings, tables=pair.choices, most=part.listed)
         self._writer = drafter
         self._round = Round(self.target, drafter, self._rule, self._law, pair.set_parameters(0, self._law.values))
-        own = () if part is None else (part.law.key, part.confidence)
+        own = () if part is None else (part.law.key, part.confidence, part.watched, part.listed)
         self._key: tuple[Any, ...] = (self._rule, self._law.key, own)
 
     # The call ---------------------------------------------------------------------------------------------------------
@@ -196,7 +221,7 @@ class Session:
         if self.drafter is not None and self._part is not None and self._part.contexts is None:
             read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
         elif self.drafter is not None and self._part is not None:
-            self._text = DraftedText(self.drafter, self._part)
+            self._text = DraftedText(self.drafter, self._part.contexts)
         state = self.state
         state.clear()
         state.ids[: self._batch, :prompt].copy_(rows.ids[:, :prompt])
@@ -214,26 +239,30 @@ class Session:
         ):
             upload(values, to)
 
-    def tell(self, texts: list[list[int]], active: list[int], gamma: int) -> float:
+    def tell(self, texts: list[list[int]], active: list[int]) -> float:
         """Hands a drafter with a tokenizer of its own what was committed since the round before.
 
         Args:
             texts: of all rows, in the target's ids.
             active: rows that go on.
-            gamma: the round before drafted up to so many.
 
         Returns:
             seconds spent on translation so far.
         """
         if self._text is None:
             return 0.0
-        longest = self._text.read(texts, active, gamma)
+        report = self._report
+        longest = self._text.read(texts, active, None if report is None else [told.own for told in report.read()])
         self._reserve(0, longest + BUCKETS[-1] + 1)
         self._text.write(self.state)
         return self._text.seconds
 
     def limit(self, values: list[int]) -> None:
         upload(values, self.state.limit)
+
+    def stops(self, row: int, sure: list[float], worth: list[float]) -> None:
+        upload([sure], self.state.sure[row : row + 1])
+        upload([worth + [torch.inf] * (self.state.worth.shape[1] - len(worth))], self.state.worth[row : row + 1])
 
     def stop(self, row: int) -> None:
         if row not in self._stopped:
@@ -267,16 +296,22 @@ class Session:
 
     # Rounds -----------------------------------------------------------------------------------------------------------
 
-    def launch(self, gamma: int) -> HostReport | PinnedReport:
+    def launch(self, gamma: int) -> HostReport:
         if gamma == 0:
             self._unread += 1
         elif isinstance(self._writer, DeviceWriter):
             if self._unread > UNREAD and self._part is not None and self._part.contexts is None:
                 self._writer.catch_up(self.state, self._unread)
             self._unread = UNREAD
+        tells = self._writer.tells if gamma else NothingDrafted.tells
         if self.state.ids.device.type != "cuda":
-            return HostReport(self._round(self.state, gamma))
-        return PinnedReport(self._captured(gamma) if self._how.captured else self._round(self.state, gamma))
+            report = HostReport(self._round(self.state, gamma), tells)
+        else:
+            report = PinnedReport(
+                self._captured(gamma) if self._how.captured else self._round(self.state, gamma), tells
+            )
+        self._report = report if gamma else None
+        return report
 
     def _captured(self, gamma: int) -> Tensor:
         """Replays a round, captured at its first use; runs it as it is where it cannot be captured."""
@@ -307,11 +342,17 @@ class Session:
         To be asked before :meth:`start`: the rows are done, so nothing is committed, and what is written into the
         caches will be written over.
         """
-        seconds = []
+        seconds, writer = [], self._writer
+        eager = isinstance(writer, DeviceWriter) and writer.eager
+        if isinstance(writer, DeviceWriter):
+            writer.eager = False  # it would see that no row drafts
         for _ in range(repetitions + 1):
             begin = time.perf_counter()
             self.launch(gamma).read()
             seconds.append(time.perf_counter() - begin)
+        if isinstance(writer, DeviceWriter):
+            writer.eager = eager
+        self._report = None
         return statistics.median(seconds[1:])
 
     def costs(self) -> Costs:
@@ -384,64 +425,3 @@ class HostTarget:
             self.target.move(self._pair.target, self._forward())
             hand_back(old)
         return bucket_of(lanes - 1) + 1 if lanes <= self.MOST else 0
-
-
-def read_texts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
-    """Feeds texts of different lengths to rows, each behind what the row holds."""
-    some = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
-    if some:
-        pieces = [torch.tensor(text, dtype=torch.long) for _, text in some]
-        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        runner.feed([row for row, _ in some], tokens, [len(text) for _, text in some], [1] * len(some))
-
-
-class DraftedText:
-    """The text of a drafter with a tokenizer of its own, kept on the host and handed over before each round.
-
-    Args:
-        runner: the drafter model.
-        part: its contexts, and what it may draw.
-    """
-
-    def __init__(self, runner: StaticRunner, part: DrafterPart):
-        assert part.contexts is not None
-        self.seconds = 0.0
-        self._runner = runner
-        self._contexts = part.contexts
-        targets, own = (part.tensors[name].tolist() for name in ("target_ids", "choices"))
-        self._own = dict(zip(targets, own, strict=True))
-        self._read = [0] * len(part.contexts)
-
-    def read(self, texts: list[list[int]], active: list[int], gamma: int) -> int:
-        """Reads what was committed since the round before, in which up to ``gamma`` tokens were drafted.
-
-        Returns:
-            length of the longest text.
-        """
-        begin = time.perf_counter()
-        for row in active:
-            context, new = self._contexts[row], texts[row][self._read[row] :]
-            before = len(context.ids)
-            kept = context.append(new)
-            self._read[row] = len(texts[row])
-            cached = min(before if gamma else self._runner.length[row], kept)
-            if kept == before and gamma:  # the round read its drafts but the last, and the accepted ones stand
-                drafted = [self._own.get(token, -1) for token in new[:-1]][: gamma - 1]
-                cached += common(drafted, context.ids[before:])
-            self._runner.length[row] = min(cached, max(len(context.ids) - 1, 0))
-        self.seconds += time.perf_counter() - begin
-        return max(len(context.ids) for context in self._contexts)
-
-    def write(self, state: State) -> None:
-        """Hands the drafter the last tokens of each row, and reads for it what is missing before those."""
-        behind, missing, tails = [], [], []
-        for row, context in enumerate(self._contexts):
-            ids, cached = context.ids, self._runner.length[row]
-            if len(ids) - cached > State.TAIL:
-                behind.append(row)
-                missing.append(ids[cached:-1])
-            tail = ids[max(len(ids) - State.TAIL, 0) :]
-            tails.append(tail + [0] * (State.TAIL - len(tail)))
-        read_texts(self._runner, behind, missing)
-        upload(tails, state.tail)
-        upload([len(context.ids) for context in self._contexts], state.text)

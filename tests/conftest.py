@@ -32,3 +32,11 @@ def _constant_costs():
         patch.setattr(warmup, "observed", lambda *_: costs.Observed())
         patch.setattr(warmup, "WORTH_IT", float("inf"))
         yield
+
+
+@pytest.fixture
+def plain_drafters(monkeypatch):
+    """Drafters by their own forward: in 8 bits they draw other tokens, and sampled output hangs on those."""
+    from specdec_fast.drafters import model
+
+    monkeypatch.setattr(model, "lean_model", lambda *_, **__: None)

@@ -29,7 +29,7 @@ LAYERS = (
     {"prepared"},
     {"api"},
     {"device_engine", "device_plan", "continuation"},
-    {"methods", "engine", "warmup", "device_session"},
+    {"methods", "engine", "warmup", "device_session", "device_text"},
     {"choice"},
     {"options"},
     {
@@ -44,7 +44,8 @@ LAYERS = (
         "drafters.prompt_lookup",
         "drafters.slrs",
     },
-    {"compiled", "device_round"},
+    {"compiled", "device_projection"},
+    {"device_round"},
     {"device_law", "static_runner"},
     {"runner", "verification", "fused", "stops", "lookahead", "state", "stats"},
     {"sampling"},

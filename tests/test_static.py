@@ -26,19 +26,12 @@ from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaLis
 
 from specdec_fast import compiled, device_plan, device_session, fast_generate, last_speculation, static_cache, warmup
 from specdec_fast.attention import NAME, twin
-from specdec_fast.drafters import model as drafter_models
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
 STATIC = {"compile": "static"}
 CANNOT = ("bloom", "falcon", "mpt")
 ABLE = tuple(name for name in ARCHITECTURES if name not in CANNOT)
-METHODS = ("autoregressive", "model", "tli")
-
-
-@pytest.fixture
-def plain_drafters(monkeypatch):
-    """Drafters by their own forward: in 8 bits they draw other tokens, and sampled output hangs on those."""
-    monkeypatch.setattr(drafter_models, "lean_model", lambda *_, **__: None)
+METHODS = ("autoregressive", "model", "tli", "projection")
 
 
 @pytest.fixture

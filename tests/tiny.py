@@ -202,6 +202,7 @@ def drafters() -> dict[str, dict[str, Any]]:
         "autoregressive": {"method": "autoregressive"},
         "model": {"method": "model", "assistant_model": _noisy_taught()},
         "tli": {"method": "tli", **both},
+        "projection": {"method": "projection", **both},
         "slem": {"method": "slem", **both},
         "prompt_lookup": {"method": "prompt_lookup", "prompt_lookup_num_tokens": 4, "max_matching_ngram_size": 2},
     }
