@@ -375,7 +375,7 @@ class _Loop:
         )
         meter = costs.Meter() if known is not None else None
         # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
-        inside = do_sample and resident is None and record.scores is None and bool(logits_processor)
+        inside = do_sample and record.scores is None and bool(logits_processor)
         inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
         warpers = logits_processor if inside else None
         everything: dict[str, Any] = {
@@ -397,11 +397,11 @@ class _Loop:
             engine: Engine
             drafter: Drafter
             target: Runner
-            if resident is not None:
+            if resident is not None and not plan.others:
                 target, drafter = resident.target, NoDrafter(device)
             else:
                 watcher = lookahead if isinstance(lookahead, Adaptive) and lookahead.watches else None
-                drafter = methods.build_drafter(plan, *parts, watcher=watcher)
+                drafter = methods.build_drafter(plan, *parts[:-1], input_ids.device, watcher=watcher)
                 target = opened.target if opened is not None else call.runner(model, batch, lean)
             if past:
                 load(target, cache, past)

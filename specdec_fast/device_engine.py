@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast.device_round import BUCKETS, Told, bucket_of
+from specdec_fast.drafters.auto import AutoDrafter
 from specdec_fast.engine import Engine, refuse_undefined
 from specdec_fast.lookahead import Adaptive
 from specdec_fast.state import Rows
@@ -54,6 +55,15 @@ class Launcher(Protocol):
     def reserve(self, columns: int) -> None:
         """Makes room in the caches for texts of so many columns, a round's drafts not counted."""
 
+    def offers(self, candidate: int) -> bool:
+        """Whether a candidate of ``auto`` drafts on the device."""
+
+    def change(self, candidate: int) -> None:
+        """Lets another candidate draft from the next round on."""
+
+    def lend(self) -> None:
+        """Ends the rounds on the device: the loop on the host has the target from here on."""
+
 
 class Report(Protocol):
     """What a round gave."""
@@ -66,7 +76,8 @@ class Report(Protocol):
 class DeviceEngine(Engine):
     """One generation whose rounds live on the device.
 
-    ``rows`` is on the host; ``target`` is the runner the rounds use.
+    ``rows`` is on the host; ``target`` is the runner the rounds use. Where ``drafter`` chooses among candidates
+    (:class:`~specdec_fast.drafters.auto.AutoDrafter`), it says who drafts, and drafts once rounds have left the device.
 
     Args:
         launcher: runs the rounds.
@@ -74,6 +85,7 @@ class DeviceEngine(Engine):
 
     launcher: Launcher = None  # type: ignore[assignment]  # fields behind those with a default need one
     _limits: list[int] = field(default_factory=list)
+    _candidate: int = 0
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]`` on the host."""
@@ -81,7 +93,7 @@ class DeviceEngine(Engine):
         reports: deque[Report] = deque()
         with torch.no_grad():
             self.launcher.start(self.rows, self.shift)
-            while self.rows.active:
+            while self.rows.active and self._stays():
                 told = self.launcher.tell(self.rows.tokens, self.rows.active)
                 self.statistics.translate_seconds = told
                 gamma = self._next_gamma(len(reports))
@@ -94,8 +106,39 @@ class DeviceEngine(Engine):
         for row, length in enumerate(self.rows.length):
             self.target.length[row] = self.shift + length - 1
         self.statistics.loop_reason = self.launcher.why_not_captured or self.statistics.loop_reason
+        if self.rows.active:
+            self._go_on_the_host()
         self.statistics.total_seconds = time.perf_counter() - begin
         return self.rows.ids[:, : max(self.rows.length)]
+
+    def _stays(self) -> bool:
+        """Whether the next round lives on the device too: one candidate drafts all rows, and can do it there."""
+        if not isinstance(self.drafter, AutoDrafter):
+            return True
+        chosen = set(self.drafter.choose(self.rows, self.rows.active))
+        candidate = min(chosen)
+        if len(chosen) > 1 or not self.launcher.offers(candidate):
+            return False
+        if candidate != self._candidate:
+            self.launcher.change(candidate)
+            self._candidate = candidate
+        return True
+
+    @torch.no_grad()
+    def _go_on_the_host(self) -> None:
+        """The rest of the rounds, as the loop on the host runs them."""
+        self.launcher.lend()
+        self.rows.ids, self.rows.seed = (part.to(self.target.model.device) for part in (self.rows.ids, self.rows.seed))
+        self.statistics.loop_reason = (
+            f"from round {self.statistics.rounds + 1} on rounds need the host: the running acceptance chose a method "
+            "that drafts there, or several for the rows"
+        )
+        self.meter = None  # whole rounds were measured
+        while self.rows.active:
+            self.statistics.rounds += 1
+            self._round()
+            self._stream()
+        self.statistics.translate_seconds += self.drafter.translate_seconds
 
     def _next_gamma(self, unread: int) -> int:
         """Tells the rows their lookahead; the bucket of the round to come."""
@@ -125,6 +168,8 @@ class DeviceEngine(Engine):
             if not told.new or self.rows.done[row]:
                 continue
             refuse_undefined(told.block[min(told.accepted, told.new - 1)], row)
+            if isinstance(self.drafter, AutoDrafter):
+                self.drafter.note(row, len(self.rows.tokens[row]), told.drafted)
             kept = self._commit(row, told.block[: told.accepted + 1])
             if told.sure and isinstance(self.lookahead, Adaptive):
                 self.lookahead.saw(row, told.sure[: told.drafted])

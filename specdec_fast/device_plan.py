@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -103,7 +104,7 @@ def open_session(
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
         return None
-    how = Compilation.of(mode, model, config)
+    how, plan = Compilation.of(mode, model, config), call.plan
     statistics.forward = "inductor" if how.compiled else "static"
     statistics.attention = switched or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
@@ -114,8 +115,9 @@ def open_session(
     session = Session(
         *sizes,
         law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
-        rule=call.plan.verification,
+        rule=plan.verification,
         drafter=drafter_part(model, batch, call, how),
+        others=[_candidate(model, batch, replace(call, plan=replace(plan, method=name)), how) for name in plan.others],
         visible=call.visible,
         prefill_chunk=call.prefill_chunk,
         ends=sorted(call.stops.eos) if call.stops.pads else [],
@@ -150,8 +152,6 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
     drafter = options.assistant_model
     if plan.method not in METHODS:
         return f"method {plan.method} needs the host between draft and verification"
-    if plan.others:
-        return "the method may change from round to round"
     if sampling.manner_of(call.processors) is not sampling.Manner.POINTWISE:
         return "a logits processor looks at the text"
     if call.stops.in_order:
@@ -189,6 +189,19 @@ def _map_of(model: PreTrainedModel, options: Options) -> TokenMap:
 def _padded_left(visible: Tensor | None) -> bool:
     """Whether padding, if any, is in front of each row's text."""
     return visible is None or (bool((visible.long().diff(dim=1) >= 0).all()) and bool(visible[:, -1].all()))
+
+
+def _candidate(model: PreTrainedModel, batch: int, call: Call, how: Compilation) -> Callable[[], DrafterPart] | None:
+    """Makes the drafter of a method that a row may change to; None where it needs the host."""
+    if why_not_resident(model, call) is not None:
+        return None
+
+    def make() -> DrafterPart:
+        part = drafter_part(model, batch, call, how)
+        assert part is not None
+        return part
+
+    return make
 
 
 def watches(plan: Plan, options: Options, how: Compilation) -> bool:

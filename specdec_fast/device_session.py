@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,6 +109,7 @@ class Session:
         columns: the longest text the target's cache may have to hold, of which the first ``prompt`` are there.
         law, rule: of the target.
         drafter: None: plain decoding.
+        others: make the candidates behind that one, which may draft later; None for those that cannot, here.
         visible, prefill_chunk: as for :class:`StaticRunner`.
         ends: ids that end a row.
     """
@@ -124,6 +125,7 @@ class Session:
         law: DeviceLaw,
         rule: str,
         drafter: DrafterPart | None = None,
+        others: Sequence[Callable[[], DrafterPart] | None] = (),
         visible: Tensor | None = None,
         prefill_chunk: int | None = None,
         ends: Sequence[int] = (),
@@ -133,6 +135,8 @@ class Session:
         self.costly = how.compiled or how.captured
         self._ends = ends
         self._model, self._how, self._part = model, how, drafter
+        self._others = others
+        self._known: dict[int, tuple[DrafterPart, DraftedText]] = {}  # candidates that have drafted
         self._law, self._rule = law, rule
         self._batch, self._columns = batch, columns
         self._pair = self._check_out(min(columns, prompt + ALLOWANCE), 0)
@@ -152,6 +156,7 @@ class Session:
             )
         self._unread = 1  # the most tokens of a row that a drafter with the target's tokenizer has not read
         self._stopped: set[int] = set()
+        self._lent = False
         self._text: DraftedText | None = None
         self._report: HostReport | None = None  # of the newest round; None: it drafted nothing
         self._bind()
@@ -222,6 +227,7 @@ class Session:
             read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
         elif self.drafter is not None and self._part is not None:
             self._text = DraftedText(self.drafter, self._part.contexts)
+            self._known[0] = self._part, self._text
         state = self.state
         state.clear()
         state.ids[: self._batch, :prompt].copy_(rows.ids[:, :prompt])
@@ -281,14 +287,59 @@ class Session:
         if old.drafter is not None:
             own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + ALLOWANCE
         self._pair = self._check_out(columns, own)
-        self._pair.target.take(old.target)
-        self.target.move(self._pair.target, self._pair.forwards[0])
+        self._move_target(old)
         if self.drafter is not None and self._pair.drafter is not None and old.drafter is not None:
             self._pair.drafter.take(old.drafter)
             self.drafter.move(self._pair.drafter, self._pair.forwards[1])
         self._pair.state.take(old.state)
         hand_back(old)
         self._bind()
+
+    def _move_target(self, old: Pair) -> None:
+        self._pair.target.take(old.target)
+        forward = self._pair.forwards[0]
+        if self._lent and self._how.captured:
+            forward = Captured(forward, self._pair.graphs)
+        self.target.move(self._pair.target, forward)
+
+    def offers(self, candidate: int) -> bool:
+        return candidate == 0 or self._others[candidate - 1] is not None
+
+    def change(self, candidate: int) -> None:
+        if candidate not in self._known:
+            make = self._others[candidate - 1]
+            assert make is not None
+            part = make()
+            assert part.contexts is not None and self.drafter is not None
+            self._known[candidate] = part, DraftedText(self.drafter, part.contexts)
+        self._part, self._text = self._known[candidate]
+        old = self._pair
+        columns = old.target.capacity - 1
+        self._pair = self._check_out(columns, columns if old.drafter is None else old.drafter.capacity - 1)
+        self._move_target(old)
+        assert self._pair.drafter is not None
+        self.drafter = StaticRunner(
+            self._part.model,
+            self._pair.drafter,
+            self._batch,
+            head=self._part.head,
+            forward=self._pair.forwards[1],
+        )
+        self._text.move(self.drafter)
+        self._report = None
+        self._pair.state.take(old.state)
+        hand_back(old)
+        self._bind()
+
+    def lend(self) -> None:
+        self._lent = True
+        self.target.lend(self._room)
+        if self._how.captured:
+            self.target.move(self._pair.target, Captured(self._pair.forwards[0], self._pair.graphs))
+
+    def _room(self, columns: int, lanes: int) -> int:
+        self._reserve(columns, 0)
+        return lanes_for(lanes)
 
     def close(self) -> None:
         """Gives the caches back."""
@@ -374,7 +425,7 @@ class HostTarget:
         model, how, batch, columns, prompt, visible, prefill_chunk: as for :class:`Session`.
     """
 
-    MOST = 24  # lanes of a pass; longer ones are rare, and bound by arithmetic
+    MOST = 24  # lanes of a pass
 
     def __init__(
         self,
@@ -424,4 +475,9 @@ class HostTarget:
             self._pair.target.take(old.target)
             self.target.move(self._pair.target, self._forward())
             hand_back(old)
-        return bucket_of(lanes - 1) + 1 if lanes <= self.MOST else 0
+        return lanes_for(lanes)
+
+
+def lanes_for(lanes: int) -> int:
+    """Lanes of a pass of fixed shape that holds so many; 0: it is long, rare and bound by arithmetic."""
+    return bucket_of(lanes - 1) + 1 if lanes <= HostTarget.MOST else 0

@@ -43,6 +43,10 @@ class DraftedText:
         self._contexts = contexts
         self._read = [0] * len(contexts)
 
+    def move(self, runner: StaticRunner) -> None:
+        """Goes on with another cache, which holds nothing yet."""
+        self._runner = runner
+
     def read(self, texts: list[list[int]], active: list[int], drafted: Sequence[list[int]] | None) -> int:
         """Reads what was committed since the round before.
 

@@ -147,6 +147,10 @@ class StaticRunner(Runner):
         self.cache, self.forward = cache, forward
         self._units = [(group, cache) for group, _ in self._units]
 
+    def lend(self, room: Callable[[int, int], int]) -> None:
+        """Passes of :meth:`feed` have fixed shapes from here on; ``room`` as in the class."""
+        self._room = room
+
     @property
     def caches(self) -> list[tuple[list[int], RaggedCache]]:
         return [(list(range(self.rows)), self.cache.view(self.rows))]

@@ -194,3 +194,30 @@ def test_the_best_lookahead_weighs_tokens_against_cost():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule_starts_near_what_was_asked(schedule: str):
     assert 1 <= lookahead_for(schedule, 1, 4, Outlook(constant_costs(100, 5)))[0] <= 8
+
+
+def test_what_ends_a_draft_can_be_told_in_numbers():
+    """A drafter that multiplies what ``stops`` gives decides as one that asks ``further`` behind every token."""
+    numbers = random.Random(0)
+    asked, told = (Adaptive(1, 12, Outlook(STEEP), watched=True) for _ in range(2))
+    lengths = set()
+    for _ in range(200):
+        limit = asked[0]
+        assert told[0] == limit
+        confidences = [numbers.random() for _ in range(limit)]
+        length = next((i for i, mass in enumerate(confidences, 1) if not asked.further(0, i, mass)), limit)
+        sure, worth = told.stops(0)
+        steps = [int(mass * Adaptive.STEPS) for mass in confidences]
+        reach, drafted = 1.0, limit
+        for i in range(limit):
+            reach *= sure[steps[i]]
+            if not reach > worth[i]:
+                drafted = i + 1
+                break
+        assert drafted == length and len(worth) == limit
+        told.saw(0, steps[:drafted])
+        accepted = numbers.randrange(drafted + 1)
+        for lookahead in (asked, told):
+            lookahead.update(0, drafted, accepted)
+        lengths.add(limit - length)
+    assert len(lengths) > 2

@@ -26,6 +26,7 @@ from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaLis
 
 from specdec_fast import compiled, device_plan, device_session, fast_generate, last_speculation, static_cache, warmup
 from specdec_fast.attention import NAME, twin
+from specdec_fast.lookahead import Adaptive
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
 STATIC = {"compile": "static"}
@@ -397,3 +398,42 @@ def test_a_lookahead_from_measured_rounds(monkeypatch):
             options = {**drafters()[method], **STATIC}
             on_device(same(taught()[0], taught_prompts(2, padded=True), options, max_new_tokens=30))
     assert timed == [0, 1, 5] * 2
+
+
+# Where drafts end -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}, {"do_sample": False}], ids=str)
+@pytest.mark.parametrize("method", ["model", "tli"])
+def test_drafts_end_where_those_of_the_host_loop_do(plain_drafters, monkeypatch, method, sampling):
+    asked = {"num_assistant_tokens": 6, "num_assistant_tokens_schedule": "adaptive"}
+    settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 40, "seed": 3, **asked, **sampling}
+    ended = []
+    saw = Adaptive.saw
+
+    def note(lookahead, row, steps):
+        ended.append((len(steps), lookahead._rows[row].limit))
+        saw(lookahead, row, steps)
+
+    monkeypatch.setattr(Adaptive, "saw", note)
+    found = []
+    for compile in ("off", "static"):
+        output = fast_generate(
+            taught()[0], **taught_prompts(3, padded=True), **drafters()[method], **settings, compile=compile
+        )
+        statistics = last_speculation()
+        found.append((output.tolist(), statistics.accepted_per_position, statistics.drafted_per_position))
+    on_device(statistics)
+    assert found[0] == found[1]
+    assert any(drafted < limit for drafted, limit in ended), "no draft ended early"
+
+
+def test_a_draft_of_fixed_cost_is_not_cut_short(monkeypatch):
+    told = []
+    monkeypatch.setattr(device_session.Session, "stops", lambda *arguments: told.append(arguments))
+    config = CompileConfig(backend=lambda graph, inputs: graph.forward)
+    own = {"assistant_model": noisy(), "compile": "inductor", "seed": 0}
+    on_device(same(model(), prompts(), own, max_new_tokens=12, compile_config=config))
+    assert not told
+    on_device(same(model(), prompts(), {**own, **STATIC}, max_new_tokens=12))
+    assert told

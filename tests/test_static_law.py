@@ -5,19 +5,22 @@ import functools
 import pytest
 import torch
 from laws import SAMPLING, Reading, Recorder, exact_drafters, total_variation
+from rounds import CHEAP
 from test_distribution import FAULTY, SOUND, enumerated, exact_law, first_round, generate, p_values
 
-from specdec_fast import device_round, dispatch, last_speculation, ops, reference_ops, static_cache
+from specdec_fast import device_plan, device_round, dispatch, last_speculation, ops, reference_ops, static_cache
 from specdec_fast.device_round import DeviceWriter, Draft, Round
 from specdec_fast.randomness import Purpose
 
 RULES = ("match", "token", "block")
 SEEDS = (0, 1)
+ADAPTIVE = {"num_assistant_tokens_schedule": "adaptive", "num_assistant_tokens": 4}
 
 
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
+    monkeypatch.setattr(device_plan, "constant_costs", lambda *_: CHEAP)  # at which adaptive drafts end early
 
 
 @pytest.fixture
@@ -76,6 +79,7 @@ def test_the_output_has_the_targets_law(method, sampling, rule):
         {"assistant_temperature": 0.0},
         {"assistant_confidence_threshold": 0.3, "num_assistant_tokens": 4},
         {"num_assistant_tokens_schedule": "heuristic", "num_assistant_tokens": 1},
+        ADAPTIVE,
     ],
     ids=str,
 )
@@ -111,6 +115,17 @@ def fault_law_of_another_position(patch):
 def fault_dropped_after_a_look(patch):
     """The improbable token that ends a draft is dropped."""
     _change_draft(patch, lambda draft: draft._replace(drafted=torch.where(draft.drafted < 2, 0, draft.drafted)))
+
+
+def fault_dropped_where_the_lookahead_stops(patch):
+    """The token behind which a draft ends is dropped, where its confidence ended it."""
+    draft = DeviceWriter.draft
+
+    def dropping(self, state, gamma, room, law_wanted):
+        found = draft(self, state, gamma, room, law_wanted)
+        return found._replace(drafted=torch.where(found.drafted < room, found.drafted - 1, found.drafted))
+
+    patch.setattr(DeviceWriter, "draft", dropping)
 
 
 def _change_draft(patch, change):
@@ -154,6 +169,7 @@ def fault_one_more_is_kept(patch):
         (fault_rolled_law, "tli", "token", {}),
         (fault_law_of_another_position, "model", "token", {}),
         (fault_dropped_after_a_look, "model", "token", {"assistant_confidence_threshold": 0.3}),
+        (fault_dropped_where_the_lookahead_stops, "model", "token", ADAPTIVE),
         (fault_drafter_warped_twice, "model", "token", SAMPLING["top_p"]),
         (fault_one_more_is_kept, "model", "match", {}),
     ],

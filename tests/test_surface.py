@@ -23,7 +23,6 @@ ALLOWED = {
     "walk": ONE_BY_ONE,
     "drafters.slrs": ONE_BY_ONE,
     "drafters.literal": ONE_BY_ONE,
-    "device_projection": RANGES,
     "drafters.projection": RANGES,
     "token_map": RANGES,
     "intersection_mass": ONCE,

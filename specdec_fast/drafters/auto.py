@@ -118,7 +118,7 @@ class AutoDrafter:
         return sum(drafter.translate_seconds for drafter in self._made.values())
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
-        chosen = [self._choose(row, len(rows.tokens[row])) for row in active]
+        chosen = self.choose(rows, active)
         parts = []
         for candidate in sorted(set(chosen)):
             if candidate not in self._made:
@@ -128,15 +128,25 @@ class AutoDrafter:
             parts.append((places, self._made[candidate].propose(rows, own_rows, own_limit, draws.rows(places))))
         proposal = parts[0][1] if len(parts) == 1 else Proposal.joined(parts)
         for row, count in zip(active, proposal.count, strict=True):
-            self._rows[row].length, self._rows[row].drafted = len(rows.tokens[row]), count
+            self.note(row, len(rows.tokens[row]), count)
         return proposal
 
-    def _choose(self, row: int, length: int) -> int:
-        """Learns from what was committed since the row's last round: the tokens that stayed and one more."""
-        own = self._rows[row]
-        if own.drafted:
-            own.history.learn(own.drafted, min(length - own.length - 1, own.drafted))
-        return own.history.current
+    def choose(self, rows: Rows, active: list[int]) -> list[int]:
+        """Who drafts each row's next round; learns from what was committed since its last one.
+
+        That is the tokens that stayed and one more.
+        """
+        for row in active:
+            own = self._rows[row]
+            if own.drafted:
+                stayed = len(rows.tokens[row]) - own.length - 1
+                own.history.learn(own.drafted, min(stayed, own.drafted))
+                own.drafted = 0
+        return [self._rows[row].history.current for row in active]
+
+    def note(self, row: int, length: int, drafted: int) -> None:
+        """Takes note of a round that begins behind so many tokens of a row, and of how many it drafted."""
+        self._rows[row].length, self._rows[row].drafted = length, drafted
 
     def summary(self) -> str:
         """What the running acceptance has changed, for the statistics; empty where it changed nothing."""
