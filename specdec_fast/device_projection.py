@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from specdec_fast import ops
+from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import DeviceWriter, Draft, Drawn, State
 from specdec_fast.ops import LawKind
+from specdec_fast.static_runner import StaticRunner
 from specdec_fast.token_map import TokenMap
 
 __all__ = ["DeviceProjection", "device_tables"]
@@ -86,12 +88,12 @@ class DeviceProjection(DeviceWriter):
     Args:
         tables: of :func:`device_tables`, and ``picks`` where its head computes logits in the order of its own ids.
         most: the longest list of what may follow.
-        arguments: as for :class:`DeviceWriter`.
+        runner, law, named: as for :class:`DeviceWriter`.
     """
 
-    def __init__(self, *arguments: Any, tables: dict[str, Tensor], most: int, **named: Any):
-        own = {name: tables[name] for name in ("index", "choices", "picks") if name in tables}
-        super().__init__(*arguments, **own, **named)
+    def __init__(self, runner: StaticRunner, law: DeviceLaw, *, tables: dict[str, Tensor], most: int, **named: Any):
+        own: dict[str, Any] = {name: tables[name] for name in ("index", "choices", "picks") if name in tables}
+        super().__init__(runner, law, **own, **named)
         self._tables = tables
         self._most = most
 

@@ -201,7 +201,7 @@ class Session:
                 "eager": not self.costly,
             }
             if part.listed is None:
-                drafter = DeviceWriter(self.drafter, part.law, **settings, **pair.choices)
+                drafter = DeviceWriter(self.drafter, part.law, **settings, **dict[str, Any](pair.choices))
             else:
                 drafter = DeviceProjection(self.drafter, part.law, **settings, tables=pair.choices, most=part.listed)
         self._writer = drafter
@@ -225,7 +225,7 @@ class Session:
             self.target.feed(everyone, rows.ids[:, first : prompt - 1], count, [1] * self._batch)
         if self.drafter is not None and self._part is not None and self._part.contexts is None:
             read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
-        elif self.drafter is not None and self._part is not None:
+        elif self.drafter is not None and self._part is not None and self._part.contexts is not None:
             self._text = DraftedText(self.drafter, self._part.contexts)
             self._known[0] = self._part, self._text
         state = self.state

@@ -5,11 +5,12 @@ import functools
 import pytest
 import torch
 from laws import SAMPLING, Reading, Recorder, exact_drafters, total_variation
-from rounds import CHEAP
 from test_distribution import FAULTY, SOUND, enumerated, exact_law, first_round, generate, p_values
 
 from specdec_fast import device_plan, device_round, dispatch, last_speculation, ops, reference_ops, static_cache
+from specdec_fast.costs import Costs
 from specdec_fast.device_round import DeviceWriter, Draft, Round
+from specdec_fast.lookahead import Adaptive
 from specdec_fast.randomness import Purpose
 
 RULES = ("match", "token", "block")
@@ -20,7 +21,10 @@ ADAPTIVE = {"num_assistant_tokens_schedule": "adaptive", "num_assistant_tokens":
 @pytest.fixture(autouse=True)
 def small_caches(monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
-    monkeypatch.setattr(device_plan, "constant_costs", lambda *_: CHEAP)  # at which adaptive drafts end early
+    # An adaptive draft of up to three tokens, which goes on behind sure tokens alone
+    monkeypatch.setattr(device_plan, "constant_costs", lambda *_: Costs((1.0, 1.02, 1.04, 1.06), step=0.1))
+    steps = [(step + 0.5) / Adaptive.STEPS for step in range(Adaptive.STEPS)]
+    monkeypatch.setattr(Adaptive, "stops", lambda self, row: (steps, [0.25] * self[row]))
 
 
 @pytest.fixture
