@@ -128,7 +128,7 @@ class DeviceEngine(Engine):
     def _go_on_the_host(self) -> None:
         """The rest of the rounds, as the loop on the host runs them."""
         self.launcher.lend()
-        self.rows.ids, self.rows.seed = (part.to(self.target.model.device) for part in (self.rows.ids, self.rows.seed))
+        self.rows.to(self.target.model.device)
         self.statistics.loop_reason = (
             f"from round {self.statistics.rounds + 1} on rounds need the host: the running acceptance chose a method "
             "that drafts there, or several for the rows"

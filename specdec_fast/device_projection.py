@@ -103,8 +103,8 @@ class DeviceProjection(DeviceWriter):
         count, tables = self._able(text, room), self._tables
         place = torch.arange(gamma, device=text.device)
         told = torch.zeros_like(count).unsqueeze(1)  # target tokens of the steps so far
-        tokens = place.expand(count.shape[0], gamma).clone()
-        where, lane, steps = torch.zeros_like(tokens), torch.zeros_like(tokens), list[Drawn]()
+        tokens = where = lane = told.expand(-1, gamma)
+        steps: list[Drawn] = []
         sure, reach = torch.zeros_like(tokens), torch.ones_like(state.sure[:, :1])
         for drawn in self._steps(state, gamma, tail, text):
             known, nothing = drawn.entry.clamp(min=0), (drawn.entry < 0).unsqueeze(1)
@@ -173,13 +173,11 @@ class DeviceProjection(DeviceWriter):
         kind = torch.where(number > 0, int(LawKind.SPARSE), int(LawKind.COMPACT)).int()
         listed = torch.arange(self._most, device=where.device)
         follow = (tables["first"][where].unsqueeze(2) + listed).clamp(max=len(tables["next_id"]) - 1)
-        q = ops.softmax(
-            logits.flatten(0, 1),
-            **{name: values.repeat_interleave(gamma) for name, values in self.parameters.items()},  # type: ignore[arg-type]
-        )
+        each = {name: values.unsqueeze(1).expand(-1, gamma).flatten() for name, values in self.parameters.items()}
+        q = ops.softmax(logits.flatten(0, 1), **each)  # type: ignore[arg-type]
         low, high = (
-            torch.cat([tables[whole][where].unsqueeze(2), tables[each][follow]], 2).flatten(0, 1)
-            for whole, each in (("inner", "next_low"), ("end", "next_high"))
+            torch.cat([tables[whole][where].unsqueeze(2), tables[part][follow]], 2).flatten(0, 1)
+            for whole, part in (("inner", "next_low"), ("end", "next_high"))
         )
         masses = ops.range_sums(q, low, high).view(rows, gamma, -1)
         there = listed < number.unsqueeze(2)

@@ -70,6 +70,10 @@ class Rows:
             missing = max(missing, self._ids.shape[1], GROWTH)
             self._ids = torch.nn.functional.pad(self._ids, (0, missing), value=self.pad)
 
+    def to(self, device: torch.device) -> None:
+        """Moves to a device."""
+        self._ids, self.seed, self.device = self.ids.to(device), self.seed.to(device), device
+
     def commit(self, row: int, tokens: list[int]) -> None:
         """Appends tokens to a row."""
         first = self.length[row]

@@ -36,7 +36,7 @@ def test_rounds_are_captured_and_give_the_tokens_of_generate(pair, rows):
 
 
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
-@pytest.mark.parametrize("method", ["model", "tli"])
+@pytest.mark.parametrize("method", ["model", "tli", "projection"])
 def test_sampled_tokens_are_those_of_the_host_loop(method, rule):
     target, own = taught()[0], drafters()[method]
     target.cuda()
