@@ -350,50 +350,50 @@ class _Loop:
             prefill_chunk=config.prefill_chunk_size,
         )
         opened = open_session(model, mode, config.compile_config, batch, call, statistics)
-        resident = opened if isinstance(opened, Session) else None
-        device = input_ids.device if resident is None else torch.device("cpu")
-        rows = Rows(
-            input_ids.to(device),
-            None if visible is None else visible[:, shift:],
-            seeds,
-            limit,
-            0 if pad is None else int(pad),
-        )
-        parts: methods.Parts = model, options, batch, logits_processor, do_sample, device
-        if resident is None:
-            outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
-        else:
-            outlook, known = resident_outlook(model, resident, call, limit - columns)
-        lookahead = lookahead_for(
-            plan.schedule,
-            batch,
-            plan.lookahead,
-            outlook,
-            unread=[len(text) for text in rows.tokens],
-            horizon=limit - columns,
-            watched=methods.asks(plan, options) if resident is None else resident.watched,
-        )
-        meter = costs.Meter() if known is not None else None
-        # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
-        inside = do_sample and record.scores is None and bool(logits_processor)
-        inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
-        warpers = logits_processor if inside else None
-        everything: dict[str, Any] = {
-            "rows": rows,
-            "rule": Apart(Fused(rule_for(plan.verification, do_sample=do_sample), not do_sample, warpers)),
-            "processors": LogitsProcessorList() if inside else logits_processor,
-            "stops": stops,
-            "lookahead": lookahead,
-            "source": options.source or Philox(),
-            "statistics": statistics,
-            "pad": rows.pad,
-            "shift": shift,
-            "embeds": embeds,
-            "record": record,
-            "streamer": options.streamer,
-            "meter": meter,
-        }
         try:
+            resident = opened if isinstance(opened, Session) else None
+            device = input_ids.device if resident is None else torch.device("cpu")
+            rows = Rows(
+                input_ids.to(device),
+                None if visible is None else visible[:, shift:],
+                seeds,
+                limit,
+                0 if pad is None else int(pad),
+            )
+            parts: methods.Parts = model, options, batch, logits_processor, do_sample, device
+            if resident is None:
+                outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
+            else:
+                outlook, known = resident_outlook(model, resident, call, limit - columns)
+            lookahead = lookahead_for(
+                plan.schedule,
+                batch,
+                plan.lookahead,
+                outlook,
+                unread=[len(text) for text in rows.tokens],
+                horizon=limit - columns,
+                watched=methods.asks(plan, options) if resident is None else resident.watched,
+            )
+            meter = costs.Meter() if known is not None else None
+            # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
+            inside = do_sample and record.scores is None and bool(logits_processor)
+            inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
+            warpers = logits_processor if inside else None
+            everything: dict[str, Any] = {
+                "rows": rows,
+                "rule": Apart(Fused(rule_for(plan.verification, do_sample=do_sample), not do_sample, warpers)),
+                "processors": LogitsProcessorList() if inside else logits_processor,
+                "stops": stops,
+                "lookahead": lookahead,
+                "source": options.source or Philox(),
+                "statistics": statistics,
+                "pad": rows.pad,
+                "shift": shift,
+                "embeds": embeds,
+                "record": record,
+                "streamer": options.streamer,
+                "meter": meter,
+            }
             engine: Engine
             drafter: Drafter
             target: Runner

@@ -24,7 +24,16 @@ from tiny import (
 )
 from transformers import CompileConfig, LogitsProcessorList, StoppingCriteriaList, TextStreamer
 
-from specdec_fast import compiled, device_plan, device_session, fast_generate, last_speculation, static_cache, warmup
+from specdec_fast import (
+    api,
+    compiled,
+    device_plan,
+    device_session,
+    fast_generate,
+    last_speculation,
+    static_cache,
+    warmup,
+)
 from specdec_fast.attention import NAME, twin
 from specdec_fast.lookahead import Adaptive
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
@@ -377,6 +386,22 @@ def test_a_busy_pair_is_not_shared():
     assert first is not second
     compiled.hand_back(first)
     assert compiled.check_out(target, None, 1, (32, 32), how) is first
+
+
+@pytest.mark.parametrize("drafter", ["none", "same"])
+def test_a_call_that_fails_before_its_first_round_gives_its_caches_back(monkeypatch, drafter):
+    target = build_model("llama")
+    own = {"assistant_model": make_noisy(target)} if drafter == "same" else {"method": "autoregressive"}
+
+    def fails(*arguments, **named):
+        raise MemoryError("no room for rows")
+
+    for name in ("Rows", "resident_outlook", "lookahead_for"):
+        with monkeypatch.context() as patched:
+            patched.setattr(api, name, fails)
+            with pytest.raises(MemoryError):
+                fast_generate(target, **prompts(), **own, max_new_tokens=4, compile="static")
+        assert [pair.busy for pair in compiled._kept[target]] == [False]
 
 
 def test_a_first_call_that_takes_long_says_so(monkeypatch, capsys):
