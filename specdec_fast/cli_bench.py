@@ -126,10 +126,12 @@ def generate(
     temperatures = temperature or [0.0, 1.0]
     if any(t < 0 for t in temperatures):
         raise ValueError("--temperature is out of range: use a number 0 or more")
+    names = None if methods is None else _named(methods)
     texts = list(PROMPTS) if prompts is None else console.read_prompts(prompts)
     with console.working() as say:
         session = console.open_session(settings, say)
-        names = _methods(session, methods)
+        if names is None:
+            names = _usual(session)
         session.tokenizer.padding_side = "left"
         inputs = [_encoded(session, texts, first, batch) for first in range(0, len(texts), batch)]
     rows = []
@@ -170,18 +172,21 @@ def _measured(
     return [row.to_dict() for row in list(done)[-1]]
 
 
-def _methods(session: Session, methods: str | None) -> list[str]:
+def _named(methods: str) -> list[str]:
     from specdec_fast.options import METHODS as KNOWN
-    from specdec_fast.vocab import Vocabulary, same_tokenizer
 
-    if methods is None:
-        alike = same_tokenizer(Vocabulary.of(session.tokenizer), Vocabulary.of(session.drafter_tokenizer))
-        return (SAME if alike else METHODS).split(",")
     names = [name.strip() for name in methods.split(",") if name.strip()]
     for name in names:
         if name not in KNOWN:
             raise ValueError(f"--methods {name} is not known: use some of {', '.join(KNOWN)}")
     return names
+
+
+def _usual(session: Session) -> list[str]:
+    from specdec_fast.vocab import Vocabulary, same_tokenizer
+
+    alike = same_tokenizer(Vocabulary.of(session.tokenizer), Vocabulary.of(session.drafter_tokenizer))
+    return (SAME if alike else METHODS).split(",")
 
 
 def _encoded(session: Session, texts: list[str], first: int, batch: int) -> dict[str, Any]:
