@@ -16,10 +16,11 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Costs", "Meter", "Observed", "Outlook", "constant_costs", "observed"]
+__all__ = ["Costs", "Meter", "Observed", "Outlook", "constant_costs", "low", "observed"]
 
 LARGEST_PASS = 64  # positions; beyond them another one costs what the last one did
 SAMPLES = 15  # of each kind that are kept, the newest
+PACE = 3  # passes of known sizes in a call, from which the machine's pace is told
 MEMORY = 64.0  # draft tokens of a position that are remembered of earlier calls
 LEAST_DRAFT_COST, MOST_DRAFT_COST = 0.03, 0.5  # in target passes; sizes are a guess that must rule no drafter out
 POSITION_COST = 0.05  # another position in a target pass, in passes
@@ -127,6 +128,7 @@ class Observed:
     def take(self, meter: Meter) -> None:
         """Adds what a call, or a warm-up, has measured."""
         with self._lock:
+            self._keep_pace(meter)
             for positions, seconds in meter.passes:
                 self._score.setdefault(positions, deque(maxlen=SAMPLES)).append(seconds)
             for drafted, unread, seconds in meter.drafts:
@@ -137,6 +139,25 @@ class Observed:
                 if drafted and unread > LARGEST_PASS // 4 and self._draft:
                     self._read.append(max(seconds - start - step * drafted, 0.0) / unread)
             self._rest.extend(meter.rests)
+
+    def _keep_pace(self, meter: Meter) -> None:
+        """Brings what was measured to the machine's present pace.
+
+        A call seldom runs passes of every size, and a machine may be half as fast as a minute ago. What calls have not
+        run of late would be compared at an old pace: if everything but plain passes looked slow, nothing would be
+        drafted, and so nothing measured, ever again.
+        """
+        new: dict[int, list[float]] = {}
+        for positions, seconds in meter.passes:
+            if positions in self._score:
+                new.setdefault(positions, []).append(seconds)
+        changes = [low(own) / low(self._score[positions]) for positions, own in new.items() for _ in own]
+        if len(changes) < PACE:
+            return
+        change = statistics.median(changes)
+        for samples in (*self._score.values(), *self._draft.values(), self._read):
+            for i, seconds in enumerate(samples):
+                samples[i] = change * seconds
 
     def count(
         self, tested: Sequence[float], accepted: Sequence[float], sure: tuple[Sequence[float], Sequence[float]]

@@ -6,17 +6,19 @@ calls make anyway keep the table up to date (:mod:`specdec_fast.costs`).
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, observed
+from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, low, observed
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Parts, Plan, build_drafter
@@ -28,7 +30,7 @@ from specdec_fast.verification import Draws
 __all__ = ["measure", "measuring", "outlook_for"]
 
 CONTEXT = 48  # tokens of a prompt that are read
-SIZES = (1, 6, 3, 10, 2, 16, 4, 8)  # positions of a pass, the most telling first
+SIZES = (6, 3, 10, 2, 16, 4, 8)  # positions of a pass beside that of one, the most telling first
 NEEDED = 2  # of them are measured in any case
 DRAFTS = (1, 4, 1)
 WORTH_IT = 64  # tokens that a call may write, from which it is measured for
@@ -105,6 +107,9 @@ def measure(
 ) -> Meter:
     """Times passes and drafts of as many rows as there are texts.
 
+    A machine's pace may change by half from one second to the next, and what counts is how the parts compare. So each
+    is timed next to a pass of one position, as a multiple of that one, and the median of these is taken down.
+
     Args:
         runner: makes a target's runner for that many rows.
         drafter: one that was made for this; what it learns here is of no use elsewhere.
@@ -115,40 +120,59 @@ def measure(
     length = min(CONTEXT, *map(len, texts))
     ids = torch.tensor([text[-length:] for text in texts], device=device)
     batch = len(texts)
-    meter = Meter()
-    _time_drafts(meter, drafter, ids, repetitions)
     target, rows = runner(), list(range(batch))
     target.feed(rows, ids, [length] * batch, [1] * batch)
     places = target.positions - length
     text = ids.repeat(1, -(-max(SIZES) // length))
-    begin = time.perf_counter()
-    for number, size in enumerate((1, *SIZES * repetitions)):
-        if size > places:
-            continue
+
+    def timed(size: int) -> float:
         for row in rows:
             target.rollback(row, length)
-        start = time.perf_counter()
+        begin = time.perf_counter()
         target.feed(rows, text[:, :size], [size] * batch, [size] * batch)
         _wait(device)
-        end = time.perf_counter()
-        if number:  # the first one warms up
-            meter.passes.append((size, end - start))
-        if number > NEEDED and end - begin > budget * min(seconds for n, seconds in meter.passes if n == 1):
+        return time.perf_counter() - begin
+
+    timed(1)  # warms up
+    plain: list[float] = []
+    drafts: dict[tuple[int, int], list[float]] = {}
+    for steps, unread, draft in _drafts(drafter, ids, repetitions):
+        plain.append(timed(1))
+        drafts.setdefault((steps, unread), []).append(draft() / plain[-1])
+    passes: dict[int, list[float]] = {}
+    begin = time.perf_counter()
+    for number, size in enumerate(SIZES * repetitions, 1):
+        if size > places:
+            continue
+        plain.append(timed(1))
+        passes.setdefault(size, []).append(timed(size) / plain[-1])
+        if number >= NEEDED and time.perf_counter() - begin > budget * min(plain):
             break
+    pace = low(plain)
+    meter = Meter([(1, seconds) for seconds in plain])
+    for size, multiples in passes.items():
+        meter.passes += [(size, pace * statistics.median(multiples))] * len(multiples)
+    for (steps, unread), multiples in drafts.items():
+        meter.drafts += [(steps, unread, pace * statistics.median(multiples))] * len(multiples)
     return meter
 
 
-def _time_drafts(meter: Meter, drafter: Drafter, ids: Tensor, repetitions: int) -> None:
+def _drafts(drafter: Drafter, ids: Tensor, repetitions: int) -> Iterator[tuple[int, int, Callable[[], float]]]:
+    """Drafts to be timed: their tokens, tokens that the drafter has not read before, and what gives their seconds."""
     batch, length = ids.shape
     rows = Rows(ids, None, torch.zeros(batch, dtype=torch.long), length + max(DRAFTS) + 1, 0)
     start = torch.full((batch,), length, device=ids.device)
-    for number, steps in enumerate(DRAFTS * repetitions):
+
+    def draft(number: int, steps: int) -> float:
         # Numbers of its own: those of the call are drawn once, by the call
         draws = Draws(Philox(), rows.seed, start + number)
         begin = time.perf_counter()
         drafter.propose(rows, list(range(batch)), [steps] * batch, draws)
         _wait(ids.device)
-        meter.drafts.append((steps, 1 if number else length, time.perf_counter() - begin))
+        return time.perf_counter() - begin
+
+    for number, steps in enumerate(DRAFTS * repetitions):
+        yield steps, 1 if number else length, partial(draft, number, steps)
 
 
 def _wait(device: torch.device) -> None:

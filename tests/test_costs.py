@@ -166,3 +166,51 @@ def test_what_was_measured_goes_with_the_models(pair):
     gc.collect()
     assert kept() is None and gone() is not None
     assert len(costs._kept[target]) == 1
+
+
+def test_parts_that_a_call_did_not_run_keep_pace_with_the_machine():
+    known = Observed()
+    known.take(metered(passes=[(1, 2.0)] * 9 + [(3, 3.0)] * 9, drafts=[(1, 1, 1.0), (3, 1, 3.0), (2, 100, 12.0)]))
+    before = known.outlook().costs
+    known.take(metered(passes=[(1, 1.0)] * 20, drafts=()))  # twice as fast, and nothing was drafted
+    after = known.outlook().costs
+    assert after.score == pytest.approx([seconds / 2 for seconds in before.score])
+    assert (after.step, after.start, after.read) == pytest.approx((before.step / 2, before.start / 2, before.read / 2))
+    assert after.rest == before.rest  # no pass
+
+
+def test_few_passes_say_nothing_of_the_pace():
+    known = Observed()
+    known.take(metered(passes=[(1, 2.0)] * 9 + [(3, 3.0)] * 9))
+    known.take(metered(passes=[(1, 9.0)] * (costs.PACE - 1) + [(6, 9.0)] * 9, drafts=()))
+    assert known.outlook().costs.score[:3] == pytest.approx((2.0, 2.5, 3.0))
+
+
+def test_a_warm_up_compares_parts_at_one_pace(monkeypatch):
+    """The clock runs at half and at double speed in turns; what passes cost beside each other stays."""
+    now, pace, work = [0.0], [1.0], {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.6, 6: 2.0, 8: 2.4, 10: 2.8, 16: 4.0}
+
+    class Target:
+        positions = 999
+
+        def feed(self, rows, tokens, count, tail):
+            now[0] += pace[0] * work.get(tokens.shape[1], 1.0)
+            self.fed = tokens.shape[1]
+
+        def rollback(self, row, length):
+            if self.fed != 1:  # a pass of one position and what is timed next to it share a pace
+                pace[0] = 2.5 - pace[0]
+
+    class Slow:
+        translate_seconds = 0.0
+
+        def propose(self, rows, active, limit, draws):
+            now[0] += pace[0] * (0.5 + 0.25 * max(limit))
+            pace[0] = 2.5 - pace[0]
+
+    monkeypatch.setattr(warmup.time, "perf_counter", lambda: now[0])
+    known = Observed()
+    known.take(warmup.measure(Target, Slow(), [[1, 2, 3, 4]], torch.device("cpu"), budget=float("inf"), repetitions=4))
+    table = known.outlook().costs
+    assert [table.scoring(size) / table.scoring(1) for size in work] == pytest.approx(list(work.values()))
+    assert table.step / table.scoring(1) == pytest.approx(0.25) and table.start / table.scoring(1) == pytest.approx(0.5)
