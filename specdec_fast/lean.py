@@ -37,6 +37,7 @@ SAMPLES = 64  # of each matrix, to see whether it has been changed
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
 # where the machine multiplies bfloat16 in vectors, and where it has tiles for it besides
 MOST_HALVES, MOST_BESIDE_TILES = 256, 64
+MOST_BYTES = 512  # of a drafter's row, where the machine multiplies bytes in vectors and has no tiles
 # What these compute is known; others may differ where a short trial does not reach (scaling by position, windows)
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
@@ -109,7 +110,10 @@ class LeanModel:
         self._dtype = model.dtype
         self._rounded = rounded
         self._most = MOST_LANES
-        if model.dtype == torch.bfloat16 and CAPABILITIES[torch.ops.specdec_fast.llama_capability()] == "dot":
+        dot = CAPABILITIES[torch.ops.specdec_fast.llama_capability()] == "dot"
+        if dot and rounded and not torch.cpu._is_amx_tile_supported():
+            self._most = MOST_BYTES
+        elif dot and not rounded and model.dtype == torch.bfloat16:
             self._most = MOST_BESIDE_TILES if torch.cpu._is_amx_tile_supported() else MOST_HALVES
         self._dim = int(attention.head_dim)
         self._heads = attention.q_proj.out_features // self._dim
@@ -168,7 +172,7 @@ class LeanModel:
         is faster.
         """
         if self._rounded:
-            return [lanes <= MOST_LANES for lanes in count]
+            return [lanes <= self._most for lanes in count]
         return [len(count) * max(count) <= self._most] * len(count)
 
     def __call__(
