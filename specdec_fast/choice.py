@@ -13,9 +13,10 @@ from specdec_fast.vocab import Vocabulary
 
 __all__ = ["Choice", "across_vocabularies", "repetition", "without_drafter"]
 
-NEARLY_ALL = 0.97  # of the drafter's mass on shared tokens: what projection adds is then within its cost
+NEARLY_ALL = 0.95  # of the drafter's mass on shared tokens: what projection adds is then within its cost
 ALL = 0.999  # ... and TLI loses nothing that another method would keep
 MERGING = 0.03  # share of the target's tokens that are several of the drafter's, from which SLRS may pay
+SMALL = 0.1  # of the target's parameters: a larger drafter's own looks cost more than SLRS brings
 NGRAM = 3
 REPETITIVE = 0.12  # share of a prompt's n-grams that stood in it before, from which looking up pays
 LEAST_REPEATED = 8  # and so many of them: a share of a short prompt says little
@@ -38,12 +39,15 @@ class Choice:
     rows: frozenset[int] | None = None
 
 
-def across_vocabularies(options: Options, do_sample: bool, in_order: bool, widths: tuple[int, int]) -> Choice:
+def across_vocabularies(
+    options: Options, do_sample: bool, in_order: bool, widths: tuple[int, int], size: float
+) -> Choice:
     """For a drafter with a tokenizer of its own.
 
     Args:
         in_order: whether a callable must see every token in order.
         widths: how many logits target and drafter have.
+        size: the drafter's parameters beside the target's.
     """
     if not do_sample:
         return Choice("slem", "the tokenizers differ and decoding is greedy")
@@ -60,7 +64,7 @@ def across_vocabularies(options: Options, do_sample: bool, in_order: bool, width
     methods = ["tli", "projection"] if mass.shared >= NEARLY_ALL else ["projection", "tli"]
     if mass.shared >= ALL:
         methods = ["tli"]
-    elif mass.merged >= MERGING:
+    elif mass.merged >= MERGING and size <= SMALL:
         methods.insert(1, "slrs")
     kept = "TLI throws hardly any of it away" if methods[0] == "tli" else "projection keeps the others too"
     # Where rows advance in step, what a row has accepted hangs on the others

@@ -43,9 +43,11 @@ __all__ = [
 
 # Methods that say by what law they drew; what the others propose is certain
 LAW_KNOWN = ("model", "tli", "projection", "slrs", "slrs_literal")
-# Acceptance hoped for before a method was tried, and what its cost beyond the others is worth. SLRS looks at the law of
-# some tokens with drafter passes of its own, and accepts .60 to .63 on code (docs/auto.md)
-HOPES = {"tli": (0.45, 0.0), "projection": (0.5, 0.0), "slrs": (0.65, 0.04)}
+# Acceptance hoped for before a method was tried (docs/auto.md)
+HOPES = {"tli": 0.45, "projection": 0.5, "slrs": 0.65}
+# SLRS looks at the law of some tokens with drafter passes of its own, about three a round. What a round's cost beyond
+# another's is worth in acceptance, for a drafter as large as its target (docs/auto.md)
+LOOKING = 2.0
 
 
 Parts = tuple[PreTrainedModel, Options, int, LogitsProcessorList, bool, torch.device]
@@ -194,7 +196,7 @@ def asks(plan: Plan, options: Options) -> bool:
     """
     drafter = options.assistant_model
     given = options.assistant_confidence_threshold
-    asking = plan.method in ("model", "tli", "slem") and not plan.others
+    asking = plan.method in ("model", "tli", "projection", "slem", "slrs")
     return asking and given is None and drafter is not None and drafter.device.type == "cpu"
 
 
@@ -222,7 +224,12 @@ def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order:
     if _same_tokenizer(model, options):
         return Choice("model", "target and drafter share a tokenizer")
     widths = logit_width(model), logit_width(drafter)
-    return across_vocabularies(options, do_sample, in_order, widths)
+    return across_vocabularies(options, do_sample, in_order, widths, _size(drafter, model))
+
+
+def _size(drafter: PreTrainedModel, model: PreTrainedModel) -> float:
+    """The drafter's parameters beside the target's."""
+    return drafter.num_parameters() / max(model.num_parameters(), 1)
 
 
 def _need_tokenizers(options: Options, cause: str) -> None:
@@ -293,9 +300,13 @@ def build_drafter(
         return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device, only=plan.rows)
     if plan.others:
         alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
-        rest = model, options, rows, processors, do_sample, device
-        # SLRS and projection do not ask, so a lookahead that waits to be asked would let them write on
-        tried = [Candidate(own.method, partial(build_drafter, own, *rest), *HOPES[own.method]) for own in alone]
+        rest = model, options, rows, processors, do_sample, device, further
+        assert options.assistant_model is not None
+        handicaps = {"slrs": LOOKING * _size(options.assistant_model, model)}
+        tried = [
+            Candidate(own.method, partial(build_drafter, own, *rest), HOPES[own.method], handicaps.get(own.method, 0.0))
+            for own in alone
+        ]
         return AutoDrafter(tried, rows)
     drafter = options.assistant_model
     assert drafter is not None
@@ -329,9 +340,7 @@ def build_drafter(
     widths = {"target_size": logit_width(model), "drafter_size": logit_width(drafter)}
     if plan.method == "projection":
         table = token_map(target, own, **widths)
-        projecting = ProjectionWriter(
-            drafter, contexts, warpers=warpers, choices=table.drafter_ids, confidence=confidence
-        )
+        projecting = ProjectionWriter(drafter, contexts, warpers=warpers, choices=table.drafter_ids, **stop)
         return ProjectionDrafter(projecting, table, device)
     if plan.method == "slrs":
         return SlrsDrafter(
@@ -340,7 +349,7 @@ def build_drafter(
             spelling(target, own, **widths),
             target,
             warpers=warpers,
-            confidence=confidence,
+            **stop,
             device=device,
         )
     shared = intersection(target, own, **widths)

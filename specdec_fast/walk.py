@@ -317,7 +317,8 @@ class Walk:
         last: the last committed target token.
         held: bytes at the end of the committed text that the drafter has not been given.
         ending: the entry that the drafter's text ends with, to be taken back; None: keep it.
-        confidence: propose no more behind a token of less mass than this, as far as the walk knows it.
+        goes_on: asked with the number of tokens proposed and the newest one's mass, as far as the walk knows it,
+            whether to propose more; None: always.
 
     Attributes:
         drawn: the tokens proposed.
@@ -334,7 +335,7 @@ class Walk:
         last: int = -1,
         held: bytes = b"",
         ending: int | None = None,
-        confidence: float = 0.0,
+        goes_on: Callable[[int, float], bool] | None = None,
     ):
         self.drawn: list[Drawn] = []
         self.fed: list[int] = [] if ending is None else [ending]
@@ -345,7 +346,7 @@ class Walk:
         self._number = number
         self._last = last
         self._held = held
-        self._confidence = confidence
+        self._goes_on = goes_on
         self._law: Root | Rest
         self._stated: Law | None = None  # the law of the next token, where it is not _law
         self._path: Path = ()
@@ -484,7 +485,7 @@ class Walk:
         law, self._stated = self._stated or self._law, None
         self.drawn.append(Drawn(token, law))
         self._path = ()
-        if self._confidence and law.bounds(token)[0] < self._confidence:
+        if self._goes_on is not None and not self._goes_on(len(self.drawn), law.bounds(token)[0]):
             self._limit = len(self.drawn)
 
     def _end(self, entry: int) -> bool:

@@ -133,10 +133,10 @@ def test_nothing_is_measured_where_no_law_is_needed(arguments, reason, monkeypat
     assert reason in statistics.reason
 
 
-@pytest.mark.parametrize("shared, others", [(1.0, ()), (0.98, ("projection",)), (0.5, ("tli",))])
+@pytest.mark.parametrize("shared, others", [(1.0, ()), (0.96, ("projection",)), (0.5, ("tli",))])
 def test_nothing_else_is_tried_where_nothing_is_lost(shared, others):
     options = Options(assistant_model=drafter(shared), **CROSSING.tokenizers)
-    found = across_vocabularies(options, True, False, (4, 5)).others
+    found = across_vocabularies(options, True, False, (4, 5), 0.01).others
     assert tuple(method for method in found if shared == 1 or method != "slrs") == others
 
 
@@ -144,8 +144,10 @@ def test_slrs_is_a_candidate_where_the_target_merges():
     (target, tokenizer), (model, own) = tiny.taught(), tiny.taught("drafter")
     options = Options(assistant_model=model, tokenizer=tokenizer, assistant_tokenizer=own)
     widths = target.config.vocab_size, model.config.vocab_size
-    assert "slrs" in across_vocabularies(options, True, False, widths).others
-    assert across_vocabularies(options, True, True, widths).others == ()  # rows in step are no rows of their own
+    assert "slrs" in across_vocabularies(options, True, False, widths, choice.SMALL).others
+    assert "slrs" not in across_vocabularies(options, True, False, widths, 0.3).others  # its own looks would cost more
+    # Rows in step are no rows of their own
+    assert across_vocabularies(options, True, True, widths, choice.SMALL).others == ()
 
 
 # The running acceptance
@@ -200,6 +202,7 @@ def eager(monkeypatch):
     monkeypatch.setattr(History, "LEAST", 1)
     monkeypatch.setattr(History, "WEIGHT", 0.5)
     monkeypatch.setattr(History, "MARGIN", 0.01)
+    monkeypatch.setattr("specdec_fast.methods.LOOKING", 0.04)  # as for a small drafter
     chosen = Choice("projection", "for the test", ("slrs", "tli"))
     monkeypatch.setattr("specdec_fast.methods.across_vocabularies", lambda *_: chosen)
 

@@ -47,6 +47,7 @@ def test_end_to_end(method, rule, sampling):
         ("model", {"num_assistant_tokens_schedule": "adaptive"}),
         ("tli", {"num_assistant_tokens_schedule": "adaptive"}),
         ("slem", {"num_assistant_tokens_schedule": "adaptive"}),
+        ("projection", {"num_assistant_tokens_schedule": "adaptive"}),
         ("prompt_lookup", {"max_matching_ngram_size": 1, "prompt_lookup_num_tokens": 2}),
         ("model", {"use_cache": False}),
     ],

@@ -110,7 +110,8 @@ def test_a_position_gets_the_same_bits_whatever_shares_its_pass(family, rounded_
     lean = on(capability, model, rounded_)
     ids = torch.randint(97, (1, 150), generator=torch.Generator().manual_seed(2))
     together, apart = Runner(model, 1, lean=lean), Runner(model, 1, lean=lean)
-    for begin, end in ((0, 7), (7, 20), (125, 132)):  # the last ones see columns on both sides of a span's end
+    long = 150 if lean.takes([18])[0] else 148  # where the machine has the products for it
+    for begin, end in ((0, 7), (7, 20), (125, 132), (132, long)):  # the last ones see columns on both sides of a span
         for runner in (together, apart):
             if runner.length[0] < begin:
                 runner.feed([0], ids[:, runner.length[0] : begin], [begin - runner.length[0]], [1])
@@ -131,9 +132,11 @@ def test_every_instruction_set_gives_these_logits(family, capability):
         assert torch.allclose(own, feed(Runner(same, 2), ids), atol=atol, rtol=1e-3)
 
 
-def test_bfloat16_models_keep_a_bfloat16_cache():
+def test_bfloat16_models_keep_a_bfloat16_cache(monkeypatch):
     model = made(FAMILIES["llama"], torch.bfloat16)
-    runner = Runner(model, 1, lean=lean_model(model))
+    lean = lean_model(model)
+    monkeypatch.setattr(lean, "_most", 16)
+    runner = Runner(model, 1, lean=lean)
     ids = torch.randint(97, (1, 40), generator=torch.Generator().manual_seed(1))
     runner.feed([0], ids[:, :30], [30], [1])  # by the model itself
     own = runner.feed([0], ids[:, 30:], [10], [10])[0]

@@ -41,6 +41,7 @@ def _pairs(monkeypatch):
 
 
 DENSE = "dense", "dense"
+ADAPTIVE = {"num_assistant_tokens_schedule": "adaptive"}
 
 
 def round_distance(rule, pair, gamma, *, sampling="plain", count=3, kinds=DENSE, **more):
@@ -87,11 +88,25 @@ def test_filters_are_the_drafters_own(sampling, rule):
         {"assistant_confidence_threshold": 0.4},
         {"assistant_temperature": 0.0},
         {"assistant_temperature": 0.0, "assistant_confidence_threshold": 0.7},
+        ADAPTIVE,
+        {"assistant_temperature": 0.0, **ADAPTIVE},
     ],
-    ids=["confidence", "certain", "certain and confident"],
+    ids=["confidence", "certain", "certain and confident", "adaptive", "certain and adaptive"],
 )
 def test_no_knob_of_the_drafter_changes_the_law(more, rule):
     assert round_distance(rule, "long tokens", 2, count=2, more=more) < EXACT
+
+
+def test_masses_of_ranges_need_only_the_sum_of_a_row():
+    scores = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * 4
+    ranges = [(0, 3, 9), (0, 0, 0), (2, 5, 6), (2, 4, 30), (1, 0, 40), (1, 0, 0), (1, 2, 2), (1, 0, 0)]
+    shares = projection._shares(scores, None, ranges)
+    assert torch.allclose(projection._shares(scores, scores.double().logsumexp(-1), ranges), shares, rtol=1e-12)
+    assert shares[2:].tolist() == pytest.approx([1.0, 0.0], abs=1e-12)
+    assert shares[0] == pytest.approx(float(masses(scores)[0, 3:9].sum()), abs=1e-12)
+    endless = scores.clone()
+    endless[1, 7] = torch.inf
+    assert projection._shares(endless, endless.double().logsumexp(-1), [(1, 7, 8), (1, 0, 0)]).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -323,14 +338,8 @@ def fault_one_entrys_mass(patch):
 
 def fault_drops_after_a_look(patch):
     """The improbable token that ends a draft is dropped."""
-
-    def dropping(self, numbers):
-        length = next((i for i, number in enumerate(self.sums) if number in numbers), -1)
-        if length >= 0:
-            del self.tokens[length:], self.places[length:], self.sums[length:]
-            self.room = 0
-
-    patch.setattr(Draft, "close_behind", dropping)
+    end = Draft.end_behind
+    patch.setattr(Draft, "end_behind", lambda self, length: end(self, length - 1))
 
 
 CONFIDENT = {"assistant_confidence_threshold": 0.4}
@@ -348,6 +357,7 @@ CONFIDENT = {"assistant_confidence_threshold": 0.4}
         (with_law(Rolled), {}),
         (fault_one_entrys_mass, {}),
         (fault_drops_after_a_look, CONFIDENT),
+        (fault_drops_after_a_look, ADAPTIVE),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -135,13 +135,32 @@ def test_a_round_has_the_targets_law(name, rule, monkeypatch):
     assert distance(name, rule, monkeypatch) < EXACT
 
 
+def sure(drafted, mass):
+    return mass >= 0.3
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
-    "start", [{"last": 2}, {"held": b"a"}, {"ending": 0}, {"ending": 1}, {"confidence": 0.3}], ids=str
+    "start", [{"last": 2}, {"held": b"a"}, {"ending": 0}, {"ending": 1}, {"goes_on": sure}], ids=lambda s: str(*s)
 )
 def test_wherever_it_begins_and_ends(start, rule, monkeypatch):
     for name in ("bytes", "long target"):
         assert distance(name, rule, monkeypatch, **start) < EXACT
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+def test_the_token_behind_which_a_walk_ends_must_stay(rule, monkeypatch):
+    propose = Walk._propose
+
+    def dropping(self, token):
+        limit = self._limit
+        propose(self, token)
+        if self._limit < limit:
+            self.drawn.pop()
+            self._limit -= 1
+
+    monkeypatch.setattr(Walk, "_propose", dropping)
+    assert distance("bytes", rule, monkeypatch, goes_on=sure) > 1e-3
 
 
 # Planted faults: laws that are nearly right
@@ -334,6 +353,7 @@ def target():
         ("block", "plain", {}),
         ("token", "top_p", {"eos_token_id": 0, "pad_token_id": 0, "assistant_temperature": 1.7}),
         ("block", "top_k", {"assistant_confidence_threshold": 0.3}),
+        ("block", "plain", {"num_assistant_tokens_schedule": "adaptive"}),
         ("token", "plain", {"assistant_temperature": 0.0}),
     ],
 )

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specdec_fast import reference
 from specdec_fast.drafters.model import ModelWriter
+from specdec_fast.fused import drafted_token, likeliest
 from specdec_fast.proposal import Place, ProjectedLaw, Proposal
 from specdec_fast.state import Rows
 from specdec_fast.token_map import TokenMap
@@ -51,12 +52,10 @@ class Draft:
         self.sums.append(number)
         self.room -= 1
 
-    def close_behind(self, numbers: set[int]) -> None:
-        """Ends the draft behind its first token whose mass has one of these numbers."""
-        length = next((i for i, number in enumerate(self.sums, 1) if number in numbers), 0)
-        if length:
-            del self.tokens[length:], self.places[length:], self.sums[length:]
-            self.room = 0
+    def end_behind(self, length: int) -> None:
+        """Ends the draft behind so many tokens."""
+        del self.tokens[length:], self.places[length:], self.sums[length:]
+        self.room = 0
 
 
 class ProjectionWriter(ModelWriter):
@@ -67,8 +66,8 @@ class ProjectionWriter(ModelWriter):
     ) -> tuple[list[Draft], Tensor, Tensor]:
         """Draws drafter tokens until each row has ``limit`` target tokens.
 
-        A draft that is confident enough ends inside a text only where ``limit`` does; what is left of it is dropped,
-        unseen.
+        A draft may also end behind a token that is not sure enough to go on from, inside a text as well; what is left
+        of the text is then dropped, unseen.
 
         Returns:
             one draft a row; the scores that drafter tokens were drawn from, ``[N, K]``; the masses of the target
@@ -93,22 +92,16 @@ class ProjectionWriter(ModelWriter):
             self._drafted[row] = []
         for step in count():
             scores = self._scores(logits)
-            weights = None if self.warpers is None and not self._confidence else reference.masses(scores)
-            if self.warpers is None or weights is None:
-                drawn = scores.argmax(-1)
-            else:
-                drawn = reference.draw(weights, draws.draft(step).to(scores.device))
+            drawn, whole = (likeliest(scores), None) if self.warpers is None else drafted_token(scores, draws, step)
             ranges: list[tuple[int, int, int]] = []
             for r, (draft, k) in enumerate(zip(drafts, drawn.tolist(), strict=True)):
                 if draft.room:
                     ranges += _tell(draft, table, k, step * len(active) + r, number + len(ranges) // 2, r)
-            if weights is not None:
+            if self.warpers is not None or self._watched:
                 kept.append(scores)
-                masses.append(_shares(weights, ranges))
-            if self._confidence:
-                unsure = {number + i for i, mass in enumerate(masses[-1].tolist()) if not mass >= self._confidence}
-                for draft in drafts:
-                    draft.close_behind(unsure)
+                masses.append(_shares(scores, whole, ranges))
+            if self._watched:
+                self._end_unsure(active, drafts, number, masses[-1].tolist())
             number += len(ranges) // 2
             going = [int(draft.room > 0) for draft in drafts]
             if not any(going):
@@ -119,6 +112,29 @@ class ProjectionWriter(ModelWriter):
                     self._drafted[row].append(token)
             logits = self._runner.feed(active, fed.unsqueeze(1), going, going)[:, 0]
         return (torch.cat(kept), torch.cat(masses)) if kept else (logits[:0], logits.new_zeros(0).double())
+
+    @property
+    def _watched(self) -> bool:
+        """Whether a draft may end behind a token because of its mass."""
+        return bool(self._confidence) or self._further is not None
+
+    def _end_unsure(self, active: list[int], drafts: list[Draft], first: int, masses: list[float]) -> None:
+        """Ends drafts behind the first of their new tokens that is not sure enough to go on from.
+
+        Args:
+            first: number of the first new mass.
+            masses: of the new tokens.
+        """
+        for row, draft in zip(active, drafts, strict=True):
+            for i, number in enumerate(draft.sums):
+                if number >= first and not self._goes_on(row, i + 1, masses[number - first]):
+                    draft.end_behind(i + 1)
+                    break
+
+    def _goes_on(self, row: int, drafted: int, mass: float) -> bool:
+        if self._further is None:
+            return mass >= self._confidence
+        return self._further(row, drafted, mass)
 
 
 def _tell(draft: Draft, table: TokenMap, entry: int, lane: int, number: int, row: int) -> list[tuple[int, int, int]]:
@@ -140,22 +156,28 @@ def _tell(draft: Draft, table: TokenMap, entry: int, lane: int, number: int, row
     return ranges
 
 
-def _shares(weights: Tensor, ranges: list[tuple[int, int, int]]) -> Tensor:
+def _shares(scores: Tensor, whole: Tensor | None, ranges: list[tuple[int, int, int]]) -> Tensor:
     """Masses of ranges of entries: of each first one of a pair, as a share of the second's, empty standing for all.
 
     Args:
-        weights: ``[R, K]`` float64 that sum to 1.
+        scores: ``[R, K]`` float32.
+        whole: ``[R]`` float64, the logarithm of the sum of each row's ``exp(scores)``; None: not known.
         ranges: row, low, high; an even number of them.
 
     Returns:
-        ``[len(ranges) / 2]`` float64.
+        ``[len(ranges) / 2]`` float64, NaN where a row is no law.
     """
-    row, low, high = torch.tensor(ranges, device=weights.device).reshape(-1, 3).unbind(1)
+    row, low, high = torch.tensor(ranges, device=scores.device).reshape(-1, 3).unbind(1)
     lengths = high - low
-    begin = row * weights.shape[1] + low - (lengths.cumsum(0) - lengths)  # of each range, less the entries before it
+    begin = row * scores.shape[1] + low - (lengths.cumsum(0) - lengths)  # of each range, less the entries before it
     total = sum(end - first for _, first, end in ranges)
-    index = begin.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=weights.device)
-    sums = torch.segment_reduce(weights.reshape(-1)[index], "sum", lengths=lengths).view(-1, 2)
+    index = begin.repeat_interleave(lengths, output_size=total) + torch.arange(total, device=scores.device)
+    if whole is None or not bool(whole.isfinite().all()):
+        weights = reference.masses(scores).view(-1)[index]
+    else:  # few of a row's entries are asked for
+        level = whole[row].repeat_interleave(lengths, output_size=total)
+        weights = (scores.reshape(-1)[index].double() - level).exp()
+    sums = torch.segment_reduce(weights, "sum", lengths=lengths).view(-1, 2)
     return sums[:, 0] / torch.where(lengths.view(-1, 2)[:, 1] > 0, sums[:, 1], 1.0)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
-from specdec_fast.drafters.model import Context
+from specdec_fast.drafters.model import Context, Further
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
 from specdec_fast.runner import Runner
@@ -152,6 +152,7 @@ class SlrsDrafter:
         target: the target's vocabulary.
         warpers: the drafter's sampling; None: its argmax, and the proposal is a certainty.
         confidence: stop a row's draft behind a token whose mass is below this, as far as the walk knows it; 0: never.
+        further: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
         device: of the target.
     """
 
@@ -165,12 +166,14 @@ class SlrsDrafter:
         warpers: LogitsProcessorList | None,
         confidence: float,
         device: torch.device,
+        further: Further | None = None,
     ):
         self._model = TextModel(model, len(contexts), warpers=warpers, ids=torch.tensor(spelling.ids, dtype=torch.long))
         self._contexts = contexts
         self._spelling = spelling
         self._target = target
         self._confidence = confidence
+        self._further = further
         self._device = device
         self._read = [0] * len(contexts)
         self._first = [0] * len(contexts)
@@ -201,7 +204,7 @@ class SlrsDrafter:
                     last=last,
                     held=held,
                     ending=ending,
-                    confidence=self._confidence,
+                    goes_on=self._goes_on(row),
                 )
             )
             texts.append(text if ending is None else text[:-1])
@@ -211,6 +214,13 @@ class SlrsDrafter:
             laws = self._model.laws([active[r] for r in going], fed, [walks[r].wanted for r in going])
             going = [r for r, own in zip(going, laws, strict=True) if walks[r].advance(*reversed(own))]
         return self._proposal(active, texts, walks)
+
+    def _goes_on(self, row: int) -> Callable[[int, float], bool] | None:
+        """Whether a row's walk goes on behind so many tokens, the newest of this mass; None: always."""
+        further, least = self._further, self._confidence
+        if further is not None:
+            return lambda drafted, mass: further(row, drafted, mass)
+        return (lambda _, mass: mass >= least) if least else None
 
     def _proposal(self, active: list[int], texts: list[list[int]], walks: list[Walk]) -> Proposal:
         proposal = Proposal.of_lists([[drawn.token for drawn in walk.drawn] for walk in walks], self._device)
