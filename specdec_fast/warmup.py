@@ -68,6 +68,8 @@ def outlook_for(
         more: dict[str, Any] = {"budget": SHARE * horizon}
         if asked is not None:
             asked.found.append(known)
+            for method in plan.others:  # makes its tables
+                build_drafter(replace(plan, method=method, others=(), rows=None), *parts)
             more = {"budget": float("inf"), "repetitions": asked.repetitions}
         known.take(measure(lambda: Runner(model, batch, lean=lean), drafter, texts, device, **more))
     return known.outlook() if known.ready else known.counted(constant), known

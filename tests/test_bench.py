@@ -6,6 +6,7 @@ import pytest
 from tiny import taught
 from typer.testing import CliRunner
 
+from specdec_fast import bench, console
 from specdec_fast.cli import app
 
 
@@ -59,6 +60,20 @@ def test_rounds_on_the_device_are_measured_too(folders):
     rows = run(folders, "--methods", "tli,slem", "--temperature", "0", "--compile", "static")
     assert [row["passes"] for row in rows][2:] == ["static, device", "static, device", "static, host"]
     assert all(row["identical_to_plain"] for row in rows[2:])
+
+
+def test_what_first_calls_make_is_made_before_the_clock_runs(folders, monkeypatch):
+    ready, prepare = [], bench.prepare
+    monkeypatch.setattr(bench, "prepare", lambda *a, **k: ready.append(k["method"]) or prepare(*a, **k))
+    monkeypatch.setattr(bench, "_note", lambda system: ready.append("timed"))
+    run(folders, "--methods", "auto,tli", "--temperature", "1")
+    assert ready[:3] == ["autoregressive", "auto", "tli"] and set(ready[3:]) == {"timed"}
+
+
+def test_an_unknown_method_is_refused_before_a_model_is_loaded(folders, monkeypatch):
+    monkeypatch.setattr(console, "open_session", lambda *_: pytest.fail("loaded"))
+    result = CliRunner().invoke(app, ["bench", "generate", "--methods", "auto,magic"])
+    assert result.exit_code == 2 and "magic" in result.output
 
 
 @pytest.mark.parametrize(

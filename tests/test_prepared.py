@@ -43,6 +43,16 @@ def test_calls_after_it_measure_nothing(monkeypatch):
         fast_generate(target, **prompts(), assistant_model=drafter, do_sample=do_sample, max_new_tokens=70)
 
 
+def test_tables_of_every_method_that_auto_may_take_are_made(monkeypatch):
+    built, build = [], warmup.build_drafter
+    monkeypatch.setattr(warmup, "build_drafter", lambda plan, *rest: built.append(plan.method) or build(plan, *rest))
+    (target, tokenizer), (drafter, own) = taught(), taught("drafter")
+    both = {"tokenizer": tokenizer, "assistant_tokenizer": own}
+    prepared = prepare(target, assistant_model=drafter, do_sample=True, repetitions=1, **both)
+    assert sorted(built) == ["projection", "tli"]
+    assert prepared.speculation[True].method in built
+
+
 def test_settings_are_every_calls_and_can_be_overridden():
     target, drafter = pair()
     prepared = prepare(target, assistant_model=drafter, num_assistant_tokens=2, temperature=0.5, repetitions=1)
