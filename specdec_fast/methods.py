@@ -300,7 +300,7 @@ def build_drafter(
         return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device, only=plan.rows)
     if plan.others:
         alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
-        rest = model, options, rows, processors, do_sample, device, further
+        rest = model, options, rows, processors, do_sample, device, watcher
         assert options.assistant_model is not None
         handicaps = {"slrs": LOOKING * _size(options.assistant_model, model)}
         tried = [

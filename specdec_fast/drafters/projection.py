@@ -116,7 +116,7 @@ class ProjectionWriter(ModelWriter):
     @property
     def _watched(self) -> bool:
         """Whether a draft may end behind a token because of its mass."""
-        return bool(self._confidence) or self._further is not None
+        return bool(self._confidence) or self._watcher is not None
 
     def _end_unsure(self, active: list[int], drafts: list[Draft], first: int, masses: list[float]) -> None:
         """Ends drafts behind the first of their new tokens that is not sure enough to go on from.
@@ -132,9 +132,9 @@ class ProjectionWriter(ModelWriter):
                     break
 
     def _goes_on(self, row: int, drafted: int, mass: float) -> bool:
-        if self._further is None:
+        if self._watcher is None:
             return mass >= self._confidence
-        return self._further(row, drafted, mass)
+        return self._watcher.further(row, drafted, mass)
 
 
 def _tell(draft: Draft, table: TokenMap, entry: int, lane: int, number: int, row: int) -> list[tuple[int, int, int]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
-from specdec_fast.drafters.model import Context, Further
+from specdec_fast.drafters.model import Context, Watcher
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
 from specdec_fast.runner import Runner
@@ -152,7 +152,7 @@ class SlrsDrafter:
         target: the target's vocabulary.
         warpers: the drafter's sampling; None: its argmax, and the proposal is a certainty.
         confidence: stop a row's draft behind a token whose mass is below this, as far as the walk knows it; 0: never.
-        further: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
+        watcher: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
         device: of the target.
     """
 
@@ -166,14 +166,14 @@ class SlrsDrafter:
         warpers: LogitsProcessorList | None,
         confidence: float,
         device: torch.device,
-        further: Further | None = None,
+        watcher: Watcher | None = None,
     ):
         self._model = TextModel(model, len(contexts), warpers=warpers, ids=torch.tensor(spelling.ids, dtype=torch.long))
         self._contexts = contexts
         self._spelling = spelling
         self._target = target
         self._confidence = confidence
-        self._further = further
+        self._watcher = watcher
         self._device = device
         self._read = [0] * len(contexts)
         self._first = [0] * len(contexts)
@@ -217,9 +217,9 @@ class SlrsDrafter:
 
     def _goes_on(self, row: int) -> Callable[[int, float], bool] | None:
         """Whether a row's walk goes on behind so many tokens, the newest of this mass; None: always."""
-        further, least = self._further, self._confidence
-        if further is not None:
-            return lambda drafted, mass: further(row, drafted, mass)
+        watcher, least = self._watcher, self._confidence
+        if watcher is not None:
+            return lambda drafted, mass: watcher.further(row, drafted, mass)
         return (lambda _, mass: mass >= least) if least else None
 
     def _proposal(self, active: list[int], texts: list[list[int]], walks: list[Walk]) -> Proposal:
