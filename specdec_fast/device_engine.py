@@ -59,7 +59,7 @@ class Launcher(Protocol):
         """Whether a candidate of ``auto`` drafts on the device."""
 
     def change(self, candidate: int) -> None:
-        """Lets another candidate draft from the next round on."""
+        """Lets another candidate that is offered draft from the next round on."""
 
     def lend(self) -> None:
         """Ends the rounds on the device: the loop on the host has the target from here on."""

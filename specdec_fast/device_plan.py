@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -117,7 +117,10 @@ def open_session(
         law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
         rule=plan.verification,
         drafter=drafter_part(model, batch, call, how),
-        others=[_candidate(model, batch, replace(call, plan=replace(plan, method=name)), how) for name in plan.others],
+        others=[
+            partial(_candidate, model, batch, replace(call, plan=replace(plan, method=name)), how)
+            for name in plan.others
+        ],
         visible=call.visible,
         prefill_chunk=call.prefill_chunk,
         ends=sorted(call.stops.eos) if call.stops.pads else [],
@@ -191,17 +194,9 @@ def _padded_left(visible: Tensor | None) -> bool:
     return visible is None or (bool((visible.long().diff(dim=1) >= 0).all()) and bool(visible[:, -1].all()))
 
 
-def _candidate(model: PreTrainedModel, batch: int, call: Call, how: Compilation) -> Callable[[], DrafterPart] | None:
-    """Makes the drafter of a method that a row may change to; None where it needs the host."""
-    if why_not_resident(model, call) is not None:
-        return None
-
-    def make() -> DrafterPart:
-        part = drafter_part(model, batch, call, how)
-        assert part is not None
-        return part
-
-    return make
+def _candidate(model: PreTrainedModel, batch: int, call: Call, how: Compilation) -> DrafterPart | None:
+    """The drafter of a method that a row may change to; None where it needs the host."""
+    return None if why_not_resident(model, call) else drafter_part(model, batch, call, how)
 
 
 def watches(plan: Plan, options: Options, how: Compilation) -> bool:

@@ -109,7 +109,7 @@ class Session:
         columns: the longest text the target's cache may have to hold, of which the first ``prompt`` are there.
         law, rule: of the target.
         drafter: None: plain decoding.
-        others: make the candidates behind that one, which may draft later; None for those that cannot, here.
+        others: make the candidates behind that one, which may draft later; None: not here.
         visible, prefill_chunk: as for :class:`StaticRunner`.
         ends: ids that end a row.
     """
@@ -125,7 +125,7 @@ class Session:
         law: DeviceLaw,
         rule: str,
         drafter: DrafterPart | None = None,
-        others: Sequence[Callable[[], DrafterPart] | None] = (),
+        others: Sequence[Callable[[], DrafterPart | None]] = (),
         visible: Tensor | None = None,
         prefill_chunk: int | None = None,
         ends: Sequence[int] = (),
@@ -303,15 +303,14 @@ class Session:
         self.target.move(self._pair.target, forward)
 
     def offers(self, candidate: int) -> bool:
-        return candidate == 0 or self._others[candidate - 1] is not None
+        if candidate not in self._known:
+            part = self._others[candidate - 1]()
+            if part is None or part.contexts is None or self.drafter is None:
+                return False
+            self._known[candidate] = part, DraftedText(self.drafter, part.contexts)
+        return True
 
     def change(self, candidate: int) -> None:
-        if candidate not in self._known:
-            make = self._others[candidate - 1]
-            assert make is not None
-            part = make()
-            assert part.contexts is not None and self.drafter is not None
-            self._known[candidate] = part, DraftedText(self.drafter, part.contexts)
         self._part, self._text = self._known[candidate]
         old = self._pair
         columns = old.target.capacity - 1

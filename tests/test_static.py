@@ -429,7 +429,7 @@ def test_a_lookahead_from_measured_rounds(monkeypatch):
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_p": 0.9}, {"do_sample": False}], ids=str)
-@pytest.mark.parametrize("method", ["model", "tli"])
+@pytest.mark.parametrize("method", ["model", "tli", "projection"])
 def test_drafts_end_where_those_of_the_host_loop_do(plain_drafters, monkeypatch, method, sampling):
     asked = {"num_assistant_tokens": 6, "num_assistant_tokens_schedule": "adaptive"}
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": 40, "seed": 3, **asked, **sampling}

@@ -73,7 +73,11 @@ def test_one_row_stays_on_the_device(order, rule, changing, changes, monkeypatch
 @pytest.mark.parametrize(
     ("rows", "order"), [(1, ("tli", "slrs", "projection")), (3, ("tli", "projection"))], ids=["text", "rows apart"]
 )
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8, "top_p": 0.9}, {"num_assistant_tokens_schedule": "adaptive"}],
+    ids=["plain", "top_p", "adaptive"],
+)
 def test_rows_that_need_the_host_go_on_there(rows, order, sampling, changing, changes, monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
     monkeypatch.setattr(device_session, "ALLOWANCE", 2)

@@ -54,10 +54,7 @@ def test_sampled_tokens_are_those_of_the_host_loop(method, rule):
         own["assistant_model"].cpu()
 
 
-@pytest.mark.parametrize("compile", ["static", "inductor"])
-def test_no_round_waits_for_the_device(pair, compile, monkeypatch):
-    target, drafter = pair
-    given = {**moved(prompts(2)), "assistant_model": drafter, "compile": compile, **SAMPLED}
+def check_no_wait(target, given, monkeypatch):
     fast_generate(target, **given)  # captures
 
     launch, limit = Session.launch, Session.limit
@@ -76,6 +73,26 @@ def test_no_round_waits_for_the_device(pair, compile, monkeypatch):
     monkeypatch.setattr(Session, "limit", strict(limit))
     fast_generate(target, **given)
     assert last_speculation().loop_reason == ""
+
+
+@pytest.mark.parametrize("compile", ["static", "inductor"])
+def test_no_round_waits_for_the_device(pair, compile, monkeypatch):
+    target, drafter = pair
+    given = {**moved(prompts(2)), "assistant_model": drafter, "compile": compile, **SAMPLED}
+    check_no_wait(target, given, monkeypatch)
+
+
+@pytest.mark.parametrize("method", ["tli", "projection"])
+def test_a_round_waits_for_nothing_but_its_text(method, monkeypatch):
+    """The host has to read the report before it can hand over the text; the launch itself waits for nothing."""
+    target, own = taught()[0], drafters()[method]
+    target.cuda()
+    own["assistant_model"].cuda()
+    try:
+        check_no_wait(target, {**moved(taught_prompts(2)), **own, "compile": "static", **SAMPLED}, monkeypatch)
+    finally:
+        target.cpu()
+        own["assistant_model"].cpu()
 
 
 def test_passes_of_the_host_loop_are_captured(pair):
