@@ -14,8 +14,10 @@ from specdec_fast import (
     last_speculation,
     reference_ops,
     static_cache,
+    warmup,
 )
 from specdec_fast.choice import Choice
+from specdec_fast.costs import Costs
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.drafters.auto import History
 
@@ -28,6 +30,7 @@ def changing(monkeypatch, plain_drafters):
     monkeypatch.setattr(History, "LEAST", 4)
     monkeypatch.setattr(History, "WEIGHT", 0.5)
     monkeypatch.setattr(History, "MARGIN", 0.01)
+    monkeypatch.setattr("specdec_fast.methods.LOOKING", 0.1)  # SLRS gets its turn beside a drafter of any size
 
     def among(method, *others):
         chosen = Choice(method, "for the test", others)
@@ -73,11 +76,7 @@ def test_one_row_stays_on_the_device(order, rule, changing, changes, monkeypatch
 @pytest.mark.parametrize(
     ("rows", "order"), [(1, ("tli", "slrs", "projection")), (3, ("tli", "projection"))], ids=["text", "rows apart"]
 )
-@pytest.mark.parametrize(
-    "sampling",
-    [{}, {"temperature": 0.8, "top_p": 0.9}, {"num_assistant_tokens_schedule": "adaptive"}],
-    ids=["plain", "top_p", "adaptive"],
-)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
 def test_rows_that_need_the_host_go_on_there(rows, order, sampling, changing, changes, monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
     monkeypatch.setattr(device_session, "ALLOWANCE", 2)
@@ -87,6 +86,19 @@ def test_rows_that_need_the_host_go_on_there(rows, order, sampling, changing, ch
     assert device == host
     assert statistics.loop == "device" and "on rounds need the host" in statistics.loop_reason
     assert changes[-1] == "host"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_lookahead_that_is_asked_gives_the_hosts_tokens(rows, changing, monkeypatch):
+    costs = Costs((1.0, 1.02, 1.04, 1.06), step=0.05)
+    for module in (device_plan, warmup):
+        monkeypatch.setattr(module, "constant_costs", lambda *_: costs)
+    changing("projection", "tli", "slrs")
+    settings = {"num_assistant_tokens_schedule": "adaptive", "num_assistant_tokens": 4, "max_new_tokens": 60}
+    host, _ = written(rows, "off", **settings)
+    device, statistics = written(rows, "static", **settings)
+    assert device == host
+    assert statistics.loop == "device" and statistics.drafted
 
 
 def test_a_candidate_without_a_static_cache_is_none_of_the_devices(changing, changes, monkeypatch):
