@@ -74,6 +74,7 @@ def fast_generate(
     max_matching_ngram_size: int | None = None,
     target_lookbehind: int | None = None,
     assistant_lookbehind: int | None = None,
+    assistant_window: int | None = None,
     compile: str = "auto",  # the field's name for it, and nobody calls the builtin here
     source: UniformSource | None = None,
     **kwargs: Any,
@@ -98,8 +99,7 @@ def fast_generate(
         verification: "auto", "match" (sample and compare), "token" (rejection sampling; Leviathan et al., arXiv
             2211.17192) or "block" (the whole draft at once, never fewer accepted tokens than "token" on average; Sun
             et al., arXiv 2403.10444). All are lossless. "auto" takes "block" where the drafter's law is known, else
-            "match"; so it does, and "block" is refused, beside a custom processor or criterion, which must see each
-            token in order.
+            "match"; so it does, and "block" is refused, beside custom processors and criteria, who see each token.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
             None: from torch's global generator; how much is drafted then hangs on what was measured, so that under
@@ -110,9 +110,10 @@ def fast_generate(
             or "heuristic_transient" as in Transformers.
         assistant_confidence_threshold: end a draft behind a token less probable than this.
         assistant_temperature: the drafter's own temperature; None: the target's. 0: its argmax.
-        prompt_lookup_num_tokens: draft from the text itself, this many tokens a round.
-        max_matching_ngram_size: longest suffix that prompt lookup compares.
+        prompt_lookup_num_tokens, max_matching_ngram_size: draft from the text itself, so many tokens a round, and the
+            longest suffix compared.
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
+        assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
             with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
             the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli" and
@@ -141,6 +142,7 @@ def fast_generate(
         max_matching_ngram_size=max_matching_ngram_size,
         target_lookbehind=target_lookbehind,
         assistant_lookbehind=assistant_lookbehind,
+        assistant_window=assistant_window,
         compile=compile,
         streamer=streamer,
         source=source,
@@ -226,6 +228,7 @@ _DRAFTER_KNOBS = {
     "assistant_lookbehind",
     "assistant_temperature",
     "assistant_tokenizer",
+    "assistant_window",
     "max_matching_ngram_size",
     "num_assistant_tokens",
     "num_assistant_tokens_schedule",

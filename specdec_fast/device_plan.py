@@ -171,6 +171,8 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
         return f"more than {State.ENDS} ids end a row"
     if plan.method == "autoregressive" or drafter is None:
         return None
+    if options.assistant_window is not None:
+        return "assistant_window: the drafter's text is cut on the host"
     if drafter.device != model.device:
         return "the drafter is on another device"
     if reason := why_not_static(for_static_cache(drafter)[0]):

@@ -312,9 +312,10 @@ def build_drafter(
     assert drafter is not None
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
     confidence = options.assistant_confidence_threshold or 0.0
-    stop: dict[str, Any] = {"confidence": confidence, "watcher": watcher}
+    window = options.assistant_window
+    how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
     if plan.method == "model":
-        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **stop)
+        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **how)
         return CompactDrafter(same, None, device)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
@@ -324,7 +325,7 @@ def build_drafter(
     if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass
-            writer = ModelWriter(drafter, contexts, warpers=warpers, **stop)
+            writer = ModelWriter(drafter, contexts, warpers=warpers, **how)
             return SlemDrafter(writer, proposer, device)
         return LiteralSlrsDrafter(
             drafter,
@@ -332,6 +333,7 @@ def build_drafter(
             proposer,
             warpers=warpers,
             confidence=confidence,
+            window=window,
             eos=own.roles["eos"],
             width=logit_width(drafter),
             lookahead=plan.lookahead,
@@ -340,7 +342,7 @@ def build_drafter(
     widths = {"target_size": logit_width(model), "drafter_size": logit_width(drafter)}
     if plan.method == "projection":
         table = token_map(target, own, **widths)
-        projecting = ProjectionWriter(drafter, contexts, warpers=warpers, choices=table.drafter_ids, **stop)
+        projecting = ProjectionWriter(drafter, contexts, warpers=warpers, choices=table.drafter_ids, **how)
         return ProjectionDrafter(projecting, table, device)
     if plan.method == "slrs":
         return SlrsDrafter(
@@ -349,7 +351,7 @@ def build_drafter(
             spelling(target, own, **widths),
             target,
             warpers=warpers,
-            **stop,
+            **how,
             device=device,
         )
     shared = intersection(target, own, **widths)
@@ -358,6 +360,6 @@ def build_drafter(
         contexts,
         warpers=warpers,
         choices=shared.drafter_ids,
-        **stop,
+        **how,
     )
     return CompactDrafter(writer, shared.target_ids, device)

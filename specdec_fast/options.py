@@ -45,6 +45,7 @@ class Options:
     max_matching_ngram_size: int | None = None
     target_lookbehind: int | None = None
     assistant_lookbehind: int | None = None
+    assistant_window: int | None = None
     compile: str = "auto"
     streamer: BaseStreamer | None = None
     source: UniformSource | None = None
@@ -59,6 +60,7 @@ class Options:
             _whole(name, getattr(self, name), 1)
         for name in ("target_lookbehind", "assistant_lookbehind"):
             _whole(name, getattr(self, name), 1)
+        _whole("assistant_window", self.assistant_window, 2)
         _within("assistant_confidence_threshold", self.assistant_confidence_threshold, 0.0, 1.0)
         _within("assistant_temperature", self.assistant_temperature, 0.0, float("inf"))
         if self.assistant_model is not None and not isinstance(self.assistant_model, PreTrainedModel):
@@ -97,6 +99,7 @@ class Options:
             "max_matching_ngram_size",
             "target_lookbehind",
             "assistant_lookbehind",
+            "assistant_window",
         ):
             for config in configs:
                 value = getattr(config, name, None)

@@ -42,6 +42,7 @@ class Runner:
         joint: whether rows share a forward pass; None: find out.
         lean: takes the model's place in short passes, where padding is on the left; its logits are those of ``head``.
         most: how many columns a row can come to have, 0: unknown.
+        window: the most positions to be used, None: as many as the model was made for.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Runner:
         joint: bool | None = None,
         lean: LeanModel | None = None,
         most: int = 0,
+        window: int | None = None,
     ):
         self.model = model
         self.rows = rows
@@ -66,8 +68,9 @@ class Runner:
         self.head = head
         self._visible = None if visible is None or bool(visible.all()) else visible.to(model.device)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
-        """How many positions the model was made for."""
+        positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
+        self.positions = positions if window is None else min(positions, window)
+        """How many positions are used at most: those the model was made for, or fewer."""
         self.vocabulary: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
         """How many ids the model can read, None where it does not say."""
         padded_left = visible is None or bool((visible.long().diff(dim=1) >= 0).all())

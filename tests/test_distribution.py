@@ -475,3 +475,10 @@ def test_a_planted_fault_is_seen_in_the_first_round(fault, rule, monkeypatch):
     fault(monkeypatch)
     blocks = enumerated(problem, "tli", rule, {})
     assert total_variation(problem.completed(blocks), problem.joint()) > 1e-3
+
+
+@pytest.mark.parametrize(("method", "rule"), [("model", "block"), ("tli", "token"), ("slem", "match")])
+def test_a_drafter_that_reads_the_end_of_the_text_only_leaves_the_targets_law(method, rule):
+    tokens = generate(method, rule, assistant_window=4)
+    assert min(p_values(tokens, exact_law())) > SOUND
+    assert last_speculation().accepted

@@ -127,6 +127,7 @@ BAD = [
         )
         for value in (0, -3, 2.5, "3", True)
     ],
+    *[({"assistant_window": value}, f"assistant_window.*{value!r}") for value in (0, 1, 2.5, "3", True)],
     *[({"assistant_confidence_threshold": value}, "assistant_confidence_thr") for value in (-0.1, 1.1, "x", True)],
     *[({"assistant_temperature": value}, "assistant_temperature") for value in (-1.0, float("nan"), "x", True)],
     *[({"seed": value}, "seed must be") for value in (1.5, "7", True, [1, 2, 3], [1.0])],

@@ -119,6 +119,7 @@ class LiteralSlrsDrafter:
         proposer: re-tokenises text behind a row's own.
         warpers: the drafter's sampling.
         confidence: a draft ends behind a drafter token whose probability is below this, which stays; 0: never.
+        window: how much it reads of a text, in its tokens; None: as much as it has positions for.
         eos: the drafter's eos, behind which nothing is drawn.
         width: how many logits the drafter has.
         lookahead: draft tokens a round.
@@ -140,10 +141,11 @@ class LiteralSlrsDrafter:
         width: int,
         lookahead: int,
         device: torch.device,
+        window: int | None = None,
     ):
         self._most_steps = _most_steps(width, lookahead)
         self._model = model
-        self._positions = Runner(model, 1).positions
+        self._positions = Runner(model, 1, window=window).positions
         self._contexts = contexts
         self._proposer = proposer
         self._warpers = warpers

@@ -83,6 +83,7 @@ class ModelWriter:
         confidence: stop a row's draft behind a token whose probability is below this; 0: never. The token itself
             stays: dropping it after having looked at it would change the output's law.
         watcher: asked whether a row drafts on, in place of ``confidence``.
+        window: how much it reads of a text, in its tokens; None: as much as it has positions for.
     """
 
     def __init__(
@@ -94,6 +95,7 @@ class ModelWriter:
         choices: Tensor | None = None,
         confidence: float = 0.0,
         watcher: Watcher | None = None,
+        window: int | None = None,
     ):
         self.contexts = contexts
         self.device = model.device
@@ -105,7 +107,7 @@ class ModelWriter:
                 head = pruned_head(model, choices)
             else:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
-        self._runner = Runner(model, len(contexts), head=head, lean=lean)
+        self._runner = Runner(model, len(contexts), head=head, lean=lean, window=window)
         self._choices = None if choices is None else choices.to(model.device)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence

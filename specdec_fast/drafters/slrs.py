@@ -42,12 +42,21 @@ class TextModel:
         rows: how many rows.
         warpers: the drafter's sampling; None: its argmax.
         ids: ``[K]`` int64 ids of the drafter it may draw, called entries.
+        window: how many tokens a text may have, None: as many as the model has positions for.
     """
 
-    def __init__(self, model: PreTrainedModel, rows: int, *, warpers: LogitsProcessorList | None, ids: Tensor):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        *,
+        warpers: LogitsProcessorList | None,
+        ids: Tensor,
+        window: int | None = None,
+    ):
         self.warpers = warpers
         self._ids = ids.to(model.device)
-        self._runner = Runner(model, rows, lean=lean_model(model))
+        self._runner = Runner(model, rows, lean=lean_model(model), window=window)
         self._cached: list[list[int]] = [[] for _ in range(rows)]
 
     @property
@@ -153,6 +162,7 @@ class SlrsDrafter:
         warpers: the drafter's sampling; None: its argmax, and the proposal is a certainty.
         confidence: stop a row's draft behind a token whose mass is below this, as far as the walk knows it; 0: never.
         watcher: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
+        window: how much it reads of a text, in its tokens; None: as much as it has positions for.
         device: of the target.
     """
 
@@ -167,8 +177,10 @@ class SlrsDrafter:
         confidence: float,
         device: torch.device,
         watcher: Watcher | None = None,
+        window: int | None = None,
     ):
-        self._model = TextModel(model, len(contexts), warpers=warpers, ids=torch.tensor(spelling.ids, dtype=torch.long))
+        ids = torch.tensor(spelling.ids, dtype=torch.long)
+        self._model = TextModel(model, len(contexts), warpers=warpers, ids=ids, window=window)
         self._contexts = contexts
         self._spelling = spelling
         self._target = target
