@@ -112,8 +112,9 @@ class Chooser {
  public:
   Chooser(Team& team, const Filters& filters, const Ending& ending, int64_t width)
       : filters_(filters), ending_(ending), width_(width) {
-    share_ = [&team](int64_t count, int64_t, const Body& body) {
-      team.share(count, [&body](int64_t i) { body(i, i + 1); });
+    share_ = [&team](int64_t count, int64_t grain, const Body& body) {
+      team.share((count + grain - 1) / grain,
+                 [&](int64_t piece) { body(piece * grain, std::min((piece + 1) * grain, count)); });
     };
   }
 

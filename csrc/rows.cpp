@@ -12,7 +12,8 @@ namespace {
 
 constexpr float kLargest = std::numeric_limits<float>::max();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kGrain = 4;  // chunks a thread takes at once: about 5 us
+constexpr int64_t kGrain = 4;       // chunks a thread takes at once: about 5 us
+constexpr int64_t kPeakGrain = 16;  // the same where only their peaks are wanted
 
 int64_t entry_size(Float type) { return type == kFloat32 ? 4 : 2; }
 
@@ -25,9 +26,9 @@ class Chunks {
   }
 
   template <typename Body>
-  void each(const Body& body) const {
+  void each(const Body& body, int64_t grain = kGrain) const {
     if (first_.back() == 0) return;
-    share_(first_.back(), kGrain, [&](int64_t begin, int64_t end) {
+    share_(first_.back(), grain, [&](int64_t begin, int64_t end) {
       size_t r = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
       for (int64_t i = begin; i < end; ++i) {
         while (i >= first_[r + 1]) ++r;
@@ -141,11 +142,16 @@ void measure(const std::vector<Row*>& all, const Share& share) {
     row.masses[c] =
         chunk_kernels().sum_exp(buffer, padded(row.chunk_size(c)), std::min(peak, kLargest));
   };
-  Chunks(rows, share).each([&](Row& row, size_t r, int64_t c) {
-    if (!row.filters.any()) return sums(row, r, c);
-    alignas(64) float buffer[kChunk];
-    peaks[r][c] = row.scores(c, buffer);
-  });
+  const bool peaks_alone =
+      std::all_of(rows.begin(), rows.end(), [](const Row* row) { return row->filters.greedy(); });
+  Chunks(rows, share)
+      .each(
+          [&](Row& row, size_t r, int64_t c) {
+            if (!row.filters.any()) return sums(row, r, c);
+            alignas(64) float buffer[kChunk];
+            peaks[r][c] = row.scores(c, buffer);
+          },
+          peaks_alone ? kPeakGrain : kGrain);
 
   std::vector<Row*> filtered;
   std::vector<size_t> place;

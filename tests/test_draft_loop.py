@@ -21,6 +21,8 @@ from specdec_fast.rule import Draws
 from specdec_fast.runner import Runner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import profile_round
+from profile_round import Profile
 from round_overhead import Clock
 
 pytestmark = pytest.mark.skipif(not native.load_ops(), reason="needs the native ops")
@@ -364,3 +366,28 @@ def test_the_benchmark_counts_choosing_inside_the_operation_as_overhead(monkeypa
         rounds(made(FAMILIES["llama"]), [3, 3, 3], warpers=warpers())
     assert len(reported) == 2
     assert clock.seconds == pytest.approx(3e-6)
+
+
+def test_a_profile_counts_each_parts_own_time(monkeypatch):
+    """Parts inside parts, a draft operation told apart from its passes, and a round for each round there was."""
+    profile, now = Profile(), [0.0]
+    monkeypatch.setattr(profile_round.time, "perf_counter", lambda: now[0])
+
+    def taking(seconds, *inner):
+        def call():
+            now[0] += seconds
+            return [function() for function in inner] or [torch.tensor([2_000_000_000])]
+
+        return call
+
+    draft = profile.part(profile_round.CHOOSING, taking(3.0))
+    reading = profile.part(profile_round.TARGET, taking(5.0))
+    drafting = profile.part(profile_round.DRAFTING, taking(1.0, draft, reading))
+    round_ = profile.part(profile_round.REST, taking(0.5, drafting, reading))
+    round_()
+    round_()
+    own = {name: profile.rounds[1][name] for name in profile_round.PARTS if profile.rounds[1][name]}
+    assert own == {"drafter's passes": 7.0, "choosing": 1.0, "rest of drafting": 1.0, "target's pass": 5.0} | {
+        "rest of the round": 0.5
+    }
+    assert len(profile.rounds) == 3 and profile.rounds[1] == profile.rounds[2]
