@@ -37,8 +37,8 @@ TRANSLATING, VERIFYING, COMMIT = "text into the other's tokens", "verification",
 REST, OUTSIDE = "rest of the round", "outside of rounds"
 PARTS = (TARGET, DRAFTER, CHOOSING, TRANSLATING, DRAFTING, VERIFYING, COMMIT, REST)
 TEXT = (
-    "Write a short story about a lighthouse keeper who finds a letter in a bottle. Then explain in three sentences "
-    "what the story says about patience, and list five words that describe the sea."
+    "Write a Python class for a bank account with methods to deposit, withdraw and transfer money, which raise an error "
+    "where the balance does not suffice. Then write tests for each of them."
 )
 
 

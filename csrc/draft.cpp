@@ -24,6 +24,7 @@
 #include "arguments.h"
 #include "llama_model.h"
 #include "rows.h"
+#include "share.h"
 
 namespace specdec {
 
@@ -111,12 +112,7 @@ struct Ending {
 class Chooser {
  public:
   Chooser(Team& team, const Filters& filters, const Ending& ending, int64_t width)
-      : filters_(filters), ending_(ending), width_(width) {
-    share_ = [&team](int64_t count, int64_t grain, const Body& body) {
-      team.share((count + grain - 1) / grain,
-                 [&](int64_t piece) { body(piece * grain, std::min((piece + 1) * grain, count)); });
-    };
-  }
+      : filters_(filters), ending_(ending), width_(width), share_(share_of(team)) {}
 
   // Draws a token for each writer from its logits [writers, width], which may be its own scores.
   void choose(const std::vector<Writer*>& writers, int64_t step, const float* logits) {

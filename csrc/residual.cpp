@@ -1,7 +1,5 @@
 #include "residual.h"
 
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -80,7 +78,7 @@ int64_t Residual::draw(double u) const {
   return pick(masses, p->width, u, [this](int64_t chunk, double* out) { fill(chunk, out); });
 }
 
-void measure(std::vector<Residual*>& residuals) {
+void measure(std::vector<Residual*>& residuals, const Share& share) {
   std::vector<std::pair<Residual*, int64_t>> todo;
   for (Residual* residual : residuals) {
     const Row& p = *residual->p;
@@ -96,13 +94,12 @@ void measure(std::vector<Residual*>& residuals) {
     }
   }
   if (!todo.empty()) {
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(todo.size()), 4, [&](int64_t begin, int64_t end) {
-          alignas(64) double weights[kChunk];
-          for (int64_t i = begin; i < end; ++i) {
-            todo[i].first->masses[todo[i].second] = todo[i].first->fill(todo[i].second, weights);
-          }
-        });
+    share(static_cast<int64_t>(todo.size()), 4, [&](int64_t begin, int64_t end) {
+      alignas(64) double weights[kChunk];
+      for (int64_t i = begin; i < end; ++i) {
+        todo[i].first->masses[todo[i].second] = todo[i].first->fill(todo[i].second, weights);
+      }
+    });
   }
   for (Residual* residual : residuals) {
     residual->sum = 0.0;

@@ -66,6 +66,6 @@ struct Residual {
 };
 
 // Fills masses and sum, all residuals at once.
-void measure(std::vector<Residual*>& residuals);
+void measure(std::vector<Residual*>& residuals, const Share& share);
 
 }  // namespace specdec
