@@ -37,8 +37,8 @@ TRANSLATING, VERIFYING, COMMIT = "text into the other's tokens", "verification",
 REST, OUTSIDE = "rest of the round", "outside of rounds"
 PARTS = (TARGET, DRAFTER, CHOOSING, TRANSLATING, DRAFTING, VERIFYING, COMMIT, REST)
 TEXT = (
-    "Write a Python class for a bank account with methods to deposit, withdraw and transfer money, which raise an error "
-    "where the balance does not suffice. Then write tests for each of them."
+    "Write a Python class for a bank account with methods to deposit, withdraw and transfer money, which raise an "
+    "error where the balance does not suffice. Then write tests for each of them."
 )
 
 
