@@ -10,6 +10,9 @@ forward: it reports the nanoseconds that its passes took, those alone are counte
 (choosing, sampling, its own call) is overhead. What a call costs before its first round (checks, caches, the generation
 config) is measured by calls of one token and taken off. Systems are interleaved; a figure is the median over
 repetitions.
+
+The toy pair's weights stay in the caches, and with them whatever a round's bookkeeping touches. ``--sweep`` reads so
+many megabytes before each pass of the target, as the weights of a larger one would be read, so that rounds begin cold.
 """
 
 from __future__ import annotations
@@ -40,10 +43,16 @@ Run = Callable[[int, int], int]
 
 
 class Clock:
-    """Seconds spent inside models, and how often they were called."""
+    """Seconds spent inside models.
 
-    def __init__(self) -> None:
+    Args:
+        swept: read before each of the target's passes, as the weights of a larger one would be; counts as forward.
+    """
+
+    def __init__(self, swept: torch.Tensor | None = None) -> None:
         self.seconds = 0.0
+        self.target: Any = None
+        self._swept = swept
         self._inside = False
 
     def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,6 +65,11 @@ class Clock:
             if self._inside:
                 return function(*arguments, **named)
             self._inside, begin = True, time.perf_counter()
+            # The operation that reads is the target's, once the prompt is read
+            if self._swept is not None and (
+                not isinstance(arguments[0], LlamaForCausalLM) or arguments[0] is self.target
+            ):
+                self._swept.sum()
             try:
                 return function(*arguments, **named)
             finally:
@@ -210,18 +224,21 @@ def main(
     tokens: Annotated[int, typer.Option(help="New tokens a call.")] = 128,
     batch: Annotated[int, typer.Option(help="Rows; above 1 Transformers has no assisted generation.")] = 1,
     repetitions: Annotated[int, typer.Option()] = 9,
+    sweep: Annotated[int, typer.Option(help="Megabytes read before each of the target's passes, to empty caches.")] = 0,
     noise: Annotated[float, typer.Option(help="Of the drafter's weights, in their standard deviations.")] = 0.1,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Milliseconds of a round beside the models' forward passes."""
     transformers.utils.logging.set_verbosity_error()
     rows: list[dict[str, Any]] = []
-    clock = Clock()
+    clock = Clock(torch.ones(sweep << 18) if sweep else None)
     settings = [(size, sample) for size in vocabulary for sample in (False, True)]
     with clock.running():
         for size, sample in track(settings, "measuring", console=Console(stderr=True)):
-            table = systems(*toy_pair(size, noise), sample, lookahead, batch)
+            clock.target, drafter = toy_pair(size, noise)
+            table = systems(clock.target, drafter, sample, lookahead, batch)
             setting = {"temperature": float(sample), "batch": batch, "lookahead": lookahead, "vocabulary": size}
+            setting |= {"swept_megabytes": sweep} if sweep else {}
             rows += rows_of(overheads(table, clock, tokens, repetitions), setting)
     shown = Table("system", "V", "T", "overhead ms a round", "forward ms a round", "beside Transformers")
     for row in rows:
