@@ -8,6 +8,7 @@ import tables
 import torch
 from enumeration import laws_of
 from rounds import Setting, distance, prompts
+from test_backends import BACKENDS, generated
 from test_projection import PAIRS
 from tiny import drafters, same, taught, taught_prompts
 
@@ -104,6 +105,17 @@ def test_sampled_tokens_are_those_of_the_host_loop(plain_drafters, rule, samplin
     *device, statistics = counted(**taught_prompts(3, padded=True), **settings, **STATIC)
     on_device(statistics)
     assert host == device
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_a_seed_gives_every_backend_the_same_tokens(monkeypatch, backend):
+    settings = {"do_sample": True, "seed": 3, "top_k": 0, "num_assistant_tokens": 3, **STATIC}
+    found = []
+    for name in ("reference", backend):
+        monkeypatch.setattr(dispatch, "DEFAULT", name)
+        found.append(generated("projection", 2, verification="block", **settings).tolist())
+        assert on_device(last_speculation()).drafted
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("place", [0, 3, 7])
