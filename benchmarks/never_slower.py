@@ -148,10 +148,14 @@ def main(
     other: Annotated[str, typer.Option(help="The other one.")],
     json_file: Annotated[Path, typer.Option("--json", help="Where the cells are kept.")],
     tokens: Annotated[int, typer.Option(help="New tokens a call.")] = 96,
-    repetitions: Annotated[int, typer.Option(help="Of each side in a cell.")] = 3,
+    repetitions: Annotated[int, typer.Option(help="Of each side in a cell.")] = 5,
     seconds: Annotated[float, typer.Option(help="Begin no cell after this.")] = 200.0,
+    pairs: Annotated[str, typer.Option(help="Measure cells of these pairs alone.")] = ",".join(PAIRS),
 ) -> None:
     """The worst of all cells, beside plain decoding."""
+    unknown = set(pairs.split(",")) - set(PAIRS)
+    if unknown:
+        raise SystemExit(f"--pairs {', '.join(sorted(unknown))} is not known: use some of {', '.join(PAIRS)}")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     settings = {"new_tokens": tokens, "repetitions": repetitions}
@@ -176,7 +180,7 @@ def main(
     done = {(row["pair"], row["prompt"], row["temperature"]) for row in about["rows"]}
     models, begin = Models(target, other), time.perf_counter()
     for cell in cells():
-        if cell in done:
+        if cell in done or cell[0] not in pairs.split(","):
             continue
         if time.perf_counter() - begin > seconds:
             break
