@@ -148,7 +148,7 @@ def main(
     other: Annotated[str, typer.Option(help="The other one.")],
     json_file: Annotated[Path, typer.Option("--json", help="Where the cells are kept.")],
     tokens: Annotated[int, typer.Option(help="New tokens a call.")] = 96,
-    repetitions: Annotated[int, typer.Option(help="Of each side in a cell.")] = 5,
+    repetitions: Annotated[int, typer.Option(help="Of each side in a cell.")] = 11,
     seconds: Annotated[float, typer.Option(help="Begin no cell after this.")] = 200.0,
     pairs: Annotated[str, typer.Option(help="Measure cells of these pairs alone.")] = ",".join(PAIRS),
 ) -> None:

@@ -33,7 +33,7 @@ class Costs:
     Args:
         score: the target's pass over 1, 2, ... positions.
         step: one draft token.
-        start: a draft before its first token.
+        start: a draft before its first token, and what verifying one adds to a round.
         read: one token of text that the drafter has not read.
         rest: what every round costs beside these.
         measured: whether a clock had a part in it.
@@ -108,7 +108,9 @@ class Meter:
     drafts: list[tuple[int, int, float]] = field(default_factory=list)
     """Tokens drafted, tokens the drafter had not read before, and seconds."""
     rests: list[float] = field(default_factory=list)
-    """Seconds of a round beside these."""
+    """Seconds of a round without a draft beside these."""
+    judged: list[float] = field(default_factory=list)
+    """The same of a round with one, which is verified."""
 
 
 class Observed:
@@ -120,6 +122,7 @@ class Observed:
         self._draft: dict[int, deque[float]] = {}
         self._read: deque[float] = deque(maxlen=SAMPLES)
         self._rest: deque[float] = deque(maxlen=SAMPLES)
+        self._judged: deque[float] = deque(maxlen=SAMPLES)
         self._tested: list[float] = []
         self._accepted: list[float] = []
         self._sure_tested: list[float] = []
@@ -139,6 +142,7 @@ class Observed:
                 if drafted and unread > LARGEST_PASS // 4 and self._draft:
                     self._read.append(max(seconds - start - step * drafted, 0.0) / unread)
             self._rest.extend(meter.rests)
+            self._judged.extend(meter.judged)
 
     def _keep_pace(self, meter: Meter) -> None:
         """Brings what was measured to the machine's present pace.
@@ -192,12 +196,13 @@ class Observed:
             raise ValueError("nothing was measured yet: run a warm-up first")
         with self._lock:
             start, step = _line({n: low(seconds) for n, seconds in self._draft.items()})
+            rests = [low(seconds) if seconds else 0.0 for seconds in (self._rest or self._judged, self._judged)]
             costs = Costs(
                 _filled({q: low(seconds) for q, seconds in self._score.items()}),
                 step=step,
-                start=start,
+                start=start + max(rests[1] - rests[0], 0.0),
                 read=statistics.median(self._read) if self._read else step / 4,
-                rest=low(self._rest) if self._rest else 0.0,
+                rest=rests[0],
                 measured=True,
             )
         return self.counted(costs)

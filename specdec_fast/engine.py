@@ -96,6 +96,7 @@ class Engine:
             while self.rows.active:
                 self.statistics.rounds += 1
                 start, drafting, self._feeding = time.perf_counter(), self.statistics.draft_seconds, 0.0
+                drafted = self.statistics.drafted
                 if self._in_order:
                     self._round_in_order()
                 else:
@@ -103,7 +104,8 @@ class Engine:
                 self._stream()
                 if self.meter is not None:
                     parts = self.statistics.draft_seconds - drafting + self._feeding
-                    self.meter.rests.append(time.perf_counter() - start - parts)
+                    rests = self.meter.rests if self.statistics.drafted == drafted else self.meter.judged
+                    rests.append(time.perf_counter() - start - parts)
         self.statistics.translate_seconds = self.drafter.translate_seconds
         self.statistics.total_seconds = time.perf_counter() - begin
         return self.rows.ids[:, : max(self.rows.length)]

@@ -140,6 +140,7 @@ class Adaptive:
     ROW, POSITION, SURE = 4.0, 5.0, 6.0  # ... that what is drawn to is worth: for a row, a position, a confidence
     FADING, IDLE = 0.96, 0.995  # weight of what was counted after the next count of its kind, and after any round
     STEPS = 8  # of confidence
+    PATIENCE = 2  # doublings at most of the wait for another try
 
     def __init__(
         self,
@@ -161,9 +162,13 @@ class Adaptive:
         self._row_weight = self.ROW + min(known, 2 * self.ROW)
         self._sure_prior = _by_confidence(outlook, self.STEPS)
         credit = min(self.CREDIT + self.SHARE * horizon, self.LARGEST) * self._plain
+        failed = 0
         if known >= self.REMEMBERED:
-            credit += self._promise(best_lookahead(self._prior, costs)[1], horizon)
-        self._rows = [_Row(most, self.STEPS, credit, horizon) for _ in range(rows)]
+            best, speed = best_lookahead(self._prior, costs)
+            credit += self._promise(speed, horizon)
+            failed = 0 if best else self.PATIENCE
+        self._known = [*outlook.tested[:most], *[0.0] * (most - len(outlook.tested))]
+        self._rows = [_Row(most, self.STEPS, credit, horizon, failed) for _ in range(rows)]
         for own, tokens in zip(self._rows, unread, strict=False):
             own.unread = tokens
         self.tested, self.accepted = [0.0] * most, [0.0] * most
@@ -207,14 +212,19 @@ class Adaptive:
         elif affordable:
             probe, speed = best_lookahead(own.expected, self._costs, 1)
             loss = self._round[probe] * max(1 - speed * self._plain, 0.0) + own.catch_up
-            if own.saved >= loss or (self._hopeful(own) and own.balance >= 2 * loss):
+            # Each try that brought nothing makes the next one wait longer; the most that can be saved is enough for one
+            saving = min(loss * 2**own.failed, max(loss, self.CREDIT * self._plain))
+            if own.saved >= saving or (self._hopeful(own) and own.balance >= 2 * loss):
                 own.limit = min(probe, affordable)
 
     def _hopeful(self, own: _Row) -> bool:
-        """Whether drafting would pay if acceptance were a standard deviation better than it looks."""
+        """Whether drafting would pay if acceptance were a standard deviation better than it looks.
+
+        What earlier calls have tested counts half: a text may be another kind.
+        """
         better = [
-            min(a + (a * (1 - a) / (t + self.POSITION)) ** 0.5, 0.99)
-            for a, t in zip(own.expected, own.tested, strict=True)
+            min(a + (a * (1 - a) / (t + k / 2 + self.POSITION)) ** 0.5, 0.99)
+            for a, t, k in zip(own.expected, own.tested, self._known, strict=True)
         ]
         best, speed = best_lookahead(better, self._costs)
         return best > 0 and own.catch_up <= self._promise(speed, own.horizon)
@@ -285,6 +295,7 @@ class Adaptive:
         gain = committed * self._plain - self._costs.round(drafted) - own.catch_up
         own.balance = min(own.balance + gain, self.CAP * self._plain)
         own.saved = 0.0
+        own.failed = 0 if accepted else min(own.failed + 1, self.PATIENCE)
         own.unread = committed
         for i in range(min(accepted + 1, drafted, self._most)):
             stays = float(i < accepted)
@@ -306,8 +317,9 @@ class Adaptive:
 class _Row:
     """What is known of one row."""
 
-    def __init__(self, most: int, steps: int, credit: float, horizon: int):
+    def __init__(self, most: int, steps: int, credit: float, horizon: int, failed: int):
         self.balance = credit
+        self.failed = failed  # doublings of the wait for another try
         self.saved = 0.0  # of the allowance since the last draft: what a probe may lose
         self.unread = 0
         self.horizon = horizon

@@ -179,6 +179,17 @@ def test_parts_that_a_call_did_not_run_keep_pace_with_the_machine():
     assert after.rest == before.rest  # no pass
 
 
+def test_a_round_with_a_draft_costs_what_verifying_it_adds():
+    known = Observed()
+    known.take(Meter([(1, 2.0), (4, 5.0)], [(1, 1, 3.0), (3, 1, 5.0)], [0.5] * 5, [0.9] * 5))
+    table = known.outlook().costs
+    assert (table.rest, table.start) == pytest.approx((0.5, 2.4))
+    known = Observed()
+    known.take(Meter([(1, 2.0), (4, 5.0)], [(1, 1, 3.0), (3, 1, 5.0)], [], [0.9] * 5))
+    table = known.outlook().costs
+    assert (table.rest, table.start) == pytest.approx((0.9, 2.0))
+
+
 def test_few_passes_say_nothing_of_the_pace():
     known = Observed()
     known.take(metered(passes=[(1, 2.0)] * 9 + [(3, 3.0)] * 9))

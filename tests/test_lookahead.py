@@ -123,6 +123,16 @@ def test_a_pair_known_to_be_hopeless_is_hardly_tried():
     assert 1 <= sum(gamma > 0 for gamma in used) <= 60  # and is tried again now and then
 
 
+def test_tries_that_bring_nothing_become_rarer():
+    """Where a try costs little the allowance would pay for one every few tokens; all of them together cost 1 %."""
+    cheap = Costs(tuple(7 + 0.05 * i for i in range(17)), step=0.04, start=0.4, read=0.01, rest=0.2)
+    known = Outlook(cheap, tested=(64.0,), accepted=(0.0,))
+    world = World(cheap, even(0.0))
+    cost, used = world.run(world.adaptive(96, known), 96)
+    assert 1 <= sum(gamma > 0 for gamma in used) <= 10
+    assert cost < 1.01
+
+
 def test_a_pair_known_to_be_good_starts_at_full_length():
     known = Outlook(FLAT, tested=(60.0,) * 10, accepted=(54.0,) * 10)
     assert World(FLAT, even(0.9)).adaptive(64, known)[0] >= 8
