@@ -102,7 +102,7 @@ class Engine:
                 else:
                     self._round()
                 self._stream()
-                if self.meter is not None:
+                if self.meter is not None and self._feeding:  # else the prompt's pass is among the rest
                     parts = self.statistics.draft_seconds - drafting + self._feeding
                     rests = self.meter.rests if self.statistics.drafted == drafted else self.meter.judged
                     rests.append(time.perf_counter() - start - parts)

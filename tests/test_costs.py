@@ -225,3 +225,11 @@ def test_a_warm_up_compares_parts_at_one_pace(monkeypatch):
     table = known.outlook().costs
     assert [table.scoring(size) / table.scoring(1) for size in work] == pytest.approx(list(work.values()))
     assert table.step / table.scoring(1) == pytest.approx(0.25) and table.start / table.scoring(1) == pytest.approx(0.5)
+
+
+def test_the_prompts_pass_is_no_rest(pair, monkeypatch):
+    taken = []
+    monkeypatch.setattr(Observed, "take", lambda self, meter: taken.append(meter))
+    generate(pair)
+    meter = taken[-1]
+    assert len(meter.rests) + len(meter.judged) == len(meter.passes) == last_speculation().rounds - 1
