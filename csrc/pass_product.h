@@ -51,7 +51,8 @@ inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       weight[r] = Scheme::weight(w + r * k + j);
-      if constexpr (kAhead) __builtin_prefetch(w + (kRows + r) * k + j);
+      // Not to be kept: they would push out of the caches what the rest of a round works on
+      if constexpr (kAhead) __builtin_prefetch(w + (kRows + r) * k + j, 0, 0);
     }
 #pragma GCC unroll 8
     for (int i = 0; i < kInputs; ++i) {
