@@ -2,7 +2,8 @@
 //
 // pass_vector.h is compiled for several, and the best that the machine has is taken at run time.
 // Sums run over 16 interleaved lanes and are closed in a fixed order, whatever the width of a
-// vector and however many inputs share a weight: what an input gets does not depend on the others.
+// vector and however many inputs share a weight: what an input gets does not depend on the others
+// (with float32 weights, but for rounding).
 #pragma once
 
 #include <cstdint>
