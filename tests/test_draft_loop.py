@@ -392,3 +392,18 @@ def test_a_profile_counts_each_parts_own_time(monkeypatch):
         "rest of the round": 0.5
     }
     assert len(profile.rounds) == 3 and profile.rounds[1] == profile.rounds[2]
+
+
+def test_a_warper_that_is_set_to_another_value_is_asked_again(loops, apart):
+    model, rows = made(FAMILIES["llama"]), [0, 1, 2]
+
+    def written():
+        warping = warpers(0.9)
+        ours = writer(model, warpers=warping)
+        ours.write(rows, [3, 3, 3], draws(3))
+        warping[0].temperature = 0.3
+        return ours.write(rows, [3, 3, 3], draws(3, 8))
+
+    together = written()
+    assert len(loops) == 2
+    same(together, apart(written))

@@ -116,7 +116,6 @@ class ModelWriter:
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
         self._first = [0] * len(contexts)
         self._positions = self._runner.positions
-        self._choosing = _choosing(warpers, confidence) if self._picks is None else None
 
     def read(self, rows: Rows, active: list[int]) -> None:
         """Takes note of what was committed since the last round."""
@@ -181,7 +180,10 @@ class ModelWriter:
 
     def _at_once(self, active: list[int], count: list[int], draws: Draws) -> Written | None:
         """The same in one operation, without Python between the steps; None where there is none."""
-        if self._choosing is None or not draws_natively(draws, self.device):
+        if self._picks is not None or not draws_natively(draws, self.device):
+            return None
+        choosing = _choosing(self.warpers, self._confidence)  # now: warpers may have been set to other values
+        if choosing is None:
             return None
         missing = self._missing(active)
         if not self._runner.quick([len(text) for text in missing]):
@@ -189,7 +191,7 @@ class ModelWriter:
         watcher = self._watcher
         stops = None if watcher is None else [watcher.stops(row) for row in active]
         key = draws.seed, draws.start
-        drafted = self._runner.draft(active, missing, count, self._choosing, self._choices, *key, stops)
+        drafted = self._runner.draft(active, missing, count, choosing, self._choices, *key, stops)
         if watcher is not None and drafted.levels is not None:
             for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
                 watcher.saw(row, levels[:length])
