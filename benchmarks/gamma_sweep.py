@@ -11,7 +11,6 @@ Constant lookaheads of ``auto`` are left out: its adaptive one is what a user ge
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from compare_transformers import machine
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,14 +103,7 @@ def main(
         "command": f"python benchmarks/gamma_sweep.py --target TARGET --drafter DRAFTER --methods {methods} "
         f"--temperature {temperature:g} --gammas {gammas} --tokens {tokens} --repetitions {repetitions} "
         f"--acceptance-tokens {acceptance_tokens} --prompts {prompts.name}",
-        "machine": {
-            "device": "cpu",
-            "architecture": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine(),
         "plan": {name: known.to_dict() for name, known in expected.items()},
         "rows": rows,
     }

@@ -16,7 +16,6 @@ work can be cut into pieces (``--seconds``).
 from __future__ import annotations
 
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from compare_transformers import machine
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -161,14 +161,7 @@ def main(
     settings = {"new_tokens": tokens, "repetitions": repetitions}
     about: dict[str, Any] = {
         "command": "python benchmarks/never_slower.py --target SMOLLM2 --other QWEN --json FILE",
-        "machine": {
-            "device": "cpu",
-            "architecture": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "machine": machine(),
         "settings": settings,
         "rows": [],
     }

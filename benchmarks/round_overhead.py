@@ -20,7 +20,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +31,7 @@ from unittest import mock
 import torch
 import transformers
 import typer
+from compare_transformers import machine
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -254,14 +254,7 @@ def main(
     if json_file is not None:
         about = {
             "command": "python benchmarks/round_overhead.py --json FILE",
-            "machine": {
-                "device": "cpu",
-                "architecture": platform.machine(),
-                "capability": torch.backends.cpu.get_cpu_capability(),
-                "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
+            "machine": machine(),
             "rows": rows,
         }
         json_file.write_text(json.dumps(about, indent=1) + "\n")
