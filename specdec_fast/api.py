@@ -116,8 +116,8 @@ def fast_generate(
         assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
             with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
-            the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli" and
-            "autoregressive", other calls say why not in the statistics. "inductor": the same with both models'
+            the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli",
+            "projection" and "autoregressive"; else the statistics say why not. "inductor": the same with both models'
             forwards compiled by ``torch.compile`` as ``compile_config`` says, which takes a while at first.
             "off": the model's own forward. ``disable_compile`` of the generation config makes "auto" that, and
             "inductor" "static".
