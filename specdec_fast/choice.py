@@ -9,7 +9,8 @@ from torch import Tensor
 
 from specdec_fast.intersection_mass import intersection_mass
 from specdec_fast.options import Options
-from specdec_fast.vocab import Vocabulary
+from specdec_fast.token_map import token_map
+from specdec_fast.vocab import Vocabulary, intersection
 
 __all__ = ["Choice", "across_vocabularies", "repetition", "without_drafter"]
 
@@ -58,13 +59,16 @@ def across_vocabularies(
     target, drafter = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     assert options.assistant_model is not None
     sizes = {"target_size": widths[0], "drafter_size": widths[1]}
+    common = bool(len(intersection(target, drafter, **sizes).target_ids))
+    if not common and not len(token_map(target, drafter, **sizes)):
+        return Choice("autoregressive", "the tokenizers differ, and have no text in common")
     mass = intersection_mass(options.assistant_model, drafter, target, **sizes)
     part = "mass" if mass.positions else "vocabulary"
     measured = f"the tokenizers differ, and {mass.shared:.1%} of the drafter's {part} is on tokens that both have"
     methods = ["tli", "projection"] if mass.shared >= NEARLY_ALL else ["projection", "tli"]
-    if mass.shared >= ALL:
-        methods = ["tli"]
-    elif mass.merged >= MERGING and size <= SMALL:
+    if mass.shared >= ALL or not common:
+        methods = methods[:1]
+    if mass.shared < ALL and mass.merged >= MERGING and size <= SMALL:
         methods.insert(1, "slrs")
     kept = "TLI throws hardly any of it away" if methods[0] == "tli" else "projection keeps the others too"
     # Where rows advance in step, what a row has accepted hangs on the others

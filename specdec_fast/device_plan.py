@@ -180,8 +180,6 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < call.longest:
         return f"the text may leave the drafter's {positions} positions"
-    if plan.method == "projection" and not len(_map_of(model, options)):
-        return "no token of the drafter stands for one of the target"
     return None
 
 

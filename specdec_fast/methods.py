@@ -207,6 +207,7 @@ def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order:
             raise ValueError(f"method={wanted!r} needs a drafter: pass assistant_model")
         if wanted != "model":
             _need_tokenizers(options, f"method={wanted!r}")
+            _need_common_text(model, options)
         elif not _same_tokenizer(model, options):
             raise ValueError(
                 "method='model' needs a drafter with the target's tokenizer, and these two differ: use method='tli' "
@@ -236,6 +237,23 @@ def _need_tokenizers(options: Options, cause: str) -> None:
     missing = [name for name in ("tokenizer", "assistant_tokenizer") if getattr(options, name) is None]
     if missing:
         raise ValueError(f"{cause} needs both tokenizers: pass {' and '.join(missing)}")
+
+
+def _need_common_text(model: PreTrainedModel, options: Options) -> None:
+    """Refuses TLI and projection where the drafter could propose nothing."""
+    assert options.assistant_model is not None
+    target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
+    widths = {"target_size": logit_width(model), "drafter_size": logit_width(options.assistant_model)}
+    missing = ""
+    if options.method == "tli" and not len(intersection(target, own, **widths).target_ids):
+        missing = "tokens"
+    elif options.method == "projection" and not len(token_map(target, own, **widths)):
+        missing = "text"
+    if missing:
+        raise ValueError(
+            f"method={options.method!r} has nothing to draft, since tokenizer and assistant_tokenizer have no "
+            f"{missing} in common: pass another assistant_model, or leave it out"
+        )
 
 
 def _same_tokenizer(model: PreTrainedModel, options: Options) -> bool:

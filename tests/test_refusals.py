@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from tables import tokenizer
 from tiny import PAD, VOCABULARY, build_model, make_noisy, model, noisy, prompts, taught, taught_prompts
 from transformers import DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from specdec_fast import decoding_loop, fast_generate
+from specdec_fast import decoding_loop, fast_generate, last_speculation
 
 
 class Ran(Exception):
@@ -205,6 +206,49 @@ def test_method_model_needs_one_tokenizer():
             tokenizer=tokenizer,
             assistant_tokenizer=own,
         )
+
+
+def strangers(**pieces):
+    """Arguments of a target and a drafter whose tokenizers are made of these pieces."""
+    sides = {side: tokenizer(own) for side, own in pieces.items()}
+    models = {side: build_model("llama", vocabulary=len(own)) for side, own in sides.items()}
+    target, drafter = models["target"], models["drafter"]
+    return {
+        "model": target,
+        "inputs": torch.tensor([[1, 2, 1], [2, 2, 1]]),
+        "assistant_model": drafter,
+        "tokenizer": sides["target"],
+        "assistant_tokenizer": sides["drafter"],
+        "max_new_tokens": 6,
+    }
+
+
+@pytest.mark.parametrize("compile", ["off", "auto", "static"])
+@pytest.mark.parametrize(
+    ("method", "missing", "drafts"),
+    [("tli", "tokens", ("c", "d", "cd")), ("tli", "tokens", ("ba", "aa")), ("projection", "text", ("c", "d", "cd"))],
+)
+def test_vocabularies_with_nothing_to_draft_are_refused(method, missing, drafts, compile):
+    pair = strangers(target=("x", "a", "b", "ab"), drafter=drafts)
+    pair |= {name: unrunnable(pair[name]) for name in ("model", "assistant_model")}
+    with pytest.raises(
+        ValueError, match=f"^method='{method}' .*tokenizer.* no {missing} in common: pass another assis"
+    ):
+        fast_generate(**pair, method=method, compile=compile)
+
+
+@pytest.mark.parametrize("compile", ["off", "static"])
+@pytest.mark.parametrize(
+    ("drafts", "method"), [(("c", "d", "cd"), "autoregressive"), (("ba", "aa"), "projection")], ids=["nothing", "text"]
+)
+def test_auto_takes_what_the_vocabularies_allow(drafts, method, compile):
+    pair = strangers(target=("x", "a", "b", "ab"), drafter=drafts)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fast_generate(**pair, do_sample=True, seed=3, compile=compile)
+    assert last_speculation().method == method
+    own = [str(w.message) for w in told if "decoding without a drafter" in str(w.message)]
+    assert len(own) == (method == "autoregressive") and all("no text in common" in message for message in own)
 
 
 @pytest.mark.parametrize(

@@ -164,14 +164,6 @@ def test_shapes_are_fixed_where_rounds_are_compiled(monkeypatch, plain_drafters)
     assert eager == fixed
 
 
-def test_a_map_of_nothing_is_refused(monkeypatch):
-    nothing = TokenMap.of([])
-    monkeypatch.setattr(device_plan, "token_map", lambda *_, **__: nothing)
-    same(taught()[0], taught_prompts(1), {**OWN, **STATIC}, max_new_tokens=4)
-    assert last_speculation().loop == "host"
-    assert "no token of the drafter stands for one" in last_speculation().loop_reason
-
-
 # The law --------------------------------------------------------------------------------------------------------------
 
 

@@ -308,8 +308,6 @@ class CompactDrafter:
         return self._writer.translate_seconds
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
-        if self._index is not None and not len(self._index):
-            limit = [0] * len(limit)
         self._writer.read(rows, active)
         written = self._writer.write(active, limit, draws)
         drawn = written.drawn.to(self._device)

@@ -201,8 +201,6 @@ class ProjectionDrafter:
         return self._writer.translate_seconds
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
-        if not len(self._table):
-            limit = [0] * len(limit)
         self._writer.read(rows, active)
         drafts, scores, masses = self._writer.draft(self._table, active, limit, draws)
         proposal = Proposal.of_lists([draft.tokens for draft in drafts], self._device)
