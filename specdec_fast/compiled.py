@@ -28,7 +28,18 @@ from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, empty_cache, static_forward
 
-__all__ = ["Captured", "Compilation", "Compiled", "Pair", "capture", "check_out", "hand_back", "kept_bytes", "upload"]
+__all__ = [
+    "Captured",
+    "Compilation",
+    "Compiled",
+    "Pair",
+    "capture",
+    "check_out",
+    "hand_back",
+    "handing_back",
+    "kept_bytes",
+    "upload",
+]
 
 MOST_KEPT = 4  # pairs of one target
 WARM_UPS = 3  # runs before a capture
@@ -303,6 +314,16 @@ def hand_back(pair: Pair) -> None:
         pair.drafter.forget()
     pair.state.clear()
     pair.busy = False
+
+
+@contextmanager
+def handing_back(pair: Pair) -> Iterator[None]:
+    """Gives a pair back where what runs inside fails."""
+    try:
+        yield
+    except BaseException:
+        hand_back(pair)
+        raise
 
 
 def kept_bytes(model: PreTrainedModel) -> int:

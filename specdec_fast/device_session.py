@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec_fast.compiled import Captured, Compilation, Pair, capture, check_out, hand_back, notice, upload
+from specdec_fast.compiled import (
+    Captured,
+    Compilation,
+    Pair,
+    capture,
+    check_out,
+    hand_back,
+    handing_back,
+    notice,
+    upload,
+)
 from specdec_fast.costs import Costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_projection import DeviceProjection
@@ -140,26 +150,24 @@ class Session:
         self._law, self._rule = law, rule
         self._batch, self._columns = batch, columns
         self._pair = self._check_out(min(columns, prompt + ALLOWANCE), 0)
-        self.target = StaticRunner(
-            model,
-            self._pair.target,
-            batch,
-            visible=visible,
-            prefill_chunk=prefill_chunk,
-            forward=self._pair.forwards[0],
-        )
-        self.drafter: StaticRunner | None = None
-        if drafter is not None:
-            assert self._pair.drafter is not None
-            self.drafter = StaticRunner(
-                drafter.model, self._pair.drafter, batch, head=drafter.head, forward=self._pair.forwards[1]
-            )
         self._unread = 1  # the most tokens of a row that a drafter with the target's tokenizer has not read
         self._stopped: set[int] = set()
         self._lent = False
         self._text: DraftedText | None = None
         self._report: HostReport | None = None  # of the newest round; None: it drafted nothing
-        self._bind()
+        self.drafter: StaticRunner | None = None
+        with handing_back(self._pair):
+            self.target = StaticRunner(
+                model,
+                self._pair.target,
+                batch,
+                visible=visible,
+                prefill_chunk=prefill_chunk,
+                forward=self._pair.forwards[0],
+            )
+            if drafter is not None:
+                self.drafter = self._drafter_over(self._pair)
+            self._bind()
 
     @property
     def state(self) -> State:
@@ -188,6 +196,11 @@ class Session:
             head=None if part is None else part.head,
             choices=None if part is None else part.tensors,
         )
+
+    def _drafter_over(self, pair: Pair) -> StaticRunner:
+        part = self._part
+        assert part is not None and pair.drafter is not None
+        return StaticRunner(part.model, pair.drafter, self._batch, head=part.head, forward=pair.forwards[1])
 
     def _bind(self) -> None:
         """Puts the round together over the tensors of the pair."""
@@ -287,12 +300,14 @@ class Session:
         if old.drafter is not None:
             own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + ALLOWANCE
         self._pair = self._check_out(columns, own)
-        self._move_target(old)
-        if self.drafter is not None and self._pair.drafter is not None and old.drafter is not None:
-            self._pair.drafter.take(old.drafter)
-            self.drafter.move(self._pair.drafter, self._pair.forwards[1])
-        self._pair.state.take(old.state)
-        hand_back(old)
+        try:
+            self._move_target(old)
+            if self.drafter is not None and self._pair.drafter is not None and old.drafter is not None:
+                self._pair.drafter.take(old.drafter)
+                self.drafter.move(self._pair.drafter, self._pair.forwards[1])
+            self._pair.state.take(old.state)
+        finally:
+            hand_back(old)
         self._bind()
 
     def _move_target(self, old: Pair) -> None:
@@ -315,19 +330,14 @@ class Session:
         old = self._pair
         columns = old.target.capacity - 1
         self._pair = self._check_out(columns, columns if old.drafter is None else old.drafter.capacity - 1)
-        self._move_target(old)
-        assert self._pair.drafter is not None
-        self.drafter = StaticRunner(
-            self._part.model,
-            self._pair.drafter,
-            self._batch,
-            head=self._part.head,
-            forward=self._pair.forwards[1],
-        )
-        self._text.move(self.drafter)
-        self._report = None
-        self._pair.state.take(old.state)
-        hand_back(old)
+        try:
+            self._move_target(old)
+            self.drafter = self._drafter_over(self._pair)
+            self._text.move(self.drafter)
+            self._report = None
+            self._pair.state.take(old.state)
+        finally:
+            hand_back(old)
         self._bind()
 
     def lend(self) -> None:
@@ -439,15 +449,16 @@ class HostTarget:
     ):
         self._model, self._how, self._batch, self._columns = model, how, batch, columns
         self._pair = self._check_out(min(columns, prompt + ALLOWANCE))
-        self.target = StaticRunner(
-            model,
-            self._pair.target,
-            batch,
-            visible=visible,
-            prefill_chunk=prefill_chunk,
-            forward=self._forward(),
-            room=self._room,
-        )
+        with handing_back(self._pair):
+            self.target = StaticRunner(
+                model,
+                self._pair.target,
+                batch,
+                visible=visible,
+                prefill_chunk=prefill_chunk,
+                forward=self._forward(),
+                room=self._room,
+            )
 
     @property
     def bytes(self) -> int:
@@ -471,9 +482,11 @@ class HostTarget:
         if columns >= self._pair.target.capacity:
             old = self._pair
             self._pair = self._check_out(max(min(columns + ALLOWANCE, self._columns), columns))
-            self._pair.target.take(old.target)
-            self.target.move(self._pair.target, self._forward())
-            hand_back(old)
+            try:
+                self._pair.target.take(old.target)
+                self.target.move(self._pair.target, self._forward())
+            finally:
+                hand_back(old)
         return lanes_for(lanes)
 
 

@@ -31,6 +31,7 @@ from specdec_fast import (
     device_session,
     fast_generate,
     last_speculation,
+    prepare,
     static_cache,
     warmup,
 )
@@ -402,6 +403,52 @@ def test_a_call_that_fails_before_its_first_round_gives_its_caches_back(monkeypa
             with pytest.raises(MemoryError):
                 fast_generate(target, **prompts(), **own, max_new_tokens=4, compile="static")
         assert [pair.busy for pair in compiled._kept[target]] == [False]
+
+
+@pytest.mark.parametrize("fails_at", range(1, 4))
+@pytest.mark.parametrize("method", ["autoregressive", "model", "tli", "slem"])
+def test_a_session_that_cannot_be_made_gives_its_caches_back(monkeypatch, method, fails_at):
+    """A prepared pair is free again wherever its next call fails before the first round, and works as before."""
+    target = make_noisy(taught()[0], 0.0)
+    given = {**drafters()[method], "compile": "static", "max_new_tokens": 4}
+    inputs = taught_prompts(1)
+    pair = prepare(target, **given, do_sample=False, repetitions=1, inputs=inputs["input_ids"])
+    assert [pair.busy for pair in compiled._kept[target]] == [False]
+    expected = pair.generate(**inputs)
+    made = []
+
+    def failing(call):
+        def counted(*arguments, **named):
+            made.append(call)
+            if len(made) == fails_at:
+                raise MemoryError("no room")
+            return call(*arguments, **named)
+
+        return counted
+
+    with monkeypatch.context() as patched:
+        for owner, name in ((device_session, "StaticRunner"), (device_session, "Round"), (StaticRunner, "feed")):
+            patched.setattr(owner, name, failing(getattr(owner, name)))
+        with pytest.raises(MemoryError, match="no room"):
+            pair.generate(**inputs)
+    assert [pair.busy for pair in compiled._kept[target]] == [False]
+    assert torch.equal(pair.generate(**inputs), expected)
+    assert len(compiled._kept[target]) == 1
+
+
+@pytest.mark.parametrize("fails", ["take", "move"])
+@pytest.mark.parametrize("method", ["tli", "slem"])
+def test_a_move_to_larger_caches_that_fails_gives_both_back(tight, monkeypatch, method, fails):
+    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    target = make_noisy(taught()[0], 0.0)
+
+    def no_room(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(static_cache.StaticCache if fails == "take" else StaticRunner, fails, no_room)
+    with pytest.raises(MemoryError, match="no room"):
+        fast_generate(target, **taught_prompts(1), **drafters()[method], max_new_tokens=40, **STATIC)
+    assert [pair.busy for pair in compiled._kept[target]] == [False, False]
 
 
 def test_a_first_call_that_takes_long_says_so(monkeypatch, capsys):
