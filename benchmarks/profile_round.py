@@ -5,8 +5,9 @@
 The pair is the default target and the drafter that ships with the package, or ``--target`` and ``--drafter``. Parts are
 timed from inside by wrapping what they call; a part's time is its own, without that of parts it calls, and the wrapping
 costs about a microsecond each. The operation that runs a drafter's steps reports what its passes took; the rest of it
-is choosing. ``--trace`` also writes a Chrome trace of one more call at each temperature, made by torch's profiler with
-the same names (chrome://tracing or ui.perfetto.dev show it). ``docs/profile.md`` reads the result.
+is choosing. Of the one that scores a draft and judges it, the rest is verification. ``--trace`` also writes a Chrome
+trace of one more call at each temperature, made by torch's profiler with the same names (chrome://tracing or
+ui.perfetto.dev show it). ``docs/profile.md`` reads the result.
 """
 
 from __future__ import annotations
@@ -55,8 +56,15 @@ class Profile:
         self._inner = [0.0]  # seconds of wrapped calls inside each one that is open
         self._drafting = 0
 
-    def part(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, its own time counted under a name; a model's pass is the drafter's inside of drafting."""
+    def part(
+        self, name: str, function: Callable[..., Any], passed: Callable[[Any], int] | None = None
+    ) -> Callable[..., Any]:
+        """The function, its own time counted under a name; a model's pass is the drafter's inside of drafting.
+
+        Args:
+            passed: reads from its result how many nanoseconds of it were passes of a model, the drafter's of one that
+                chooses, the target's of another.
+        """
 
         @functools.wraps(function, assigned=("__doc__",), updated=())  # the signature stays
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -75,9 +83,9 @@ class Profile:
                 self.rounds[-1][own] += whole - self._inner.pop()
                 self._inner[-1] += whole
                 self._drafting -= name == DRAFTING
-            if name == CHOOSING:  # the operation does both
-                passes = 1e-9 * int(result[-1][-1])
-                self.rounds[-1].update({DRAFTER: passes, CHOOSING: -passes})
+            if passed is not None:  # the operation does both
+                passes = 1e-9 * passed(result)
+                self.rounds[-1].update({DRAFTER if name == CHOOSING else TARGET: passes, name: -passes})
             return result
 
         return timed
@@ -87,7 +95,7 @@ class Profile:
         """Times calls inside."""
         ops = torch.ops.specdec_fast
         kinds = {type(part) for model in models for part in (model, model.base_model)}
-        wrapped: list[tuple[Any, str, str]] = [
+        wrapped: list[tuple[Any, ...]] = [
             (Engine, "_round", REST),
             (Engine, "_commit", COMMIT),
             (Engine, "_learn", COMMIT),
@@ -96,14 +104,17 @@ class Profile:
             (ModelWriter, "read", TRANSLATING),
             (TextProposer, "propose", TRANSLATING),
             (Fused, "verify", VERIFYING),
+            (Engine, "_judge", VERIFYING),
             (ops, "llama_read", TARGET),
             (ops, "llama_forward", TARGET),
-            (ops, "llama_draft", CHOOSING),
+            (ops, "llama_judge", VERIFYING, lambda report: report[-2]),
+            (ops, "llama_draft", CHOOSING, lambda result: result[-1][-1]),
             *((kind, "forward", TARGET) for kind in kinds),
         ]
         with contextlib.ExitStack() as stack:
-            for owner, attribute, name in wrapped:
-                stack.enter_context(mock.patch.object(owner, attribute, self.part(name, getattr(owner, attribute))))
+            for owner, attribute, *how in wrapped:
+                timed = self.part(how[0], getattr(owner, attribute), *how[1:])
+                stack.enter_context(mock.patch.object(owner, attribute, timed))
             yield
 
 

@@ -7,9 +7,9 @@ drafts are accepted. Every call of a model's forward, or of the native operation
 left of a call, divided by its rounds, is the overhead: preparing inputs, sampling the drafter, verifying, committing,
 rolling back. The native operation that runs a drafter's steps chooses their tokens too, so its whole time is no
 forward: it reports the nanoseconds that its passes took, those alone are counted as forward, and everything else of it
-(choosing, sampling, its own call) is overhead. What a call costs before its first round (checks, caches, the generation
-config) is measured by calls of one token and taken off. Systems are interleaved; a figure is the median over
-repetitions.
+(choosing, sampling, its own call) is overhead. So it is with the operation that scores a draft and judges it. What a
+call costs before its first round (checks, caches, the generation config) is measured by calls of one token and taken
+off. Systems are interleaved; a figure is the median over repetitions.
 
 The toy pair's weights stay in the caches, and with them whatever a round's bookkeeping touches. ``--sweep`` reads so
 many megabytes before each pass of the target, as the weights of a larger one would be read, so that rounds begin cold.
@@ -88,14 +88,28 @@ class Clock:
 
         return read
 
+    def judging(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same of the target's pass and the rule behind it."""
+
+        def judge(*arguments: Any) -> Any:
+            begin = time.perf_counter()
+            if self._swept is not None:
+                self._swept.sum()
+            self.seconds += time.perf_counter() - begin
+            result = function(*arguments)
+            self.seconds += 1e-9 * result[-2]
+            return result
+
+        return judge
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Times the forward of Llama models and the native operations."""
         ops = torch.ops.specdec_fast
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(LlamaForCausalLM, "forward", self.wrap(LlamaForCausalLM.forward)))
-            passes = (("llama_forward", self.wrap), ("llama_read", self.wrap), ("llama_draft", self.reading))
-            for name, counted in passes:
+            passes = {"llama_forward": self.wrap, "llama_read": self.wrap, "llama_draft": self.reading}
+            for name, counted in {**passes, "llama_judge": self.judging}.items():
                 if (native := getattr(ops, name, None)) is not None:
                     stack.enter_context(mock.patch.object(ops, name, counted(native)))
             yield

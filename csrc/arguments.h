@@ -60,6 +60,10 @@ class Reader {
     given_ = true;
   }
 
+  // Numbers in rows that lie so far apart
+  explicit Reader(const T* data, int64_t apart = 1)
+      : data_(data), stride_{apart, 1, 0}, given_(true) {}
+
   Reader(const char* name, const MaybeTensor& tensor, std::initializer_list<int64_t> sizes,
          T constant)
       : Reader(tensor ? Reader(name, *tensor, sizes) : Reader(constant)) {}
@@ -79,6 +83,9 @@ class Reader {
 // Temperature and filters, one of each a row.
 class FilterReader {
  public:
+  explicit FilterReader(const Filters& all)
+      : temperature_(all.temperature), top_k_(all.top_k), top_p_(all.top_p), min_p_(all.min_p) {}
+
   FilterReader(const MaybeTensor& temperature, const MaybeTensor& top_k, const MaybeTensor& top_p,
                const MaybeTensor& min_p, int64_t rows)
       : temperature_("temperature", temperature, {rows}, 1.0f),
@@ -113,6 +120,13 @@ class Logits {
     const int64_t size = type_ == kFloat32 ? 4 : 2;
     for (int64_t d = 0; d + 1 < dims; ++d) stride_[d] = tensor_.stride(d) * size;
   }
+
+  // [.., positions, width] float32, side by side
+  Logits(const float* data, int64_t positions, int64_t width)
+      : width(width),
+        type_(kFloat32),
+        data_(reinterpret_cast<const char*>(data)),
+        stride_{positions * width * 4, width * 4} {}
 
   Row row(int64_t i, int64_t j, const Filters& filters) const {
     Row result;

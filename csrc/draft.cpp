@@ -1,5 +1,5 @@
-// Ops over texts as they lie in lists, rows of any lengths: `llama_read`, one pass, and
-// `llama_draft`, a pass and the steps of a drafter behind it, with the choosing between them.
+// The op `llama_draft`: a pass over texts and the steps of a drafter behind it, with the choosing
+// between them.
 //
 // What is chosen is what specdec_fast/fused.py chooses from the logits of single passes: the same
 // scores bit for bit, the same draw (rows.h) with the number of the same key. Threads are woken
@@ -22,9 +22,9 @@
 
 #include "../kernels/cuda/philox.cuh"
 #include "arguments.h"
-#include "llama_model.h"
 #include "rows.h"
 #include "share.h"
+#include "texts.h"
 
 namespace specdec {
 
@@ -32,46 +32,6 @@ namespace {
 
 constexpr uint32_t kDraft = 0;  // randomness.Purpose
 constexpr float kForbidden = -std::numeric_limits<float>::infinity();
-
-// Tokens to feed, a list a row, and where they stand
-struct Texts {
-  std::vector<int64_t> tokens, row, column, hidden;  // by lane
-  std::vector<int64_t> last;                         // lane of each text
-  int64_t highest_row = 0, highest_column = 0;
-
-  Lanes lanes() const {
-    return {static_cast<int64_t>(tokens.size()), row.data(), column.data(), hidden.data()};
-  }
-};
-
-// `more` columns behind each text must be there as well.
-Texts texts_of(const Llama& model, std::vector<int64_t> tokens, const std::vector<int64_t>& lengths,
-               const std::vector<int64_t>& rows, const std::vector<int64_t>& columns,
-               const std::vector<int64_t>& hidden, const std::vector<int64_t>& more) {
-  const size_t height = rows.size();
-  STD_TORCH_CHECK(height > 0 && lengths.size() == height && columns.size() == height &&
-                      hidden.size() == height && more.size() == height,
-                  "llama: a text for each row");
-  Texts texts;
-  for (size_t r = 0; r < height; ++r) {
-    STD_TORCH_CHECK(
-        lengths[r] > 0 && more[r] >= 0 && rows[r] >= 0 && columns[r] >= 0 && hidden[r] >= 0,
-        "llama: a row without tokens, or one out of range");
-    for (int64_t i = 0; i < lengths[r]; ++i) {
-      texts.row.push_back(rows[r]);
-      texts.column.push_back(columns[r] + i);
-      texts.hidden.push_back(hidden[r]);
-    }
-    texts.last.push_back(static_cast<int64_t>(texts.row.size()) - 1);
-    texts.highest_row = std::max(texts.highest_row, rows[r]);
-    texts.highest_column = std::max(texts.highest_column, columns[r] + lengths[r] + more[r] - 1);
-  }
-  bool known = tokens.size() == texts.row.size();
-  for (const int64_t token : tokens) known = known && token >= 0 && token < model.vocabulary;
-  STD_TORCH_CHECK(known, "llama: a token is out of range, or one too many");
-  texts.tokens = std::move(tokens);
-  return texts;
-}
 
 // One row of the batch and what is drawn for it
 struct Writer {
@@ -197,23 +157,21 @@ class Chooser {
 // All rows' drafts
 class Draft {
  public:
-  Draft(const Llama& model, const PassKernels& kernels, const std::vector<Stored>& caches,
-        const float* turns, const int64_t* ids)
-      : model_(model), kernels_(kernels), caches_(caches), turns_(turns), ids_(ids) {}
+  Draft(const Session& session, const int64_t* ids)
+      : session_(session), model_(*session.model), ids_(ids) {}
 
   // Feeds each row the tokens it lacks, then draws and feeds until every draft is as long as it
   // gets.
   void write(Team& team, Chooser& chooser, std::vector<Writer>& writers, Texts fed) {
     std::vector<Writer*> going;
     for (Writer& writer : writers) going.push_back(&writer);
-    std::unique_ptr<float[]> scratch;
     for (int64_t step = 0;; ++step) {
       float* logits = writers.size() == 1 ? going[0]->scores : nullptr;
       if (logits) {
         logits += step * model_.width();
       } else {
-        if (!scratch) scratch.reset(new float[writers.size() * model_.width()]);
-        logits = scratch.get();
+        session_.scores.reserve(writers.size() * model_.width());
+        logits = session_.scores.data();
       }
       forward(team, fed, logits);
       chooser.choose(going, step, logits);
@@ -248,62 +206,30 @@ class Draft {
 
   void forward(Team& team, const Texts& fed, float* logits) {
     const auto begin = Clock::now();
-    model_.run(team, kernels_, fed.lanes(), fed.tokens.data(), caches_, turns_, fed.last, logits);
+    session_.run(team, fed.lanes(), fed.tokens.data(), fed.last, logits);
     passes_ += Clock::now() - begin;
   }
 
+  const Session& session_;
   const Llama& model_;
-  const PassKernels& kernels_;
-  const std::vector<Stored>& caches_;
-  const float* turns_;
   const int64_t* ids_;
   bool strange_ = false;
   Clock::duration passes_{0};
 };
 
-Tensor llama_read(int64_t number, std::vector<int64_t> tokens, std::vector<int64_t> lengths,
-                  std::vector<int64_t> rows, std::vector<int64_t> columns,
-                  std::vector<int64_t> hidden, std::vector<int64_t> tails, const Tensor& rotations,
-                  std::vector<Tensor> keys, std::vector<Tensor> values, int64_t capability) {
-  const std::shared_ptr<const Llama> model = llama(number);
-  const std::vector<int64_t> none(rows.size(), 0);
-  const Texts texts = texts_of(*model, std::move(tokens), lengths, rows, columns, hidden, none);
-  STD_TORCH_CHECK(tails.size() == rows.size(), "llama_read: a tail for each row");
-  const int64_t widest = *std::max_element(tails.begin(), tails.end());
-  std::vector<int64_t> asked;
-  for (size_t r = 0; r < rows.size(); ++r) {
-    STD_TORCH_CHECK(tails[r] > 0 && tails[r] <= lengths[r],
-                    "llama_read: a tail is part of its text");
-    for (int64_t i = 0; i < widest; ++i)  // behind its own, the last one again
-      asked.push_back(texts.last[r] - std::max<int64_t>(tails[r] - 1 - i, 0));
-  }
-  const float* turns = llama_turns(rotations, model->shape);
-  STD_TORCH_CHECK(texts.highest_column < rotations.size(0), "llama_read: a column is out of range");
-  const std::vector<Stored> caches =
-      model->caches(keys, values, texts.highest_row, texts.highest_column);
-  const PassKernels& kernels = llama_kernels(capability);
-  Tensor logits = new_tensor(rotations, {static_cast<int64_t>(rows.size()), widest, model->width()},
-                             ScalarType::Float);
-  Team::gather([&](Team& team) {
-    model->run(team, kernels, texts.lanes(), texts.tokens.data(), caches, turns, asked,
-               pointer<float>(logits));
-  });
-  return logits;
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> llama_draft(
+std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
     int64_t number, std::vector<int64_t> tokens, std::vector<int64_t> lengths,
     std::vector<int64_t> rows, std::vector<int64_t> columns, std::vector<int64_t> hidden,
-    std::vector<int64_t> steps, const MaybeTensor& choices, const Tensor& seed_,
-    const Tensor& start_, double temperature, int64_t top_k, double top_p, double min_p,
-    double least, int64_t levels, std::vector<double> stops, const Tensor& rotations,
-    std::vector<Tensor> keys, std::vector<Tensor> values, int64_t capability) {
-  const std::shared_ptr<const Llama> model = llama(number);
-  const int64_t height = static_cast<int64_t>(rows.size()), width = model->width();
+    std::vector<int64_t> steps, const MaybeTensor& choices, std::vector<int64_t> seed,
+    std::vector<int64_t> start, double temperature, int64_t top_k, double top_p, double min_p,
+    double least, int64_t levels, std::vector<double> stops) {
+  const std::shared_ptr<const Session> session = llama_session(number);
+  const int64_t height = static_cast<int64_t>(rows.size()), width = session->model->width();
   std::vector<int64_t> more;  // the last token of a draft is not fed
   for (const int64_t step : steps) more.push_back(step - 1);
-  Texts texts = texts_of(*model, std::move(tokens), lengths, rows, columns, hidden, more);
-  const Reader<int64_t> seed("seed", seed_, {height}), start("start", start_, {height});
+  Texts texts = texts_of(*session, std::move(tokens), lengths, rows, columns, hidden, more);
+  STD_TORCH_CHECK(seed.size() == rows.size() && start.size() == rows.size(),
+                  "llama_draft: a seed and a start for each row");
   const int64_t most = *std::max_element(steps.begin(), steps.end());
   if (choices) {
     STD_TORCH_CHECK(choices->scalar_type() == ScalarType::Long && choices->is_contiguous() &&
@@ -315,55 +241,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> llama_draft(
   STD_TORCH_CHECK(levels >= 0 && static_cast<int64_t>(stops.size()) == told,
                   "llama_draft: stops are, for each row, an acceptance a level and a bound a step");
   const int64_t* ids = choices ? choices->const_data_ptr<int64_t>() : nullptr;
-  const float* turns = llama_turns(rotations, model->shape);
-  STD_TORCH_CHECK(texts.highest_column < rotations.size(0),
-                  "llama_draft: a column is out of range");
-  const std::vector<Stored> caches =
-      model->caches(keys, values, texts.highest_row, texts.highest_column);
-  const PassKernels& kernels = llama_kernels(capability);
   const Filters filters{static_cast<float>(temperature), static_cast<int32_t>(top_k),
                         static_cast<float>(top_p), static_cast<float>(min_p)};
 
-  const int64_t kept = filters.greedy() ? 0 : most;
-  Tensor drawn = new_tensor(rotations, {height, most}, ScalarType::Long);
-  Tensor scores = new_tensor(rotations, {height, kept, width}, ScalarType::Float);
-  Tensor logsumexp = new_tensor(rotations, {height, kept}, ScalarType::Double);
-  Tensor level = new_tensor(rotations, {height, levels ? most : 0}, ScalarType::Long);
-  Tensor report = new_tensor(rotations, {height + 1}, ScalarType::Long);
-  std::fill_n(pointer<int64_t>(drawn), height * most, 0);
-  if (levels) std::fill_n(pointer<int64_t>(level), height * most, 0);
+  // Counts of the rows; what was drawn and its levels, [height, most] each; time of the passes
+  std::vector<int64_t> report(height * (1 + most + (levels ? most : 0)) + 1);
+  std::vector<Tensor> laws;
+  float* scores = nullptr;
+  double* logsumexp = nullptr;
+  if (!filters.greedy()) {
+    laws = {new_tensor(session->kept[0], {height, most, width}, ScalarType::Float),
+            new_tensor(session->kept[0], {height, most}, ScalarType::Double)};
+    scores = pointer<float>(laws[0]);
+    logsumexp = pointer<double>(laws[1]);
+  }
   std::vector<Writer> writers;
   const double* stop = stops.data();
   for (int64_t r = 0; r < height; ++r) {
-    float* own = kept ? pointer<float>(scores) + r * kept * width : nullptr;
-    double* sums = kept ? pointer<double>(logsumexp) + r * kept : nullptr;
-    writers.push_back({rows[r], columns[r] + lengths[r], hidden[r], steps[r], seed(r), start(r),
-                       pointer<int64_t>(drawn) + r * most, own, sums,
-                       levels ? pointer<int64_t>(level) + r * most : nullptr, stop});
+    int64_t* drawn = report.data() + height + r * most;
+    writers.push_back({rows[r], columns[r] + lengths[r], hidden[r], steps[r], seed[r], start[r],
+                       drawn, scores ? scores + r * most * width : nullptr,
+                       logsumexp ? logsumexp + r * most : nullptr,
+                       levels ? drawn + height * most : nullptr, stop});
     stop += levels ? levels + steps[r] : 0;
   }
-  Draft draft(*model, kernels, caches, turns, ids);
+  Draft draft(*session, ids);
   Team::gather([&](Team& team) {
     Chooser chooser(team, filters, Ending{least, levels}, width);
     draft.write(team, chooser, writers, std::move(texts));
   });
   STD_TORCH_CHECK(!draft.strange(), "llama_draft: a token was drawn that the model cannot read");
+  int64_t longest = 0;
+  for (const Writer& writer : writers) longest = std::max(longest, writer.count);
   for (int64_t r = 0; r < height; ++r) {
-    const int64_t count = pointer<int64_t>(report)[r] = writers[r].count;
-    if (kept > count) {  // nobody looks there, but plain rules run over it
-      std::fill_n(writers[r].scores + count * width, (kept - count) * width, 0.0f);
-      std::fill_n(writers[r].logsumexp + count, kept - count, 0.0);
+    const int64_t count = report[r] = writers[r].count;
+    if (scores && longest > count) {  // nobody looks there, but plain rules run over it
+      std::fill_n(writers[r].scores + count * width, (longest - count) * width, 0.0f);
+      std::fill_n(writers[r].logsumexp + count, longest - count, 0.0);
     }
   }
-  pointer<int64_t>(report)[height] = draft.nanoseconds();
-  return {drawn, scores, logsumexp, level, report};
+  report.back() = draft.nanoseconds();
+  return {std::move(laws), std::move(report)};
 }
 
 }  // namespace
 
 }  // namespace specdec
 
-STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CPU, library) {
-  library.impl("llama_read", TORCH_BOX(&specdec::llama_read));
+STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_draft", TORCH_BOX(&specdec::llama_draft));
 }

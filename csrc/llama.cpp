@@ -33,6 +33,7 @@ using specdec::Llama;
 using specdec::Matrix;
 using specdec::Pass;
 using specdec::PassKernels;
+using specdec::Session;
 using specdec::Shape;
 using specdec::Stored;
 using specdec::Team;
@@ -133,66 +134,44 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
   pass.apply({&matrices.back()}, inputs.of(form, normal.data(), last, hidden), logits, last);
 }
 
-std::vector<Stored> Llama::caches(const std::vector<Tensor>& keys,
-                                  const std::vector<Tensor>& values, int64_t highest_row,
-                                  int64_t highest_column) const {
-  STD_TORCH_CHECK(static_cast<int64_t>(keys.size()) == layers && values.size() == keys.size(),
-                  "llama: keys and values of every layer");
-  std::vector<Stored> found;
-  for (int64_t l = 0; l < layers; ++l) {
-    const Tensor &key = keys[l], &value = values[l];
-    const ScalarType stored = key.scalar_type();
-    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::BFloat16,
-                    "llama: caches are float32 or bfloat16");
-    check(key, stored, "a cache");
-    check(value, stored, "a cache");
-    STD_TORCH_CHECK(highest_row < key.size(0) && highest_column < key.size(2) &&
-                        key.size(1) == shape.kv_heads && key.size(3) == shape.dim &&
-                        value.size(0) == key.size(0) && value.size(1) == shape.kv_heads &&
-                        value.size(2) == key.size(2) && value.size(3) == shape.dim,
-                    "llama: a row or column is out of range of the cache");
-    found.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(),
-                     stored == ScalarType::BFloat16, key.size(2), windows[l]});
-  }
-  return found;
-}
-
 }  // namespace specdec
 
 namespace {
 
-// Models by number: an argument of some hundred tensors would cost more than a small model's pass
+// Models and sessions by number: an argument of some hundred tensors would cost more than a small
+// model's pass
+template <class Thing>
 class Shelf {
  public:
-  int64_t put(std::shared_ptr<const Llama> model) {
+  // Never destroyed: tensors must not outlive torch's own state.
+  static Shelf& all() {
+    static Shelf* const shelf = new Shelf;
+    return *shelf;
+  }
+
+  int64_t put(std::shared_ptr<const Thing> thing) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    models_[++last_] = std::move(model);
+    things_[++last_] = std::move(thing);
     return last_;
   }
 
-  std::shared_ptr<const Llama> get(int64_t number) {
+  std::shared_ptr<const Thing> get(int64_t number) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = models_.find(number);
-    STD_TORCH_CHECK(found != models_.end(), "llama: no model has the number ", number);
+    const auto found = things_.find(number);
+    STD_TORCH_CHECK(found != things_.end(), "llama: nothing has the number ", number);
     return found->second;
   }
 
   void drop(int64_t number) {
     const std::lock_guard<std::mutex> guard(mutex_);
-    models_.erase(number);
+    things_.erase(number);
   }
 
  private:
   std::mutex mutex_;
-  std::map<int64_t, std::shared_ptr<const Llama>> models_;
+  std::map<int64_t, std::shared_ptr<const Thing>> things_;
   int64_t last_ = 0;
 };
-
-Shelf& shelf() {
-  static Shelf* const all =
-      new Shelf;  // never destroyed: tensors must not outlive torch's own state
-  return *all;
-}
 
 int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
                     std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
@@ -241,10 +220,50 @@ int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
   for (const auto* part : {&weights, &scales, &offsets})
     model->kept.insert(model->kept.end(), part->begin(), part->end());
   model->kept.insert(model->kept.end(), {embedding, norms, head_norms});
-  return shelf().put(std::move(model));
+  return Shelf<Llama>::all().put(std::move(model));
 }
 
-void llama_forget(int64_t number) { shelf().drop(number); }
+void llama_forget(int64_t number) { Shelf<Llama>::all().drop(number); }
+
+const PassKernels& kernels_of(int64_t capability);
+
+int64_t llama_open(int64_t number, const Tensor& rotations, std::vector<Tensor> keys,
+                   std::vector<Tensor> values, int64_t capability) {
+  auto session = std::make_shared<Session>();
+  session->model = Shelf<Llama>::all().get(number);
+  session->kernels = &kernels_of(capability);
+  const Llama& model = *session->model;
+  const Shape& shape = model.shape;
+  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2 && rotations.size(2) == shape.dim,
+                  "llama: rotations are [positions, 2, dim]");
+  session->turns = floats(rotations, "rotations");
+  session->columns = rotations.size(0);
+  STD_TORCH_CHECK(static_cast<int64_t>(keys.size()) == model.layers && values.size() == keys.size(),
+                  "llama: keys and values of every layer");
+  for (int64_t l = 0; l < model.layers; ++l) {
+    const Tensor &key = keys[l], &value = values[l];
+    const ScalarType stored = key.scalar_type();
+    STD_TORCH_CHECK(stored == ScalarType::Float || stored == ScalarType::BFloat16,
+                    "llama: caches are float32 or bfloat16");
+    check(key, stored, "a cache");
+    check(value, stored, "a cache");
+    STD_TORCH_CHECK(key.size(0) == keys[0].size(0) && key.size(1) == shape.kv_heads &&
+                        key.size(3) == shape.dim && value.size(0) == key.size(0) &&
+                        value.size(1) == shape.kv_heads && value.size(2) == key.size(2) &&
+                        value.size(3) == shape.dim,
+                    "llama: caches are [rows, heads, columns, dim]");
+    session->caches.push_back({key.mutable_data_ptr(), value.mutable_data_ptr(),
+                               stored == ScalarType::BFloat16, key.size(2), model.windows[l]});
+    session->rows = key.size(0);
+    session->columns = std::min(session->columns, key.size(2));
+  }
+  session->kept = {rotations};
+  for (const auto* part : {&keys, &values})
+    session->kept.insert(session->kept.end(), part->begin(), part->end());
+  return Shelf<Session>::all().put(std::move(session));
+}
+
+void llama_close(int64_t number) { Shelf<Session>::all().drop(number); }
 
 constexpr const char* kNames[] = {"plain", "avx2", "avx512", "dot"};
 
@@ -258,30 +277,28 @@ int64_t llama_capability() {
 
 namespace specdec {
 
-std::shared_ptr<const Llama> llama(int64_t number) { return shelf().get(number); }
-
-const PassKernels& llama_kernels(int64_t capability) {
-  STD_TORCH_CHECK(capability >= -1 && capability < 4, "llama: no such instruction set");
-  const PassKernels* kernels = capability < 0 ? &pass_kernels() : pass_kernels(kNames[capability]);
-  STD_TORCH_CHECK(kernels, "llama: this machine cannot run ", kNames[capability]);
-  return *kernels;
-}
-
-const float* llama_turns(const Tensor& rotations, const Shape& shape) {
-  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2 && rotations.size(2) == shape.dim,
-                  "llama: rotations are [positions, 2, dim]");
-  return floats(rotations, "rotations");
+std::shared_ptr<const Session> llama_session(int64_t number) {
+  return Shelf<Session>::all().get(number);
 }
 
 }  // namespace specdec
 
 namespace {
 
+// The kernels of an instruction set by number, the best one's for -1
+const PassKernels& kernels_of(int64_t capability) {
+  STD_TORCH_CHECK(capability >= -1 && capability < 4, "llama: no such instruction set");
+  const PassKernels* kernels =
+      capability < 0 ? &specdec::pass_kernels() : specdec::pass_kernels(kNames[capability]);
+  STD_TORCH_CHECK(kernels, "llama: this machine cannot run ", kNames[capability]);
+  return *kernels;
+}
+
 Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns,
                      std::vector<int64_t> rows, std::vector<int64_t> hidden,
-                     std::vector<int64_t> wanted, const Tensor& rotations, std::vector<Tensor> keys,
-                     std::vector<Tensor> values, int64_t capability) {
-  const std::shared_ptr<const Llama> model = shelf().get(number);
+                     std::vector<int64_t> wanted) {
+  const std::shared_ptr<const Session> session = Shelf<Session>::all().get(number);
+  const Llama& model = *session->model;
   const int64_t height = static_cast<int64_t>(rows.size());
   check(tokens, ScalarType::Long, "tokens");
   check(columns, ScalarType::Long, "columns");
@@ -289,7 +306,6 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
                       columns.size(0) == height && columns.size(1) == tokens.size(1) &&
                       hidden.size() == rows.size(),
                   "llama: tokens and columns are [rows, lanes]");
-  const float* turns = specdec::llama_turns(rotations, model->shape);
   const int64_t n = tokens.size(1), m = height * n;
   const int64_t* token = tokens.const_data_ptr<int64_t>();
   std::vector<int64_t> row, padding, asked;
@@ -302,22 +318,15 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
     }
   }
   const Lanes lanes{m, row.data(), columns.const_data_ptr<int64_t>(), padding.data()};
-  int64_t highest_row = -1, highest_column = -1;
   for (int64_t i = 0; i < m; ++i) {
-    STD_TORCH_CHECK(token[i] >= 0 && token[i] < model->vocabulary && lanes.column[i] >= 0 &&
-                        lanes.row[i] >= 0 && lanes.hidden[i] >= 0 &&
-                        lanes.column[i] < rotations.size(0),
+    STD_TORCH_CHECK(token[i] >= 0 && token[i] < model.vocabulary && lanes.hidden[i] >= 0 &&
+                        session->holds(lanes.row[i], lanes.column[i]),
                     "llama: a token, row or column is out of range");
-    highest_row = std::max(highest_row, lanes.row[i]);
-    highest_column = std::max(highest_column, lanes.column[i]);
   }
-  const std::vector<Stored> caches = model->caches(keys, values, highest_row, highest_column);
-  const specdec::PassKernels& kernels = specdec::llama_kernels(capability);
-  const std::array<int64_t, 3> size{height, static_cast<int64_t>(wanted.size()), model->width()};
-  Tensor logits = torch::stable::new_empty(rotations, {size.data(), 3}, ScalarType::Float);
+  const std::array<int64_t, 3> size{height, static_cast<int64_t>(wanted.size()), model.width()};
+  Tensor logits = torch::stable::new_empty(session->kept[0], {size.data(), 3}, ScalarType::Float);
   float* scores = logits.mutable_data_ptr<float>();
-  Team::gather(
-      [&](Team& team) { model->run(team, kernels, lanes, token, caches, turns, asked, scores); });
+  Team::gather([&](Team& team) { session->run(team, lanes, token, asked, scores); });
   return logits;
 }
 
@@ -325,10 +334,12 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CPU, library) {
   library.impl("llama_model", TORCH_BOX(&llama_model));
+  library.impl("llama_open", TORCH_BOX(&llama_open));
   library.impl("llama_forward", TORCH_BOX(&llama_forward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_forget", TORCH_BOX(&llama_forget));
+  library.impl("llama_close", TORCH_BOX(&llama_close));
   library.impl("llama_capability", TORCH_BOX(&llama_capability));
 }

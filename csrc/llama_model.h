@@ -1,5 +1,5 @@
-// A Llama-like model as the native passes hold it: its weights, one pass, and the shelf of models
-// by number.
+// A Llama-like model as the native passes hold it: its weights and one pass; and the caches of a
+// call, by number.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -33,23 +33,33 @@ struct Llama {
            const std::vector<Stored>& caches, const float* turns, const std::vector<int64_t>& asked,
            float* logits) const;
 
-  // The caches [rows, heads, columns, dim] of every layer, once a pass is sure to stay inside: rows
-  // and columns up to the highest ones
-  std::vector<Stored> caches(const std::vector<torch::stable::Tensor>& keys,
-                             const std::vector<torch::stable::Tensor>& values, int64_t highest_row,
-                             int64_t highest_column) const;
-
  private:
   void embed(int64_t token, float* out) const;
 };
 
-// The model of a number
-std::shared_ptr<const Llama> llama(int64_t number);
+// A model beside the caches that the passes of one call write into
+struct Session {
+  std::shared_ptr<const Llama> model;
+  const PassKernels* kernels;
+  std::vector<torch::stable::Tensor> kept;
+  std::vector<Stored> caches;    // [rows, heads, columns, dim] of every layer
+  int64_t rows, columns;         // there is room for
+  const float* turns;            // cosine and sine of every position [positions, 2, dim]
+  mutable Buffer<float> scores;  // logits that nobody but the rule of a pass wants
 
-// The kernels of an instruction set by number, the best one's for -1
-const PassKernels& llama_kernels(int64_t capability);
+  // Whether a row and column are inside.
+  bool holds(int64_t row, int64_t column) const {
+    return row >= 0 && row < rows && column >= 0 && column < columns;
+  }
 
-// Cosine and sine of every position [positions, 2, dim]
-const float* llama_turns(const torch::stable::Tensor& rotations, const Shape& shape);
+  // Logits of the asked lanes: [asked, width]
+  void run(Team& team, const Lanes& lanes, const int64_t* token, const std::vector<int64_t>& asked,
+           float* logits) const {
+    model->run(team, *kernels, lanes, token, caches, turns, asked, logits);
+  }
+};
+
+// The session of a number
+std::shared_ptr<const Session> llama_session(int64_t number);
 
 }  // namespace specdec

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <memory>
 #include <vector>
 
 #include "pass.h"
@@ -19,15 +20,24 @@ constexpr int64_t kPiece =
 template <class Entry>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : held_(n * sizeof(Entry) + 64) {}
+  Buffer() = default;
+  explicit Buffer(int64_t n) { reserve(n); }
   Entry* data() {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(held_.data());
+    const uintptr_t at = reinterpret_cast<uintptr_t>(held_.get());
     return reinterpret_cast<Entry*>((at + 63) / 64 * 64);
   }
   Entry* operator+(int64_t n) { return data() + n; }
 
+  // Makes room for n entries; what was held may be lost.
+  void reserve(int64_t n) {
+    if (n <= size_) return;
+    held_.reset(new char[n * sizeof(Entry) + 64]);
+    size_ = n;
+  }
+
  private:
-  std::vector<char> held_;
+  std::unique_ptr<char[]> held_;
+  int64_t size_ = 0;
 };
 
 struct Matrix {

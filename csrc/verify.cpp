@@ -12,42 +12,14 @@
 #include <vector>
 
 #include "../kernels/cuda/philox.cuh"
-#include "arguments.h"
-#include "residual.h"
-#include "rows.h"
+#include "judge.h"
 #include "share.h"
 
 namespace specdec {
 
 namespace {
 
-enum Rule : int64_t { kMatch = 0, kToken = 1, kBlock = 2 };
 enum Purpose : uint32_t { kAccept = 1, kResidual = 2, kTarget = 3 };  // randomness.Purpose
-enum Status : int32_t { kTargetUndefined = 1, kDraftUndefined = 2 };
-
-struct Call {
-  const Logits& logits;
-  FilterReader filters;
-  Reader<int64_t> tokens, count;
-  Reader<int32_t> kind;
-  const Logits* draft_logits;
-  FilterReader draft_filters;
-  IndexMap map;
-  Reader<int64_t> drawn;
-  Reader<double> draft_logsumexp;
-  Reader<int64_t> sparse_ids;
-  Reader<double> sparse_log_q;
-  Reader<int64_t> seed, start;
-  int64_t rows, positions, drafted, listed, base;
-  Rule rule;
-};
-
-struct Output {
-  int64_t* accepted;
-  int64_t* token;
-  double* log_prob;  // [rows, positions], or null
-  int32_t* status;
-};
 
 // One row of the batch on its way through the positions.
 class Sequence {
@@ -285,6 +257,31 @@ void judge_blocks(Sequences open, const Share& share) {
   }
 }
 
+}  // namespace
+
+int64_t pieces_of(const Call& call) {
+  const int64_t chunks = (call.logits.width + kChunk - 1) / kChunk;
+  int64_t pieces = 0;
+  for (int64_t b = 0; b < call.rows; ++b) {
+    const bool greedy = call.filters(b).greedy();
+    const bool whole = !greedy && call.rule == kBlock;
+    pieces += whole ? chunks * call.positions : greedy ? chunks / 4 : chunks;
+  }
+  return pieces;
+}
+
+void judge(const Call& call, const Output& output, const Share& share) {
+  std::vector<Sequence> sequences;
+  sequences.reserve(call.rows);
+  for (int64_t b = 0; b < call.rows; ++b) sequences.emplace_back(call, output, b);
+  Sequences forward, blocks;
+  for (Sequence& s : sequences) (s.rule() == kBlock ? blocks : forward).push_back(&s);
+  go_forward(forward, share);
+  judge_blocks(blocks, share);
+}
+
+namespace {
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> verify(
     const Tensor& logits_, const MaybeTensor& temperature, const MaybeTensor& top_k,
     const MaybeTensor& top_p, const MaybeTensor& min_p, const Tensor& tokens, const Tensor& count,
@@ -341,20 +338,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> verify(
   const Output output{pointer<int64_t>(accepted), pointer<int64_t>(token),
                       log_probs ? pointer<double>(log_prob) : nullptr, pointer<int32_t>(status)};
 
-  std::vector<Sequence> sequences;
-  sequences.reserve(rows);
-  for (int64_t b = 0; b < rows; ++b) sequences.emplace_back(call, output, b);
-  Sequences forward, blocks;
-  for (Sequence& s : sequences) (s.rule() == kBlock ? blocks : forward).push_back(&s);
-  // What is read at once: one position of a row that goes forward, and the whole draft of a block;
-  // where only the peak of a row is wanted, that takes a quarter of the time
-  const int64_t chunks = (logits.width + kChunk - 1) / kChunk;
-  int64_t pieces = chunks * positions * static_cast<int64_t>(blocks.size());
-  for (const Sequence* s : forward) pieces += s->greedy() ? chunks / 4 : chunks;
-  together(pieces, [&](const Share& share) {
-    go_forward(forward, share);
-    judge_blocks(blocks, share);
-  });
+  together(pieces_of(call), [&](const Share& share) { judge(call, output, share); });
   return {accepted, token, log_prob, status};
 }
 

@@ -30,6 +30,7 @@ class Window:
         end: columns the attention sees: one more than the last written.
         total_rows: rows of the whole cache.
         most: columns that no row grows beyond, 0: unknown. Buffers are made no longer without need.
+        grown: how often buffers were made anew.
     """
 
     rows: Tensor | None = None
@@ -38,6 +39,7 @@ class Window:
     end: int = 0
     total_rows: int = 0
     most: int = 0
+    grown: int = 0
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -100,6 +102,7 @@ class RaggedLayer(CacheLayerMixin):
         return grown
 
     def _empty(self, states: Tensor, columns: int) -> Tensor:
+        self.window.grown += 1
         # Zeros, not garbage: a column nobody wrote is masked, but 0 * NaN in the attention's sum would still be NaN
         _, heads, _, dim = states.shape
         return states.new_zeros((self.window.total_rows, heads, columns, dim))
@@ -133,6 +136,8 @@ class RaggedCache:
     window: Window = field(default_factory=Window)
     cache: Cache = field(init=False)
     ragged: list[RaggedLayer] = field(init=False)
+    session: Any = None
+    """What native passes keep of it between them (:mod:`specdec_fast.lean`)."""
 
     def __post_init__(self) -> None:
         self.window.total_rows = self.rows

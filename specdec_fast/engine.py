@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from specdec_fast import sampling
 from specdec_fast.costs import Meter
 from specdec_fast.drafters.base import Drafter
+from specdec_fast.lean_ops import Judged, Judging
 from specdec_fast.lookahead import Lookahead
 from specdec_fast.proposal import Proposal
 from specdec_fast.randomness import UniformSource
@@ -23,6 +25,8 @@ from specdec_fast.stops import Stops
 from specdec_fast.verification import Draws, Rule, Verdict
 
 __all__ = ["Engine", "Record", "refuse_undefined"]
+
+Judge = Callable[[Proposal, Draws], Judging | None]
 
 
 @dataclass
@@ -88,6 +92,9 @@ class Engine:
         self._feeding = 0.0  # seconds of this round's target pass
         self._drafted_at = [0] * self.rows.batch  # tokens of each row when a draft was last asked for
         self._history: list[Tensor] = []  # [B, V] scores of each step, for criteria called with the whole batch
+        # Scores that nobody but the rule looks at can be judged where they are made
+        unseen = self.record.empty and not self.processors and self.rows.device.type == "cpu"
+        self._judging: Judge | None = getattr(self.rule, "judging", None) if unseen else None
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]``."""
@@ -146,18 +153,22 @@ class Engine:
         draws = self._draws(active)
         proposal = self._draft(active, draws)
         begin = time.perf_counter()
-        logits = self._score(active, proposal)
-        raw = logits.clone() if self.record.logits is not None else None
-        scores = self._processed(active, proposal, logits) if self.processors else logits
-        verdict = self.rule.verify(scores, proposal, draws)
-        accepted, token, drafts = _verdict_on_host(verdict, proposal)
+        scores, raw = None, None
+        if (judged := self._judge(active, proposal, draws)) is not None:
+            accepted, token, drafts = judged.accepted, judged.token, proposal.on_host()
+        else:
+            logits = self._score(active, proposal)
+            raw = logits.clone() if self.record.logits is not None else None
+            scores = self._processed(active, proposal, logits) if self.processors else logits
+            accepted, token, drafts = _verdict_on_host(self.rule.verify(scores, proposal, draws), proposal)
         self.statistics.verify_seconds += time.perf_counter() - begin
+        count = proposal.count
         for r, row in enumerate(active):
             refuse_undefined(token[r], row)
             block = [*drafts[r][: accepted[r]], token[r]]
             kept = self._commit(row, block)
-            self._learn(row, proposal.count[r], accepted[r], kept, proposal.count[r])
-            if not self.record.empty:
+            self._learn(row, count[r], accepted[r], kept, count[r])
+            if scores is not None and not self.record.empty:
                 self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
         self._settle()
 
@@ -225,11 +236,13 @@ class Engine:
     # Draft and score -------------------------------------------------------------------------------------------------
 
     def _draws(self, active: list[int]) -> Draws:
-        device = self.rows.device
+        rows, shift, hidden = self.rows, self.shift, self.target.hidden
         # Padding is not counted: a row draws the same numbers in whatever batch it stands
-        start = [self.shift + self.rows.length[row] - self.target.hidden[row] for row in active]
-        seed = self.rows.seed if len(active) == self.rows.batch else self.rows.seed[active]
-        return Draws(self.source, seed, torch.tensor(start, device=device))
+        start = [shift + rows.length[row] - hidden[row] for row in active]
+        if len(active) == len(hidden):
+            return Draws(self.source, rows.seed, None, keys=(rows.seeds, start), device=rows.device)
+        seeds = [rows.seeds[row] for row in active]
+        return Draws(self.source, None, None, keys=(seeds, start), device=rows.device)
 
     def _draft(self, active: list[int], draws: Draws) -> Proposal:
         begin = time.perf_counter()
@@ -251,6 +264,25 @@ class Engine:
                 if most:
                     self._drafted_at[row] = len(self.rows.tokens[row])
         return proposal
+
+    def _judge(self, rows: list[int], proposal: Proposal, draws: Draws) -> Judged | None:
+        """Scores drafts and judges them in one operation; None where there is none for that.
+
+        Only where the target has not seen one token a row, and nobody but the rule wants the scores.
+        """
+        told = proposal.told
+        if self._judging is None or told is None or self.embeds is not None:
+            return None
+        seen, length, texts, count = self.target.length, self.rows.length, self.rows.tokens, proposal.count
+        fits = all(length[row] + self.shift == seen[row] + 1 and texts[row] for row in rows)
+        if not fits or not self.target.quick([c + 1 for c in count]):
+            return None
+        if (judging := self._judging(proposal, draws)) is None:
+            return None
+        begin = time.perf_counter()
+        judged = self.target.judge(rows, [texts[row][-1] for row in rows], told, count, judging, draws.keys)
+        self._timed(rows, max(count) + 1, begin + judged.seconds)
+        return judged
 
     def _score(self, rows: list[int], proposal: Proposal) -> Tensor:
         """Feeds what the target has not seen yet and the drafts: ``[R, G+1, V]`` float32."""

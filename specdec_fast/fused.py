@@ -17,6 +17,7 @@ from transformers import LogitsProcessorList
 
 from specdec_fast import ops, reference, sampling
 from specdec_fast.dispatch import overload, runs_natively
+from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
@@ -42,6 +43,22 @@ class Fused:
     @property
     def name(self) -> str:
         return self.rule.name
+
+    def judging(self, proposal: Proposal, draws: Draws) -> Judging | None:
+        """The rule for an operation that scores a draft and judges it; None where that cannot."""
+        if proposal.told is None or type(draws.source) is not Philox or not runs_natively("verify"):
+            return None
+        usual: dict[str, float] = {"temperature": 0.0} if self.greedy else {}
+        if self.warpers and not self.greedy:
+            usual = sampling.parameters(self.warpers) or {}
+        get = usual.get
+        return Judging(
+            get("temperature", 1.0),
+            int(get("top_k", 0)),
+            get("top_p", 1.0),
+            get("min_p", 0.0),
+            ops.RULES[self.rule.name],
+        )
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law

@@ -18,7 +18,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers.cache_utils import DynamicCache
 
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.lean_ops import Choosing, Drafted, Judged, Judging, KeptModel, Session, Told
 from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model"]
@@ -42,48 +43,6 @@ MOST_BYTES = 512  # of a drafter's row, where the machine multiplies bytes in ve
 ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
 ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
-
-
-class Choosing(NamedTuple):
-    """How a drafter's tokens are drawn.
-
-    Args:
-        temperature: 0: the argmax.
-        top_k, top_p, min_p: 0, 1 and 0: off.
-        confidence: a draft ends behind a token less probable than this; 0: never.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    confidence: float = 0.0
-
-
-class Drafted(NamedTuple):
-    """What a drafter wrote in one call, ``R`` rows of up to ``G`` tokens; behind a row's count nothing is meant.
-
-    Args:
-        drawn: ``[R, G]`` int64 entries; -1 where the scores were no law.
-        scores: ``[R, G, K]`` float32 they were drawn from, after temperature and filters; None of an argmax.
-        logsumexp: ``[R, G]`` float64 of those scores; None of an argmax.
-        counts: tokens of each row.
-        levels: ``[R][G]`` of the confidence in each token, where drafts end by that; None else.
-    """
-
-    drawn: Tensor
-    scores: Tensor | None
-    logsumexp: Tensor | None
-    counts: list[int]
-    levels: list[list[int]] | None
-
-
-class _Model:
-    """A model that the native code keeps, for as long as this object lives."""
-
-    def __init__(self, *parts: Any):
-        self.number: int = torch.ops.specdec_fast.llama_model(*parts)
-        weakref.finalize(self, torch.ops.specdec_fast.llama_forget, self.number)
 
 
 class LeanModel:
@@ -106,7 +65,7 @@ class LeanModel:
             raise ValueError("frequencies that change with the length")
         self.capability = -1
         """Place in :data:`CAPABILITIES` of the instruction set to run on, -1 for the best there is."""
-        self._held: _Model | None = None
+        self._held: KeptModel | None = None
         self._dtype = model.dtype
         self._rounded = rounded
         self._most = MOST_LANES
@@ -194,13 +153,12 @@ class LeanModel:
         window = cache.window
         places = list(range(rows)) if window.rows is None else window.rows.tolist()
         logits: Tensor = torch.ops.specdec_fast.llama_forward(
-            self._model().number,
+            self._session(cache, window.end),
             tokens.contiguous(),
             columns.contiguous(),
             places,
             hidden,
             lanes,
-            *self._buffers(cache, window.end),
         )
         return logits
 
@@ -228,16 +186,54 @@ class LeanModel:
         lengths = [len(text) for text in texts]
         end = max(first + n for first, n in zip(start, lengths, strict=True))
         logits: Tensor = torch.ops.specdec_fast.llama_read(
-            self._model().number,
-            _joined(texts),
-            lengths,
+            self._session(cache, end), _joined(texts), lengths, places, start, hidden, tail
+        )
+        return logits
+
+    def judge(
+        self,
+        first: list[int],
+        told: Told,
+        count: list[int],
+        places: list[int],
+        start: list[int],
+        hidden: list[int],
+        cache: RaggedCache,
+        judging: Judging,
+        seed: list[int],
+        position: list[int],
+    ) -> Judged:
+        """Feeds each row a token and its draft, and judges the drafts, all in one operation.
+
+        What is said is what :meth:`read` and the operation ``verify`` behind it would say, bit for bit.
+
+        Args:
+            first: the token of each of the ``R`` rows that stands before its draft.
+            told: the drafts, and by what law they were drawn.
+            count: how many tokens of each are judged.
+            places, start, hidden: as for :meth:`read`.
+            judging: by what law and rule.
+            seed, position: ``[R]``, of the numbers' keys.
+        """
+        longest, drawn = max(count), told.tokens if told.drawn is None else told.drawn
+        *said, _, nanoseconds = torch.ops.specdec_fast.llama_judge(
+            self._session(cache, max(start) + longest + 1),
+            first,
+            _level(told.tokens, longest),
+            count,
             places,
             start,
             hidden,
-            tail,
-            *self._buffers(cache, end),
+            [] if told.scores is None else _level(drawn, longest),
+            told.scores,
+            told.logsumexp,
+            told.narrow,
+            seed,
+            position,
+            *judging,
         )
-        return logits
+        rows = len(count)
+        return Judged(said[:rows], said[rows:], 1e-9 * nanoseconds)
 
     def steps(
         self, places: list[int], start: list[int], hidden: list[int], cache: RaggedCache, most: int
@@ -247,12 +243,11 @@ class LeanModel:
         Each call stands one column behind the call before, the first at ``start``; at most ``most`` calls.
         """
         columns = torch.tensor(start).unsqueeze(1)
-        buffers = self._buffers(cache, max(start) + most)
-        number, op = self._model().number, torch.ops.specdec_fast.llama_forward
+        number, op = self._session(cache, max(start) + most), torch.ops.specdec_fast.llama_forward
 
         def step(tokens: Tensor) -> Tensor:
             nonlocal columns
-            logits: Tensor = op(number, tokens.unsqueeze(1), columns, places, hidden, [0], *buffers)
+            logits: Tensor = op(number, tokens.unsqueeze(1), columns, places, hidden, [0])
             columns = columns + 1
             return logits[:, 0]
 
@@ -268,8 +263,8 @@ class LeanModel:
         steps: list[int],
         choosing: Choosing,
         choices: Tensor | None,
-        seed: Tensor,
-        position: Tensor,
+        seed: list[int],
+        position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,
     ) -> Drafted:
         """Feeds each row its text, then draws and feeds tokens without coming back in between.
@@ -283,7 +278,7 @@ class LeanModel:
             steps: tokens of each row's draft at most, at least 1.
             choosing: how they are drawn.
             choices: ``[K]`` int64 id of each logit; None: they are ids.
-            seed, position: ``[R]`` int64, of the numbers' keys.
+            seed, position: ``[R]``, of the numbers' keys.
             stops: where each row's draft ends early, as :meth:`specdec_fast.lookahead.Adaptive.stops` tells it: by
                 level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, what the product of
                 those of its tokens must exceed for it to go on. None: nowhere.
@@ -294,8 +289,8 @@ class LeanModel:
         for (sure, bounds), most in zip(stops or (), steps, strict=bool(stops)):
             numbers += sure
             numbers += bounds[:most] + [math.inf] * (most - len(bounds))
-        drawn, scores, logsumexp, level, report = torch.ops.specdec_fast.llama_draft(
-            self._model().number,
+        laws, report = torch.ops.specdec_fast.llama_draft(
+            self._session(cache, end),
             _joined(texts),
             lengths,
             places,
@@ -308,29 +303,32 @@ class LeanModel:
             *choosing,
             len(stops[0][0]) if stops else 0,
             numbers,
-            *self._buffers(cache, end),
         )
-        counts, levels = report.tolist()[:-1], level.tolist() if stops else None
-        if not choosing.temperature:
-            return Drafted(drawn, None, None, counts, levels)
-        return Drafted(drawn, scores, logsumexp, counts, levels)
+        rows, most = len(texts), max(steps)
+        lines = [report[first : first + most] for first in range(rows, len(report) - 1, most)]
+        scores, logsumexp = laws or (None, None)
+        return Drafted(lines[:rows], scores, logsumexp, report[:rows], lines[rows:] if stops else None)
 
-    def _buffers(self, cache: RaggedCache, end: int) -> tuple[Tensor, list[Any], list[Any], int]:
-        """What the operation reads and writes beside the lanes, with room for the columns below ``end``."""
-        if any(layer.room < end for layer in cache.ragged):
-            for layer in cache.ragged:
-                layer.reserve(end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
-        rotations = self._rotations
-        if rotations.shape[0] < end:
-            rotations = self._turns(2 * end)
-            self._rotations = rotations
-        keys, values = [layer.keys for layer in cache.ragged], [layer.values for layer in cache.ragged]
-        return rotations, keys, values, self.capability
+    def _session(self, cache: RaggedCache, end: int) -> int:
+        """The number of what the operations read and write, with room for the columns below ``end``."""
+        session: Session | None = cache.session
+        if session is not None and session.owner is self and end <= session.end:
+            # Another pass may have put other buffers in place
+            kept = session.grown == cache.window.grown and session.capability == self.capability
+            if kept:
+                return session.number
+        for layer in cache.ragged:
+            layer.reserve(end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
+        rotations, room = self._rotations, cache.ragged[0].room
+        if rotations.shape[0] < room:
+            rotations = self._rotations = self._turns(2 * room)
+        cache.session = session = Session(self, self._model(), cache, rotations, self.capability)
+        return session.number
 
-    def _model(self) -> _Model:
+    def _model(self) -> KeptModel:
         """The weights as the native code holds them."""
         if self._held is None:
-            self._held = _Model(
+            self._held = KeptModel(
                 self._embedding,
                 self._weights,
                 self._scales,
@@ -366,6 +364,13 @@ class LeanModel:
 def _joined(texts: list[list[int]]) -> list[int]:
     """The texts behind one another."""
     return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
+
+
+def _level(lists: list[list[int]], length: int) -> list[int]:
+    """The first entries of each list behind one another, as many of each."""
+    if len(lists) == 1:
+        return lists[0][:length]
+    return [entry for line in lists for entry in (line + [0] * length)[:length]]
 
 
 _Kept = dict[bool, tuple[list[Any], LeanModel | None]]
@@ -448,26 +453,3 @@ def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | None:
         return None
     tolerance = ROUNDED if rounded else EXACT[model.dtype]
     return lean if bool((own - whole).square().mean().sqrt() <= tolerance * whole.std()) else None
-
-
-_library = torch.library.Library("specdec_fast", "FRAGMENT")
-_library.define(
-    "llama_model(Tensor embedding, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, "
-    "Tensor head_norms, int[] windows, int heads, int kv_heads, int dim, float scaling, float epsilon) -> int"
-)
-_library.define("llama_forget(int model) -> ()")
-_library.define("llama_capability() -> int")
-_library.define(
-    "llama_read(int model, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] tails, "
-    "Tensor rotations, Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"
-)
-_library.define(
-    "llama_draft(int model, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] steps, "
-    "Tensor? choices, Tensor seed, Tensor start, float temperature, int top_k, float top_p, float min_p, "
-    "float least, int levels, float[] stops, Tensor rotations, Tensor(a!)[] keys, Tensor(b!)[] values, int capability) "
-    "-> (Tensor drawn, Tensor scores, Tensor logsumexp, Tensor level, Tensor report)"
-)
-_library.define(
-    "llama_forward(int model, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes, Tensor rotations, "
-    "Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> Tensor"
-)

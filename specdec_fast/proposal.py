@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from specdec_fast import reference
+from specdec_fast.lean_ops import Told
 from specdec_fast.token_map import TokenMap
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "ProjectedLaw",
     "Proposal",
     "SparseLaw",
+    "numbers",
+    "padded",
 ]
 
 
@@ -215,7 +219,6 @@ class SparseLaw:
         return cls(ids.to(device), masses.to(device))
 
 
-@dataclass(frozen=True)
 class Proposal:
     """Draft tokens of one round, left-aligned.
 
@@ -223,17 +226,56 @@ class Proposal:
         tokens: ``[R, G]`` int64 target ids; what lies behind a row's count is never looked at.
         count: ``[R]`` how many tokens each row drafted, on the host.
         law: the law they were drawn from; one with a ``mass`` is verified lazily.
-        lists: the tokens as lists, where the drafter had them.
     """
 
-    tokens: Tensor
-    count: list[int]
-    law: DenseLaw | LazyLaw
-    lists: list[list[int]] | None = None
+    told: Told | None = None
+    """The same for operations that judge it, where the drafter had it on the host."""
+
+    def __init__(self, tokens: Tensor, count: list[int], law: DenseLaw | LazyLaw):
+        self.count = count
+        self._tokens: Tensor | None = tokens
+        self._law: DenseLaw | LazyLaw | None = law
+        self._device = tokens.device
+        self._index: Tensor | None = None
+
+    @classmethod
+    def of_told(cls, told: Told, count: list[int], device: torch.device, index: Tensor | None = None) -> Proposal:
+        """A proposal whose tensors are made where somebody asks for them.
+
+        Args:
+            told: rows may have lists of any lengths, as long as their count at least.
+            device: of the tensors.
+            index: ``told.narrow`` in int64.
+        """
+        self = cls.__new__(cls)
+        self.told, self.count = told, count
+        self._tokens, self._law, self._device, self._index = None, None, device, index
+        return self
+
+    @property
+    def tokens(self) -> Tensor:
+        if self._tokens is None:
+            assert self.told is not None
+            self._tokens = padded(self.told.tokens, self._device)
+        return self._tokens
+
+    @property
+    def law(self) -> DenseLaw | LazyLaw:
+        if self._law is None:
+            assert self.told is not None
+            _, drawn, scores, logsumexp, narrow = self.told
+            if scores is None:
+                self._law = PointMass(self.tokens)
+            else:
+                width, place = self.tokens.shape[1], self._device
+                entries = self.tokens if drawn is None else padded(drawn, place)
+                sums = None if logsumexp is None else logsumexp[:, :width].to(place)
+                self._law = CompactLaw(scores[:, :width].to(place), self._index, entries, narrow, sums)
+        return self._law
 
     def on_host(self) -> list[list[int]]:
-        """The tokens as lists, ``[R][G]``."""
-        return self.tokens.tolist() if self.lists is None else self.lists
+        """The tokens as lists, ``[R][G]``, a row's own count at least."""
+        return self.tokens.tolist() if self.told is None else self.told.tokens
 
     def at(self, position: int) -> Proposal:
         """One drafted position, as a proposal of at most one token a row."""
@@ -243,10 +285,7 @@ class Proposal:
     @classmethod
     def of_lists(cls, drafts: list[list[int]], device: torch.device) -> Proposal:
         """A proposal of certain tokens from one list a row."""
-        width = max((len(draft) for draft in drafts), default=0)
-        tokens = torch.tensor([draft + [0] * (width - len(draft)) for draft in drafts], dtype=torch.long)
-        tokens = tokens.reshape(len(drafts), width).to(device)
-        return cls(tokens, [len(draft) for draft in drafts], PointMass(tokens))
+        return cls.of_told(Told(drafts), [len(draft) for draft in drafts], device)
 
     @classmethod
     def joined(cls, parts: list[tuple[list[int], Proposal]]) -> Proposal:
@@ -264,6 +303,19 @@ class Proposal:
             for place, drafted in zip(places, part.count, strict=True):
                 count[place] = drafted
         return cls(tokens, count, JoinedLaw(tuple(parts)))
+
+
+def padded(lists: list[list[int]], device: torch.device) -> Tensor:
+    """Lists of any lengths as ``[R, longest]`` int64, filled up with 0."""
+    width = max(map(len, lists), default=0)
+    lines = [line + [0] * (width - len(line)) for line in lists]
+    return torch.tensor(lines, dtype=torch.long).reshape(len(lists), width).to(device)
+
+
+def numbers(tensor: Tensor) -> Sequence[int]:
+    """Integers ``[K]`` that are looked up one by one, without a tensor a time."""
+    view: Any = memoryview(tensor.cpu().contiguous().numpy())  # type: ignore[arg-type]  # which is a buffer
+    return view
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -14,7 +13,6 @@ from specdec_fast.randomness import Purpose, UniformSource
 __all__ = ["Draws", "Rule", "Verdict", "drafted", "undefined"]
 
 
-@dataclass(frozen=True)
 class Draws:
     """The random numbers of one round: a view of the source at each row's seed and committed length.
 
@@ -23,12 +21,48 @@ class Draws:
         seed: ``[R]`` int64.
         start: ``[R]`` int64, committed tokens at the start of the round (padding not counted).
         base: drafted position that offset 0 of a call stands for (verification of one position at a time).
+        keys: seeds and starts as lists, where they are at hand; either may then be given as None, and becomes a
+            tensor where one is asked for.
+        device: of such tensors.
     """
 
-    source: UniformSource
-    seed: Tensor
-    start: Tensor
-    base: int = 0
+    def __init__(
+        self,
+        source: UniformSource,
+        seed: Tensor | None,
+        start: Tensor | None,
+        base: int = 0,
+        *,
+        keys: tuple[list[int], list[int]] | None = None,
+        device: torch.device | None = None,
+    ):
+        assert keys is not None or (seed is not None and start is not None)
+        self.source = source
+        self.base = base
+        self._seed, self._start, self._keys, self._device = seed, start, keys, device
+
+    @property
+    def seed(self) -> Tensor:
+        """``[R]`` int64."""
+        if self._seed is None:
+            assert self._keys is not None
+            self._seed = torch.tensor(self._keys[0], device=self._device)
+        return self._seed
+
+    @property
+    def start(self) -> Tensor:
+        """``[R]`` int64."""
+        if self._start is None:
+            assert self._keys is not None
+            self._start = torch.tensor(self._keys[1], device=self._device)
+        return self._start
+
+    @property
+    def keys(self) -> tuple[list[int], list[int]]:
+        """Seeds and starts on the host."""
+        if self._keys is None:
+            self._keys = self.seed.tolist(), self.start.tolist()
+        return self._keys
 
     def draft(self, offset: int) -> Tensor:
         """For drafting position ``offset``: ``[R]``."""
@@ -57,13 +91,19 @@ class Draws:
 
     def at(self, base: int) -> Draws:
         """The same round, offsets counted from drafted position ``base``."""
-        return Draws(self.source, self.seed, self.start, base)
+        return Draws(self.source, self._seed, self._start, base, keys=self._keys, device=self._device)
 
     def rows(self, places: list[int]) -> Draws:
         """The numbers of some rows."""
-        if len(places) == self.seed.shape[0]:
+        if self._keys is None:
+            if len(places) == self.seed.shape[0]:
+                return self
+            return Draws(self.source, self.seed[places], self.start[places], self.base)
+        seeds, starts = self._keys
+        if len(places) == len(seeds):
             return self
-        return Draws(self.source, self.seed[places], self.start[places], self.base)
+        keys = [seeds[r] for r in places], [starts[r] for r in places]
+        return Draws(self.source, None, None, self.base, keys=keys, device=self._device)
 
     def _offsets(self, positions: int) -> Tensor:
         return torch.arange(self.base, self.base + positions, device=self.start.device).unsqueeze(0)

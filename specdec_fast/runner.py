@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import Choosing, Drafted, LeanModel
+from specdec_fast.lean_ops import Judged, Judging, Told
 
 __all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
 
@@ -163,6 +164,31 @@ class Runner:
             self.length[row] += n
         return logits
 
+    @torch.no_grad()
+    def judge(
+        self,
+        rows: list[int],
+        first: list[int],
+        told: Told,
+        count: list[int],
+        judging: Judging,
+        keys: tuple[list[int], list[int]],
+    ) -> Judged:
+        """Feeds each row one token and its draft, and judges the drafts, in one operation: :meth:`LeanModel.judge`.
+
+        Only where such a pass is :meth:`quick`.
+
+        Args:
+            keys: seed and position of the numbers, ``[R]`` each.
+        """
+        assert self._lean is not None
+        length = self.length
+        start, hidden = [length[row] for row in rows], [self.hidden[row] for row in rows]
+        judged = self._lean.judge(first, told, count, rows, start, hidden, self._units[0][1], judging, *keys)
+        for row, n in zip(rows, count, strict=True):
+            length[row] += n + 1
+        return judged
+
     def draft(
         self,
         rows: list[int],
@@ -170,8 +196,8 @@ class Runner:
         steps: list[int],
         choosing: Choosing,
         choices: Tensor | None,
-        seed: Tensor,
-        position: Tensor,
+        seed: list[int],
+        position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,
     ) -> Drafted:
         """Feeds tokens to rows and drafts behind them in one operation: :meth:`LeanModel.draft`.

@@ -32,6 +32,7 @@ class Rows:
         self._unwritten: list[tuple[int, int, list[int]]] = []  # row, column, tokens
         self.reserve(columns + 1)
         self.seed = seed.to(prompt.device)
+        self.seeds: list[int] = seed.tolist()
         self.length = [columns] * batch
         """Committed columns of each row."""
         self.done = [False] * batch

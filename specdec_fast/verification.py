@@ -27,6 +27,7 @@ from torch import Tensor
 
 from specdec_fast import reference, thinning
 from specdec_fast.block import Block
+from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import DenseLaw, JoinedLaw, LazyLaw, Proposal
 from specdec_fast.rule import Draws, Rule, Verdict, drafted
 
@@ -147,6 +148,11 @@ class Apart:
     @property
     def name(self) -> str:
         return self.rule.name
+
+    def judging(self, proposal: Proposal, draws: Draws) -> Judging | None:
+        """:meth:`specdec_fast.fused.Fused.judging` of a rule that has it."""
+        asked = getattr(self.rule, "judging", None)
+        return None if asked is None else asked(proposal, draws)
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law

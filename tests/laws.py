@@ -208,6 +208,7 @@ class Recorder:
 def plain_rules(patch) -> None:
     """Every decision in Python, where a fault can be planted: neither rules nor draws as one operation."""
     patch.setattr(fused.Fused, "verify", lambda self, *given: self.rule.verify(*given))
+    patch.setattr(fused.Fused, "judging", lambda *_: None)
 
     def drawn(scores, draws, step):
         return reference.draw(reference.masses(scores), draws.draft(step)), None

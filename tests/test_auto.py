@@ -3,7 +3,6 @@
 import gc
 import warnings
 import weakref
-from dataclasses import replace
 
 import pytest
 import tiny
@@ -19,6 +18,7 @@ from specdec_fast.drafters.auto import AutoDrafter, Candidate, History
 from specdec_fast.intersection_mass import intersection_mass
 from specdec_fast.options import Options
 from specdec_fast.proposal import Proposal
+from specdec_fast.rule import Draws
 from specdec_fast.vocab import Vocabulary
 
 CROSSING = PAIRS["crossing"]  # the drafter's bc and ca are no tokens of the target
@@ -243,7 +243,7 @@ def test_a_choice_made_after_looking_at_the_draft_is_seen(rule, looks, eager, mo
         seen = draft(0, everything, draws).tokens
         signs = seen[:, 0].tolist() if looks and seen.shape[1] else [rows.length[row] % 2 for row in active]
         poor, good = ([r for r in everything if (signs[r] == 0) == kind] for kind in (True, False))
-        other = replace(draws, start=draws.start + 1000)  # numbers that nobody has looked at
+        other = Draws(draws.source, draws.seed, draws.start + 1000)  # numbers that nobody has looked at
         parts = [(places, draft(c, places, d)) for c, places, d in ((0, good, draws), (2, poor, other)) if places]
         return Proposal.joined(parts)
 

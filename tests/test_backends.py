@@ -144,4 +144,5 @@ def test_a_faulty_backend_is_noticed(monkeypatch, fault):
         return verify if op == "verify" else run
 
     monkeypatch.setattr(fused, "overload", faulty)
+    monkeypatch.setattr(fused.Fused, "judging", lambda *_: None)
     assert not torch.equal(sampled("model", "token", "plain", FEW), expected)

@@ -249,7 +249,7 @@ def test_arguments_that_do_not_fit_are_an_error(change):
     lean, cache = lean_model(model), Runner(model, 1).caches[0][1]
     arguments = {"tokens": [1], "lengths": [1], "rows": [0], "columns": [0], "hidden": [0], "steps": [2]}
     rest = {"choices": None, "levels": 0, "stops": []}
-    buffers = lean._buffers(cache, 4)
+    session = lean._session(cache, 4)
     changed = {
         "token": {"tokens": [5000]},
         "rows": {"rows": [7]},
@@ -260,14 +260,12 @@ def test_arguments_that_do_not_fit_are_an_error(change):
         "drawn": {"choices": torch.full((97,), 4000)},
     }[change]
     values = {**arguments, **rest, **changed}
-    key = torch.tensor([1])
     with pytest.raises(RuntimeError, match="llama"):
         torch.ops.specdec_fast.llama_draft(
-            lean._model().number,
+            session,
             *(values[name] for name in (*arguments, "choices")),
-            *(key, key, 0.0, 0, 1.0, 0.0, 0.0),
+            *([1], [1], 0.0, 0, 1.0, 0.0, 0.0),
             *(values[name] for name in ("levels", "stops")),
-            *buffers,
         )
 
 
@@ -276,17 +274,18 @@ def test_arguments_that_do_not_fit_are_an_error(change):
 
 def fault_number_of_another_position(self, *arguments):
     *front, position, stops = arguments
-    return DRAFT(self, *front, position + 1, stops)
+    return DRAFT(self, *front, [place + 1 for place in position], stops)
 
 
 def fault_number_of_the_first_step(self, *arguments):
     """Every step with one number: drafts whose tokens know of one another."""
     texts, places, start, hidden, cache, steps, *rest = arguments
     first = DRAFT(self, texts, places, start, hidden, cache, [1] * len(steps), *rest)
-    tokens = [[*text, token] for text, token in zip(texts, first.drawn[:, 0].tolist(), strict=True)]
+    tokens = [[*text, token] for text, (token,) in zip(texts, first.drawn, strict=True)]
     second = DRAFT(self, tokens, places, start, hidden, cache, [1] * len(steps), *rest)
-    joined = [torch.cat(pair, 1) for pair in zip(first[:3], second[:3], strict=True)]
-    return type(first)(*joined, [2] * len(steps), None)
+    drawn = [one + two for one, two in zip(first.drawn, second.drawn, strict=True)]
+    joined = [torch.cat(pair, 1) for pair in zip(first[1:3], second[1:3], strict=True)]
+    return type(first)(drawn, *joined, [2] * len(steps), None)
 
 
 def fault_law_of_another_step(self, *arguments):
@@ -377,11 +376,11 @@ def test_a_profile_counts_each_parts_own_time(monkeypatch):
     def taking(seconds, *inner):
         def call():
             now[0] += seconds
-            return [function() for function in inner] or [torch.tensor([2_000_000_000])]
+            return [function() for function in inner] or [[2_000_000_000]]
 
         return call
 
-    draft = profile.part(profile_round.CHOOSING, taking(3.0))
+    draft = profile.part(profile_round.CHOOSING, taking(3.0), lambda result: result[-1][-1])
     reading = profile.part(profile_round.TARGET, taking(5.0))
     drafting = profile.part(profile_round.DRAFTING, taking(1.0, draft, reading))
     round_ = profile.part(profile_round.REST, taking(0.5, drafting, reading))

@@ -52,6 +52,7 @@ LAYERS = (
     {"costs"},
     {"block", "thinning", "rule", "proposal"},
     {"lean", "attention"},
+    {"lean_ops"},
     {"walk"},
     {"static_cache"},
     {"cache", "lean_weights", "pretrained", "ngram", "intersection_mass"},

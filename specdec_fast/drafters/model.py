@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -26,7 +25,8 @@ from specdec_fast import sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest
 from specdec_fast.lean import Choosing, lean_model
-from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
+from specdec_fast.lean_ops import Told
+from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, numbers, padded
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
@@ -109,6 +109,7 @@ class ModelWriter:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
         self._runner = Runner(model, len(contexts), head=head, lean=lean, window=window)
         self._choices = None if choices is None else choices.to(model.device)
+        self._numbers = None if choices is None else numbers(choices)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
         self._watcher = watcher
@@ -135,7 +136,7 @@ class ModelWriter:
         able = [self._make_room(row, most) for row, most in zip(active, steps, strict=True)]
         places = [r for r, most in enumerate(able) if most]
         if not places:
-            return Written(torch.zeros((len(active), 0), dtype=torch.long, device=self.device), None, able)
+            return Written(None, None, able, entries=[[] for _ in active], device=self.device)
         written = self._write([active[r] for r in places], [able[r] for r in places], draws.rows(places))
         return written.spread(places, len(active))
 
@@ -190,16 +191,20 @@ class ModelWriter:
             return None
         watcher = self._watcher
         stops = None if watcher is None else [watcher.stops(row) for row in active]
-        key = draws.seed, draws.start
-        drafted = self._runner.draft(active, missing, count, choosing, self._choices, *key, stops)
+        drafted = self._runner.draft(active, missing, count, choosing, self._choices, *draws.keys, stops)
         if watcher is not None and drafted.levels is not None:
             for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
                 watcher.saw(row, levels[:length])
-        entries = drafted.drawn.tolist()
-        written = entries if self._choices is None else self._ids(drafted.drawn).tolist()
-        for row, ids, drawn in zip(active, written, drafted.counts, strict=True):
-            self._drafted[row] = ids[: drawn - 1]
-        return Written(drafted.drawn, drafted.scores, drafted.counts, drafted.logsumexp, entries)
+        for row, entries, drawn in zip(active, drafted.drawn, drafted.counts, strict=True):
+            self._drafted[row] = [self._id(entry) for entry in entries[: drawn - 1]]
+        return Written(
+            None, drafted.scores, drafted.counts, drafted.logsumexp, entries=drafted.drawn, device=self.device
+        )
+
+    def _id(self, entry: int) -> int:
+        """The drafter's id of an entry drawn; some id where there is none."""
+        entry = max(entry, 0)
+        return entry if self._numbers is None else self._numbers[entry]
 
     def _ids(self, entries: Tensor) -> Tensor:
         """The drafter's ids of entries drawn; some id where there is none."""
@@ -248,23 +253,38 @@ class ModelWriter:
         return drafted_token(scores, draws, step)
 
 
-@dataclass(frozen=True)
 class Written:
     """What a drafter wrote.
 
     Args:
         drawn: ``[R, G]`` int64, entries of the writer's choices; -1 where the drafter's scores were no distribution.
-        scores: ``[R, G, K]`` float32 they were drawn from, None for an argmax drafter.
+        scores: ``[R, >= G, K]`` float32 they were drawn from, None for an argmax drafter.
         count: tokens of each row.
-        logsumexp: ``[R, G]`` float64 of the scores, where it is known.
-        entries: ``drawn`` as lists, where they are at hand.
+        logsumexp: ``[R, >= G]`` float64 of the scores, where it is known.
+        entries: ``drawn`` as lists, ``[R][G]``, where they are at hand; ``drawn`` may then be None.
+        device: of the tensor made of them.
     """
 
-    drawn: Tensor
-    scores: Tensor | None
-    count: list[int]
-    logsumexp: Tensor | None = None
-    entries: list[list[int]] | None = None
+    def __init__(
+        self,
+        drawn: Tensor | None,
+        scores: Tensor | None,
+        count: list[int],
+        logsumexp: Tensor | None = None,
+        *,
+        entries: list[list[int]] | None = None,
+        device: torch.device | None = None,
+    ):
+        assert drawn is not None or entries is not None
+        self.scores, self.count, self.logsumexp, self.entries = scores, count, logsumexp, entries
+        self._drawn, self._device = drawn, device
+
+    @property
+    def drawn(self) -> Tensor:
+        if self._drawn is None:
+            assert self.entries is not None
+            self._drawn = padded(self.entries, self._device or torch.device("cpu"))
+        return self._drawn
 
     def spread(self, places: list[int], rows: int) -> Written:
         """The same with rows that wrote nothing put in between."""
@@ -282,7 +302,7 @@ class Written:
         count = [0] * rows
         for place, number in zip(places, self.count, strict=True):
             count[place] = number
-        return Written(drawn, scores, count, logsumexp)
+        return Written(drawn, scores, count, logsumexp, entries=None if self.entries is None else drawn.tolist())
 
 
 class CompactDrafter:
@@ -301,6 +321,7 @@ class CompactDrafter:
         self._writer = writer
         self._index = None if index is None else index.to(device)
         self._narrow = None if self._index is None else self._index.int()
+        self._numbers = None if index is None else numbers(index)
         self._device = device
 
     @property
@@ -310,13 +331,18 @@ class CompactDrafter:
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
         self._writer.read(rows, active)
         written = self._writer.write(active, limit, draws)
+        if (entries := written.entries) is not None:
+            ids = self._numbers
+            lists = entries if ids is None else [[ids[k] if k >= 0 else -1 for k in line] for line in entries]
+            told = Told(lists, entries, written.scores, written.logsumexp, self._narrow)
+            return Proposal.of_told(told, written.count, self._device, self._index)
         drawn = written.drawn.to(self._device)
         tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
         law: DenseLaw = PointMass(tokens)
         if written.scores is not None:
             sums = None if written.logsumexp is None else written.logsumexp.to(self._device)
             law = CompactLaw(written.scores.to(self._device), self._index, drawn, self._narrow, sums)
-        return Proposal(tokens, written.count, law, written.entries if self._index is None else None)
+        return Proposal(tokens, written.count, law)
 
 
 class SlemDrafter:
@@ -345,15 +371,15 @@ class SlemDrafter:
         self._writer.read(rows, active)
         steps = []
         for row, most in zip(active, limit, strict=True):
-            written, text = len(self._writer.contexts[row].ids), len(rows.tokens[row])
-            ratio = min(max(written / max(text, 1), 1.0), MOST_STEPS)
+            own, text = len(self._writer.contexts[row].ids), len(rows.tokens[row])
+            ratio = min(max(own / max(text, 1), 1.0), MOST_STEPS)
             steps.append(math.ceil(most * ratio))
-        written_ids = self._writer.write(active, steps, draws)
+        written = self._writer.write(active, steps, draws)
         begin = time.perf_counter()
+        entries = written.drawn.tolist() if written.entries is None else written.entries
         drafts = []
-        for r, (row, most) in enumerate(zip(active, limit, strict=True)):
-            drawn = written_ids.drawn[r, : written_ids.count[r]].tolist()
-            text_ids = [token for token in drawn if token >= 0]
+        for row, most, drawn, count in zip(active, limit, entries, written.count, strict=True):
+            text_ids = [token for token in drawn[:count] if token >= 0]
             context = self._writer.contexts[row].ids
             drafts.append(self._proposer.propose(rows.tokens[row], context, text_ids)[:most] if text_ids else [])
         self._translate += time.perf_counter() - begin
