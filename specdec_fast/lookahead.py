@@ -103,13 +103,18 @@ def best_lookahead(acceptance: Sequence[float], costs: Costs, least: int = 0) ->
         acceptance: a_1, a_2, ...; no lookahead is longer.
         least: smallest lookahead considered.
     """
+    return _best(acceptance, [costs.round(gamma) for gamma in range(len(acceptance) + 1)], least)
+
+
+def _best(acceptance: Sequence[float], rounds: Sequence[float], least: int = 0) -> tuple[int, float]:
+    """:func:`best_lookahead` from what a round of 0, 1, .. draft tokens costs."""
     tokens, reach = 1.0, 1.0
-    best, speed = 0, 1 / costs.round(0) if not least else 0.0
+    best, speed = 0, 1 / rounds[0] if not least else 0.0
     for gamma, accepted in enumerate(acceptance, 1):
         reach *= accepted
         tokens += reach
-        if gamma >= least and tokens / costs.round(gamma) > speed:
-            best, speed = gamma, tokens / costs.round(gamma)
+        if gamma >= least and tokens / rounds[gamma] > speed:
+            best, speed = gamma, tokens / rounds[gamma]
     return best, speed
 
 
@@ -182,15 +187,19 @@ class Adaptive:
 
     def _acceptance(self, own: _Row) -> list[float]:
         """The expected acceptance of each position, given that those before it were accepted."""
-        hoped = sum(t * p for t, p in zip(own.tested, self._prior, strict=True))
+        hoped = 0.0
+        for t, p in zip(own.tested, self._prior, strict=True):
+            hoped += t * p
         # How well the row does beside what was expected of it
-        factor = (sum(own.accepted) + self._row_weight * self._prior[0]) / (hoped + self._row_weight * self._prior[0])
+        usual = self._row_weight * self._prior[0]
+        factor = (sum(own.accepted) + usual) / (hoped + usual)
         own.factor = factor
         weight = self.POSITION
-        return [
-            (a + weight * min(p * factor, 0.99)) / (t + weight)
-            for a, t, p in zip(own.accepted, own.tested, self._prior, strict=True)
-        ]
+        result = []
+        for a, t, p in zip(own.accepted, own.tested, self._prior, strict=True):
+            hope = p * factor
+            result.append((a + weight * (hope if hope < 0.99 else 0.99)) / (t + weight))
+        return result
 
     def __getitem__(self, row: int) -> int:
         own = self._rows[row]
@@ -205,12 +214,12 @@ class Adaptive:
         # The drafter reads what it has missed; an ordinary round's few tokens are part of its start
         own.catch_up = self._costs.read * max(own.unread - self._most - 1, 0)
         affordable = self._affordable(own.balance - own.catch_up)
-        best, own.speed = best_lookahead(own.expected, self._costs)
+        best, own.speed = _best(own.expected, self._round)
         if best and own.catch_up <= self._promise(own.speed, own.horizon):
             # A draft that turns out sure may go on
             own.limit = min(max(best + 1, 2 * best) if self.watches else best, affordable, self._most)
         elif affordable:
-            probe, speed = best_lookahead(own.expected, self._costs, 1)
+            probe, speed = _best(own.expected, self._round, 1)
             loss = self._round[probe] * max(1 - speed * self._plain, 0.0) + own.catch_up
             # Each try that brought nothing makes the next one wait longer; the most that can be saved is enough for one
             saving = min(loss * 2**own.failed, max(loss, self.CREDIT * self._plain))
@@ -226,7 +235,7 @@ class Adaptive:
             min(a + (a * (1 - a) / (t + k / 2 + self.POSITION)) ** 0.5, 0.99)
             for a, t, k in zip(own.expected, own.tested, self._known, strict=True)
         ]
-        best, speed = best_lookahead(better, self._costs)
+        best, speed = _best(better, self._round)
         return best > 0 and own.catch_up <= self._promise(speed, own.horizon)
 
     def _affordable(self, balance: float) -> int:
@@ -248,12 +257,14 @@ class Adaptive:
     def _worth(self, own: _Row, drafted: int) -> float:
         """Where the draft so far is accepted more often, further tokens bring more than they cost at the best speed."""
         reach, gained, least = 1.0, 0.0, float("inf")
-        for more in range(drafted + 1, own.limit + 1):
-            reach *= own.expected[more - 1]
+        rounds, expected, speed, spent = self._round, own.expected, own.speed, self._round[drafted]
+        for more in range(drafted, own.limit):
+            reach *= expected[more]
             gained += reach
-            cost = own.speed * (self._round[more] - self._round[drafted])
             if gained > 0:
-                least = min(least, cost / gained)
+                cost = speed * (rounds[more + 1] - spent) / gained
+                if cost < least:
+                    least = cost
         return least
 
     def stops(self, row: int) -> tuple[list[float], list[float]]:

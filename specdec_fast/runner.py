@@ -164,7 +164,6 @@ class Runner:
             self.length[row] += n
         return logits
 
-    @torch.no_grad()
     def judge(
         self,
         rows: list[int],

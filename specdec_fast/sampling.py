@@ -95,6 +95,8 @@ def parameters(processors: LogitsProcessorList) -> dict[str, float] | None:
     Returns:
         None where parameters cannot say it.
     """
+    if not processors:
+        return {}
     kinds = [kind for kind, _ in _PARAMETERS]
     if not {type(p) for p in processors} <= set(kinds):
         return None
