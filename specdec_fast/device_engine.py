@@ -64,6 +64,9 @@ class Launcher(Protocol):
     def lend(self) -> None:
         """Ends the rounds on the device: the loop on the host has the target from here on."""
 
+    def resume(self, rows: Rows) -> None:
+        """Goes on with rounds on the device behind what the loop on the host has committed."""
+
 
 class Report(Protocol):
     """What a round gave."""
@@ -77,7 +80,7 @@ class DeviceEngine(Engine):
     """One generation whose rounds live on the device.
 
     ``rows`` is on the host; ``target`` is the runner the rounds use. Where ``drafter`` chooses among candidates
-    (:class:`~specdec_fast.drafters.auto.AutoDrafter`), it says who drafts, and drafts once rounds have left the device.
+    (:class:`~specdec_fast.drafters.auto.AutoDrafter`), it says who drafts, and drafts where rounds need the host.
 
     Args:
         launcher: runs the rounds.
@@ -86,59 +89,67 @@ class DeviceEngine(Engine):
     launcher: Launcher = None  # type: ignore[assignment]  # fields behind those with a default need one
     _limits: list[int] = field(default_factory=list)
     _candidate: int = 0
+    _hosted: list[int] = field(default_factory=list)  # rounds that the loop on the host ran
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]`` on the host."""
         begin = time.perf_counter()
-        reports: deque[Report] = deque()
         with torch.no_grad():
             self.launcher.start(self.rows, self.shift)
-            while self.rows.active and self._stays():
-                told = self.launcher.tell(self.rows.tokens, self.rows.active)
-                self.statistics.translate_seconds = told
-                gamma = self._next_gamma(len(reports))
-                reports.append(self.launcher.launch(gamma))
-                if len(reports) > self.launcher.late:
-                    self._take(reports.popleft())
-            # Rounds launched behind the last one hold nothing, but their writes must be over before the caches go on
-            for report in reports:
-                report.read()
-        for row, length in enumerate(self.rows.length):
-            self.target.length[row] = self.shift + length - 1
-        self.statistics.loop_reason = self.launcher.why_not_captured or self.statistics.loop_reason
-        if self.rows.active:
-            self._go_on_the_host()
+            while self.rows.active:
+                self._stay_on_the_device()
+                if self.rows.active:
+                    self._go_on_the_host()
+        reasons = [self.launcher.why_not_captured or self.statistics.loop_reason]
+        if self._hosted:
+            reasons.append(
+                f"{len(self._hosted)} of {self.statistics.rounds} rounds, the first of them round {self._hosted[0]}, "
+                "needed the host: the running acceptance chose a method that drafts there, or several for the rows"
+            )
+        self.statistics.loop_reason = "; ".join(filter(None, reasons))
+        self.statistics.translate_seconds += self.drafter.translate_seconds
         self.statistics.total_seconds = time.perf_counter() - begin
         return self.rows.ids[:, : max(self.rows.length)]
 
-    def _stays(self) -> bool:
-        """Whether the next round lives on the device too: one candidate drafts all rows, and can do it there."""
+    def _stay_on_the_device(self) -> None:
+        """Rounds, as long as they can live there."""
+        reports: deque[Report] = deque()
+        while self.rows.active and (candidate := self._agreed()) is not None:
+            if candidate != self._candidate:
+                self.launcher.change(candidate)
+                self._candidate = candidate
+            self.statistics.translate_seconds = self.launcher.tell(self.rows.tokens, self.rows.active)
+            gamma = self._next_gamma(len(reports))
+            reports.append(self.launcher.launch(gamma))
+            if len(reports) > self.launcher.late:
+                self._take(reports.popleft())
+        # Rounds launched behind the last one hold nothing, but their writes must be over before the caches go on
+        for report in reports:
+            report.read()
+        for row, length in enumerate(self.rows.length):
+            self.target.length[row] = self.shift + length - 1
+
+    def _agreed(self) -> int | None:
+        """Which candidate drafts all rows' next round on the device; None: several do, or one that needs the host."""
         if not isinstance(self.drafter, AutoDrafter):
-            return True
+            return 0
         chosen = set(self.drafter.choose(self.rows, self.rows.active))
         candidate = min(chosen)
-        if len(chosen) > 1 or not self.launcher.offers(candidate):
-            return False
-        if candidate != self._candidate:
-            self.launcher.change(candidate)
-            self._candidate = candidate
-        return True
+        return candidate if len(chosen) == 1 and self.launcher.offers(candidate) else None
 
-    @torch.no_grad()
     def _go_on_the_host(self) -> None:
-        """The rest of the rounds, as the loop on the host runs them."""
+        """Rounds as the loop on the host runs them, until the next one can live on the device again."""
         self.launcher.lend()
         self.rows.to(self.target.model.device)
-        self.statistics.loop_reason = (
-            f"from round {self.statistics.rounds + 1} on rounds need the host: the running acceptance chose a method "
-            "that drafts there, or several for the rows"
-        )
         self.meter = None  # whole rounds were measured
-        while self.rows.active:
+        while self.rows.active and self._agreed() is None:
             self.statistics.rounds += 1
+            self._hosted.append(self.statistics.rounds)
             self._round()
             self._stream()
-        self.statistics.translate_seconds += self.drafter.translate_seconds
+        self.rows.to(torch.device("cpu"))
+        if self.rows.active:
+            self.launcher.resume(self.rows)
 
     def _next_gamma(self, unread: int) -> int:
         """Tells the rows their lookahead; the bucket of the round to come."""

@@ -274,7 +274,7 @@ class Session:
         longest = self._text.read(texts, active, None if report is None else [told.own for told in report.read()])
         self._reserve(0, longest + BUCKETS[-1] + 1)
         self._text.write(self.state)
-        return self._text.seconds
+        return sum(text.seconds for _, text in self._known.values())
 
     def limit(self, values: list[int]) -> None:
         upload(values, self.state.limit)
@@ -345,6 +345,14 @@ class Session:
         self.target.lend(self._room)
         if self._how.captured:
             self.target.move(self._pair.target, Captured(self._pair.forwards[0], self._pair.graphs))
+
+    def resume(self, rows: Rows) -> None:
+        self._lent = False
+        self.target.move(self._pair.target, self._pair.forwards[0])
+        state, columns = self.state, max(rows.length)
+        state.ids[: self._batch, :columns].copy_(rows.ids[:, :columns])
+        upload(rows.length, state.length)
+        upload(rows.done, state.done)
 
     def _room(self, columns: int, lanes: int) -> int:
         self._reserve(columns, 0)
