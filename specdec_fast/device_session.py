@@ -30,6 +30,7 @@ from specdec_fast.compiled import (
 from specdec_fast.costs import Costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_projection import DeviceProjection
+from specdec_fast.device_report import HostReport, PinnedReport
 from specdec_fast.device_round import (
     BUCKETS,
     UNREAD,
@@ -38,7 +39,6 @@ from specdec_fast.device_round import (
     NothingDrafted,
     Round,
     State,
-    Told,
     bucket_of,
 )
 from specdec_fast.device_text import DraftedText, read_texts
@@ -77,36 +77,6 @@ class DrafterPart:
     confidence: float = 0.0
     watched: bool = False
     listed: int | None = None
-
-
-class HostReport:
-    """A report that is there at once.
-
-    Args:
-        values: of a round.
-        tells: what its drafter tells.
-    """
-
-    def __init__(self, values: Tensor, tells: tuple[bool, bool]):
-        self._values = values
-        self._tells = tells
-
-    def read(self) -> list[Told]:
-        return [Told.of(row, *self._tells) for row in self._values.tolist()]
-
-
-class PinnedReport(HostReport):
-    """A report on its way to the host: the device goes on, and only the reader waits."""
-
-    def __init__(self, values: Tensor, tells: tuple[bool, bool]):
-        super().__init__(torch.empty(values.shape, dtype=values.dtype, pin_memory=True), tells)
-        self._values.copy_(values, non_blocking=True)
-        self._there = torch.cuda.Event()
-        self._there.record()
-
-    def read(self) -> list[Told]:
-        self._there.synchronize()
-        return super().read()
 
 
 class Session:

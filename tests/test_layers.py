@@ -44,7 +44,7 @@ LAYERS = (
         "drafters.prompt_lookup",
         "drafters.slrs",
     },
-    {"compiled", "device_projection"},
+    {"compiled", "device_projection", "device_report"},
     {"device_round"},
     {"device_law", "static_runner"},
     {"runner", "verification", "fused", "stops", "lookahead", "state", "stats"},
