@@ -99,19 +99,18 @@ void Llama::embed(int64_t token, float* out) const {
 void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
                 const std::vector<Stored>& caches, const float* turns,
                 const std::vector<int64_t>& asked, float* logits) const {
-  const Pass pass(team, kernels, shape, lanes);
   const int64_t m = lanes.count, last = static_cast<int64_t>(asked.size()), dim = shape.dim;
   const int64_t mixed = shape.heads * dim, width = mixed + 2 * shape.kv_heads * dim;
   const Form form = matrices[0].form;
-  Inputs inputs(kernels, std::max(m, last) * kernels.room(form, std::max({hidden, mixed, inner})));
-  Buffer<float> x(m * hidden), normal(std::max(m, last) * hidden), added(m * hidden);
-  Buffer<float> fused(m * width), seen(m * mixed), opened(m * 2 * inner), gated(m * inner);
+  thread_local Desk desk;
+  auto& [given, x, normal, added, fused, seen, opened, gated, partial] = desk;
+  const Pass pass(team, kernels, shape, lanes, partial);
+  Inputs inputs(kernels, given,
+                std::max(m, last) * kernels.room(form, std::max({hidden, mixed, inner})));
+  x.reserve(m * hidden), normal.reserve(std::max(m, last) * hidden), added.reserve(m * hidden);
+  fused.reserve(m * width), seen.reserve(m * mixed), opened.reserve(m * 2 * inner);
+  gated.reserve(m * inner);
   for (int64_t i = 0; i < m; ++i) embed(token[i], x + i * hidden);
-  const auto add = [&] {
-    float* sum = x.data();
-    const float* more = added.data();
-    for (int64_t i = 0; i < m * hidden; ++i) sum[i] += more[i];
-  };
   for (int64_t l = 0; l < layers; ++l) {
     const Matrix* matrix = &matrices[7 * l];
     pass.normalise(x.data(), norms + 2 * l * hidden, normal.data(), m, hidden);
@@ -120,12 +119,12 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
     pass.attend(fused.data(), caches[l], turns, head_norms ? head_norms + 2 * l * dim : nullptr,
                 seen.data());
     pass.apply({matrix + 3}, inputs.of(form, seen.data(), m, mixed), added.data(), m);
-    add();
+    pass.add(x.data(), added.data(), m * hidden);
     pass.normalise(x.data(), norms + (2 * l + 1) * hidden, normal.data(), m, hidden);
     pass.gated(matrix[4], matrix[5], inputs.of(form, normal.data(), m, hidden), opened.data(),
                gated.data(), m);
     pass.apply({matrix + 6}, inputs.of(form, gated.data(), m, inner), added.data(), m);
-    add();
+    pass.add(x.data(), added.data(), m * hidden);
   }
   for (int64_t i = 0; i < last; ++i) {
     pass.normalise(x + asked[i] * hidden, norms + 2 * layers * hidden, normal + i * hidden, 1,

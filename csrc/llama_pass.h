@@ -53,7 +53,10 @@ struct Matrix {
 // Inputs of one product, converted as the weights ask for
 class Inputs {
  public:
-  Inputs(const PassKernels& kernels, int64_t bytes) : kernels_(kernels), held_(bytes) {}
+  Inputs(const PassKernels& kernels, Buffer<char>& room, int64_t bytes)
+      : kernels_(kernels), held_(room) {
+    held_.reserve(bytes);
+  }
 
   const void* of(Form form, const float* x, int64_t m, int64_t k) {
     const int64_t apart = kernels_.room(form, k);
@@ -63,7 +66,7 @@ class Inputs {
 
  private:
   const PassKernels& kernels_;
-  Buffer<char> held_;
+  Buffer<char>& held_;
 };
 
 struct Shape {
@@ -84,15 +87,25 @@ struct Stored {
   int64_t capacity, window;
 };
 
+// What a pass works in. A thread keeps it for its next pass: fresh pages of memory would cost as
+// much as the work in them.
+struct Desk {
+  Buffer<char> inputs;
+  Buffer<float> x, normal, added, fused, seen, opened, gated, partial;
+};
+
 class Pass {
  public:
-  Pass(Team& team, const PassKernels& kernels, const Shape& shape, const Lanes& lanes)
-      : team_(team), kernels_(kernels), shape_(shape), lanes_(lanes) {}
+  Pass(Team& team, const PassKernels& kernels, const Shape& shape, const Lanes& lanes,
+       Buffer<float>& partial)
+      : team_(team), kernels_(kernels), shape_(shape), lanes_(lanes), partial_(partial) {}
 
   void normalise(const float* x, const float* weight, float* y, int64_t m, int64_t n) const {
     for (int64_t i = 0; i < m; ++i)
       kernels_.normalise(x + i * n, weight, y + i * n, n, shape_.epsilon);
   }
+
+  void add(float* x, const float* more, int64_t n) const { kernels_.add(x, more, n); }
 
   // y [m, sum of rows] of m prepared inputs by matrices that read the same ones, outputs side by
   // side
@@ -103,7 +116,9 @@ class Pass {
     team_.share(pieces, [&](int64_t piece) {
       float* out = y;
       for (const Matrix* matrix : matrices) {
-        if (piece < count(*matrix)) return part(*matrix, piece, x, out, m, rows);
+        if (piece < count(*matrix)) {
+          return part(*matrix, piece, x, out, m, rows, start(*matrix, piece + 1));
+        }
         piece -= count(*matrix);
         out += matrix->rows;
       }
@@ -116,8 +131,8 @@ class Pass {
     const int64_t rows = opening.rows, wide = 2 * rows, step = rows_of(opening);
     team_.share(count(opening), [&](int64_t piece) {
       const int64_t begin = piece * step, end = std::min(begin + step, rows);
-      part(opening, piece, x, scratch, m, wide);
-      part(raising, piece, x, scratch + rows, m, wide);
+      part(opening, piece, x, scratch, m, wide, start(raising, piece));
+      part(raising, piece, x, scratch + rows, m, wide, start(opening, piece + 1));
       for (int64_t i = 0; i < m; ++i) {
         const float* opened = scratch + i * wide + begin;
         kernels_.gate(opened, opened + rows, y + i * rows + begin, end - begin);
@@ -151,34 +166,32 @@ class Pass {
     }
     std::vector<Reading> readings = plan(stored.window);
     const int64_t scratch = group * (kSpan + (s.dim + 15) / 16 * 16);
-    int64_t sums = 0;
+    int64_t sums = 0, most = 0;
     for (Reading& reading : readings) {
       reading.sums = sums;
       sums += (reading.end - reading.begin) * group * (s.dim + 2);
+      most = std::max(most, reading.end - reading.begin);
     }
-    Buffer<float> partial(sums * s.kv_heads);
-    team_.share(static_cast<int64_t>(readings.size()) * s.kv_heads, [&](int64_t piece) {
-      const Reading& reading = readings[piece / s.kv_heads];
-      const int64_t head = piece % s.kv_heads, lanes = reading.end - reading.begin;
-      float* found = partial + head * sums + reading.sums;
+    partial_.reserve(sums * s.kv_heads);
+    float* const found = partial_.data();
+    const int64_t pieces = static_cast<int64_t>(readings.size()) * s.kv_heads * most;
+    team_.share(pieces, [&](int64_t piece) {
+      const Reading& reading = readings[piece / most / s.kv_heads];
+      const int64_t head = piece / most % s.kv_heads, i = reading.begin + piece % most;
+      if (i >= reading.end) return;
       thread_local std::vector<float> scores;
-      thread_local std::vector<Sight> sights;
       scores.resize(scratch + 16);
-      sights.resize(lanes);
-      for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t i = reading.begin + l;
-        float* at = found + l * group * (s.dim + 2);
-        sights[l] = {fused + i * width + head * group * s.dim,
-                     first(i, stored.window),
-                     lanes_.column[i],
-                     at,
-                     at + group * s.dim,
-                     at + group * (s.dim + 1)};
-      }
-      const int64_t row = place(lanes_.row[reading.begin], head), size = stored.half ? 2 : 4;
+      float* at = found + head * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
+      const Sight sight{fused + i * width + head * group * s.dim,
+                        first(i, stored.window),
+                        lanes_.column[i],
+                        at,
+                        at + group * s.dim,
+                        at + group * (s.dim + 1)};
+      const int64_t row = place(lanes_.row[i], head), size = stored.half ? 2 : 4;
       kernels_.attend(stored.half, static_cast<const char*>(stored.keys) + row * size,
                       static_cast<const char*>(stored.values) + row * size, reading.span * kSpan,
-                      sights.data(), lanes, group, s.dim, s.scaling, scores.data());
+                      &sight, 1, group, s.dim, s.scaling, scores.data());
     });
     // Spans of a lane come in order, so a sum over them is the same whatever shares the pass
     team_.share(lanes_.count, [&](int64_t i) {
@@ -190,7 +203,7 @@ class Pass {
           if (i < reading.begin || i >= reading.end) continue;
           const int64_t g = h % group;
           const float* at =
-              partial + h / group * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
+              found + h / group * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
           parts.push_back(at + g * s.dim);
           peaks.push_back(at[group * s.dim + g]);
           masses.push_back(at[group * (s.dim + 1) + g]);
@@ -208,20 +221,27 @@ class Pass {
   };
 
   int64_t rows_of(const Matrix& matrix) const {
+    // Rows of numbers are taken by three or four at once (pass_product.h)
+    const int64_t step = matrix.form == kPacked ? kSide : 12;
     const int64_t rows = kPiece / std::max<int64_t>(matrix.row_bytes(), 1);
-    return std::max<int64_t>(rows / kSide * kSide, kSide);
+    return std::max<int64_t>(rows / step * step, step);
+  }
+
+  // Where a piece's weights lie
+  const void* start(const Matrix& matrix, int64_t piece) const {
+    return static_cast<const char*>(matrix.weight) + piece * rows_of(matrix) * matrix.row_bytes();
   }
 
   int64_t count(const Matrix& matrix) const {
     return (matrix.rows + rows_of(matrix) - 1) / rows_of(matrix);
   }
 
-  void part(const Matrix& matrix, int64_t piece, const void* x, float* y, int64_t m,
-            int64_t stride) const {
+  void part(const Matrix& matrix, int64_t piece, const void* x, float* y, int64_t m, int64_t stride,
+            const void* after) const {
     const int64_t begin = piece * rows_of(matrix),
                   end = std::min(begin + rows_of(matrix), matrix.rows);
     kernels_.product(matrix.form, matrix.weight, matrix.scale, x, m, matrix.columns, begin, end, y,
-                     stride);
+                     stride, after);
     if (!matrix.offset) return;
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t n = begin; n < end; ++n) y[i * stride + n] += matrix.offset[n];
@@ -274,6 +294,7 @@ class Pass {
   const PassKernels& kernels_;
   const Shape& shape_;
   const Lanes& lanes_;
+  Buffer<float>& partial_;  // of attention
 };
 
 }  // namespace specdec

@@ -35,11 +35,14 @@ struct PassKernels {
   int64_t (*room)(Form form, int64_t k);
   void (*prepare)(Form form, const float* x, int64_t k, void* out);
   // y[i * stride + n] = scale[n] * sum_j w[n, j] * x[i, j] for n in [begin, end), i below m; scale
-  // may be null, begin is a multiple of kSide beside packed weights
+  // may be null, begin is a multiple of kSide beside packed weights. `after` is where the caller
+  // reads on
   void (*product)(Form form, const void* w, const float* scale, const void* x, int64_t m, int64_t k,
-                  int64_t begin, int64_t end, float* y, int64_t stride);
+                  int64_t begin, int64_t end, float* y, int64_t stride, const void* after);
   // y = x / sqrt(mean(x^2) + epsilon) * weight
   void (*normalise)(const float* x, const float* weight, float* y, int64_t n, float epsilon);
+  // x += more
+  void (*add)(float* x, const float* more, int64_t n);
   // y = silu(opened) * up
   void (*gate)(const float* opened, const float* up, float* y, int64_t n);
   // Turns heads [heads, dim] to a position: x * cosine + rotate_half(x) * sine

@@ -30,7 +30,21 @@ void normalise(const float* x, const float* weight, float* y, int64_t n, float e
   float squares[16];
   close<1>(&total, squares);
   const float factor = 1.0f / __builtin_sqrtf(squares[0] / static_cast<float>(n) + epsilon);
-  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * factor * weight[i];
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Floats value = floats(x + i) * factor * floats(weight + i);
+    __builtin_memcpy(y + i, &value, sizeof value);
+  }
+  for (; i < n; ++i) y[i] = x[i] * factor * weight[i];
+}
+
+void add_to(float* x, const float* more, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Floats sum = floats(x + i) + floats(more + i);
+    __builtin_memcpy(x + i, &sum, sizeof sum);
+  }
+  for (; i < n; ++i) x[i] += more[i];
 }
 
 inline Floats gated(Floats opened, Floats up) {
@@ -69,8 +83,20 @@ inline void gather(const float* weights, const Stored* values, int64_t columns, 
       }
     }
   }
-  for (int g = 0; g < kGroup; ++g)
-    __builtin_memcpy(out + g * dim + begin, &total[g], sizeof(float) * (end - begin));
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g) {
+    if (whole) {
+#pragma GCC unroll 4
+      for (int d = 0; d < kWidth; ++d)
+        __builtin_memcpy(out + g * dim + begin + d * kLanes, &total[g][d], sizeof(Lanes));
+    } else {  // by way of a copy: sums whose number is not known do not stay in registers
+      float some[kWidth * kLanes];
+#pragma GCC unroll 4
+      for (int d = 0; d < kWidth; ++d)
+        __builtin_memcpy(some + d * kLanes, &total[g][d], sizeof(Lanes));
+      for (int64_t d = 0; d < end - begin; ++d) out[g * dim + begin + d] = some[d];
+    }
+  }
 }
 
 template <int kGroup, class Stored>
@@ -95,8 +121,8 @@ void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Si
     const int64_t low = most(sight.first, begin), high = least(sight.last + 1, begin + kSpan);
     const int64_t columns = high - low;
     for (int64_t g = 0; g < group; ++g) to_single(sight.query + g * dim, dim, query + g * apart);
-    rows_by_inputs<Plain<Stored>>(keys + low * dim, query, group, dim, apart, 0, columns, scores,
-                                  kSpan);
+    rows_by_inputs<Plain<Stored>, false>(keys + low * dim, query, group, dim, apart, 0, columns,
+                                         scores, kSpan, nullptr);
     for (int64_t g = 0; g < group; ++g) {
       float* score = scores + g * kSpan;
       for (int64_t c = columns; c < up(columns, kLanes); ++c) score[c] = score[0];
@@ -140,7 +166,15 @@ void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Si
 void rotate(float* x, int64_t heads, const float* cosine, const float* sine, int64_t dim) {
   const int64_t half = dim / 2;
   for (int64_t h = 0; h < heads; ++h, x += dim) {
-    for (int64_t d = 0; d < half; ++d) {
+    int64_t d = 0;
+    for (; d + kWide <= half; d += kWide) {
+      const Floats a = floats(x + d), b = floats(x + d + half);
+      const Floats low = a * floats(cosine + d) - b * floats(sine + d),
+                   high = b * floats(cosine + d + half) + a * floats(sine + d + half);
+      __builtin_memcpy(x + d, &low, sizeof low);
+      __builtin_memcpy(x + d + half, &high, sizeof high);
+    }
+    for (; d < half; ++d) {
       const float a = x[d], b = x[d + half];
       x[d] = a * cosine[d] - b * sine[d];
       x[d + half] = b * cosine[d + half] + a * sine[d + half];
@@ -153,13 +187,28 @@ void merge(const float* const* parts, const float* peaks, const float* masses, i
            int64_t dim, float* out) {
   float peak = peaks[0], mass = 0;
   for (int64_t p = 1; p < n; ++p) peak = peaks[p] > peak ? peaks[p] : peak;
-  for (int64_t d = 0; d < dim; ++d) out[d] = 0;
-  for (int64_t p = 0; p < n; ++p) {
-    const float factor = exponential(splat(peaks[p] - peak))[0];
-    mass += factor * masses[p];
-    for (int64_t d = 0; d < dim; ++d) out[d] += factor * parts[p][d];
+  for (int64_t p = 0; p < n; ++p) mass += exponential(splat(peaks[p] - peak))[0] * masses[p];
+  const auto some = [&](auto width, int64_t d) {
+    Floats total[width.value] = {};
+    for (int64_t p = 0; p < n; ++p) {
+      const Floats factor = exponential(splat(peaks[p] - peak));
+#pragma GCC unroll 4
+      for (int i = 0; i < width.value; ++i) total[i] += factor * floats(parts[p] + d + i * kWide);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < width.value; ++i) {
+      total[i] /= mass;
+      __builtin_memcpy(out + d + i * kWide, &total[i], sizeof(Floats));
+    }
+  };
+  int64_t d = 0;
+  for (; d + 4 * kWide <= dim; d += 4 * kWide) some(Count<4>(), d);
+  for (; d + kWide <= dim; d += kWide) some(Count<1>(), d);
+  for (; d < dim; ++d) {
+    float total = 0;
+    for (int64_t p = 0; p < n; ++p) total += exponential(splat(peaks[p] - peak))[0] * parts[p][d];
+    out[d] = total / mass;
   }
-  for (int64_t d = 0; d < dim; ++d) out[d] /= mass;
 }
 
 void attend(bool half, const void* keys, const void* values, int64_t begin, const Sight* sights,

@@ -8,6 +8,7 @@ constexpr int kParts = kLanes / kWide;    // vectors that hold kLanes sums
 
 typedef float Floats __attribute__((vector_size(SPECDEC_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(SPECDEC_BYTES)));
+typedef uint16_t HalfWords __attribute__((vector_size(SPECDEC_BYTES / 2)));
 
 struct Lanes {
   Floats part[kParts];

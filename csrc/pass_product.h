@@ -1,7 +1,8 @@
 // Products of pass.h: weights as rows of numbers and as packed bytes; part of pass_vector.h.
 //
 // At a few inputs a product is bound by reading the weights. So a tile of weights is used for every
-// input while it is in the registers, and the next tile is on its way from memory meanwhile.
+// input while it is in the registers, and what comes some kilobytes later is on its way from memory
+// meanwhile, in the order of memory: tiles follow each other there.
 
 namespace {
 
@@ -40,11 +41,13 @@ struct Dot {
 };
 #endif
 
-// sum[i * kRows + r] of kRows rows and kInputs inputs, `apart` entries apart
+// sum[i * kRows + r] of kRows rows and kInputs inputs, `apart` entries apart; with kAhead, as much
+// is fetched from `next` on
 template <class Scheme, int kRows, int kInputs, bool kAhead>
 inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* x, int64_t k,
-                 int64_t apart, float* sum) {
+                 int64_t apart, [[maybe_unused]] const char* next, float* sum) {
   Lanes total[kInputs * kRows] = {};
+  constexpr int64_t kStride = Scheme::kStep * sizeof(*w);
   const int64_t whole = k / Scheme::kStep * Scheme::kStep;
   for (int64_t j = 0; j < whole; j += Scheme::kStep) {
     decltype(Scheme::weight(w)) weight[kRows];
@@ -52,8 +55,9 @@ inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* 
     for (int r = 0; r < kRows; ++r) {
       weight[r] = Scheme::weight(w + r * k + j);
       // Not to be kept: they would push out of the caches what the rest of a round works on
-      if constexpr (kAhead) __builtin_prefetch(w + (kRows + r) * k + j, 0, 0);
+      if constexpr (kAhead) __builtin_prefetch(next + r * kStride, 0, 0);
     }
+    if constexpr (kAhead) next += kRows * kStride;
 #pragma GCC unroll 8
     for (int i = 0; i < kInputs; ++i) {
       const auto in = Scheme::input(x + i * apart + j);
@@ -76,14 +80,19 @@ inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* 
   if constexpr (kRest > 0) close<kRest>(total + kCount - kRest, sum + kCount - kRest);
 }
 
-// How many sums the registers hold: rows for one input, rows for more, inputs
+// How many sums the registers hold: rows for one input, rows for more, inputs, and rows for more
+// than kFew inputs
 #if SPECDEC_BYTES == 64
-constexpr int kAlone = 8, kRows = 4, kInputs = 6;
+constexpr int kAlone = 8, kRows = 4, kInputs = 8, kFew = 6, kLow = 3;
 #elif SPECDEC_BYTES == 32
-constexpr int kAlone = 4, kRows = 2, kInputs = 2;
+constexpr int kAlone = 4, kRows = 2, kInputs = 2, kFew = 2, kLow = 2;
 #else
-constexpr int kAlone = 2, kRows = 2, kInputs = 1;
+constexpr int kAlone = 2, kRows = 2, kInputs = 1, kFew = 1, kLow = 2;
 #endif
+
+// Bytes from an entry to those that are fetched while it is used, at least, and how many of them
+// the last row of a tile is behind
+constexpr int64_t kFarLeast = 8192, kFarBehind = 2048;
 
 template <int kCount>
 struct Count {
@@ -105,36 +114,56 @@ inline void spans(int64_t m, const Body& body) {
       if (n == 5) body(Count<5>(), i);
       if (n == 6) body(Count<6>(), i);
     }
+    if constexpr (kMost > 6) {
+      if (n == 7) body(Count<7>(), i);
+      if (n == 8) body(Count<8>(), i);
+    }
     i += n;
   }
 }
 
-template <class Scheme>
+// With kLong, what comes is fetched early: the rows that follow each other in memory, and at their
+// end what lies `after`
+template <class Scheme, bool kLong>
 inline void rows_by_inputs(const typename Scheme::Entry* w, const typename Scheme::Input* x,
                            int64_t m, int64_t k, int64_t apart, int64_t begin, int64_t end,
-                           float* y, int64_t stride) {
+                           float* y, int64_t stride, [[maybe_unused]] const void* after) {
   int64_t n = begin;
+  const int64_t row = k * static_cast<int64_t>(sizeof(*w));
   const auto some = [&](auto rows, auto inputs, auto ahead, int64_t i) {
     constexpr int kR = rows.value, kI = inputs.value;
     alignas(64) float sum[(kR * kI + 15) / 16 * 16];
-    tile<Scheme, kR, kI, ahead.value>(w + n * k, x + i * apart, k, apart, sum);
+    const char* next = reinterpret_cast<const char*>(w) + (n + kR) * row;
+    if constexpr (kLong) {
+      next += most(kFarLeast - kR * row, kFarBehind - row);
+      const int64_t beyond = next - reinterpret_cast<const char*>(w) - end * row;
+      if (beyond >= 0) next = static_cast<const char*>(after) + beyond;
+    }
+    tile<Scheme, kR, kI, ahead.value>(w + n * k, x + i * apart, k, apart, next, sum);
 #pragma GCC unroll 8
     for (int l = 0; l < kI; ++l)
       __builtin_memcpy(y + (i + l) * stride + n, sum + l * kR, sizeof(float) * kR);
   };
   const auto strip = [&](auto rows) {
     spans<kInputs>(m, [&](auto inputs, int64_t i) {
-      if (i == 0) {
-        some(rows, inputs, Count<true>(), i);
-      } else {
-        some(rows, inputs, Count<false>(), i);
+      if constexpr (rows.value <= kLow || inputs.value <= kFew) {
+        if (i == 0) {
+          some(rows, inputs, Count<true>(), i);
+        } else {
+          some(rows, inputs, Count<false>(), i);
+        }
       }
     });
   };
+  const int64_t parts = (m + kInputs - 1) / kInputs;
   if (m == 1) {
     for (; n + kAlone <= end; n += kAlone) some(Count<kAlone>(), Count<1>(), Count<true>(), 0);
   }
-  for (; n + kRows <= end; n += kRows) strip(Count<kRows>());
+  if (m > kFew * parts) {
+    for (; n + kLow <= end; n += kLow) strip(Count<kLow>());
+  } else {
+    for (; n + kRows <= end; n += kRows) strip(Count<kRows>());
+  }
   for (; n < end; ++n) strip(Count<1>());
 }
 
@@ -320,7 +349,14 @@ int64_t room([[maybe_unused]] Form form, int64_t k) {
 }
 
 void narrow_all(const float* x, uint16_t* y, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) y[i] = narrow(x[i]);
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    const Words bits = (Words)floats(x + i);
+    const HalfWords half =
+        __builtin_convertvector((bits + 0x7fff + (bits >> 16 & 1)) >> 16, HalfWords);
+    __builtin_memcpy(y + i, &half, sizeof half);
+  }
+  for (; i < n; ++i) y[i] = narrow(x[i]);
 }
 
 void to_single(const float* x, int64_t k, float* out) {
@@ -342,7 +378,7 @@ void prepare([[maybe_unused]] Form form, const float* x, int64_t k, void* out) {
 }
 
 void product(Form form, const void* w, const float* scale, const void* x, int64_t m, int64_t k,
-             int64_t begin, int64_t end, float* y, int64_t stride) {
+             int64_t begin, int64_t end, float* y, int64_t stride, const void* after) {
   const int64_t bytes = room(form, k);
   if (form == specdec::kPacked) {
     packed_by_inputs(static_cast<const uint8_t*>(w), scale, static_cast<const char*>(x), m, k,
@@ -350,15 +386,16 @@ void product(Form form, const void* w, const float* scale, const void* x, int64_
     return;
   }
   if (form == specdec::kSingle) {
-    rows_by_inputs<Plain<float>>(static_cast<const float*>(w), static_cast<const float*>(x), m, k,
-                                 bytes / 4, begin, end, y, stride);
+    rows_by_inputs<Plain<float>, true>(static_cast<const float*>(w), static_cast<const float*>(x),
+                                       m, k, bytes / 4, begin, end, y, stride, after);
   } else {
 #ifdef SPECDEC_DOT
-    rows_by_inputs<Dot>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m, k,
-                        bytes / 2, begin, end, y, stride);
+    rows_by_inputs<Dot, true>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m,
+                              k, bytes / 2, begin, end, y, stride, after);
 #else
-    rows_by_inputs<Plain<uint16_t>>(static_cast<const uint16_t*>(w), static_cast<const float*>(x),
-                                    m, k, bytes / 4, begin, end, y, stride);
+    rows_by_inputs<Plain<uint16_t>, true>(static_cast<const uint16_t*>(w),
+                                          static_cast<const float*>(x), m, k, bytes / 4, begin, end,
+                                          y, stride, after);
 #endif
   }
 }

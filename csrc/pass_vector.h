@@ -14,7 +14,7 @@
 namespace {
 
 constexpr specdec::PassKernels pass_named(const char* name) {
-  return {name, room, prepare, product, normalise, gate, rotate, attend, merge, narrow_all};
+  return {name, room, prepare, product, normalise, add_to, gate, rotate, attend, merge, narrow_all};
 }
 
 }  // namespace
