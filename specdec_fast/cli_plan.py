@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from specdec_fast import console
 from specdec_fast.cli_options import (
@@ -195,14 +196,17 @@ def _show(found: Forecast) -> None:
     head = console.plain_table()
     head.add_row("pair", f"{about['target']} <- {about['drafter'] or 'no drafter model'}")
     head.add_row("method", f"{about['method']}, rule {about['verification']}, T={about['temperature']:g}")
-    head.add_row("target's pass", ", ".join(f"{q}: {unit * costs.scoring(q):.3g}" for q in sizes) + " ms at positions")
+    passes = ", ".join(f"{unit * costs.scoring(q):.3g}" for q in sizes)
+    head.add_row("target's pass", f"{passes} ms at {', '.join(map(str, sizes))} positions")
     head.add_row("draft", f"{unit * costs.start:.3g} ms and {unit * costs.step:.3g} ms a token")
     head.add_row("round beside", f"{unit * costs.rest:.3g} ms; plain decoding {1 / costs.round(0):.3g} tokens/s")
     out.print(head)
-    table = Table("acceptance", *(f"γ={gamma}" for gamma in found.gammas), "best", title="speed beside plain decoding")
+    columns = "acceptance", *(f"γ={gamma}" for gamma in found.gammas), "best"
+    # Narrow enough for 80 columns, which is what a pipe gets
+    table = Table(*columns, title="speed beside plain decoding", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for share, row in found.table.items():
         gamma, speed = found.best_of[share]
-        cells = (f"[bold]{s:.2f}[/]" if s == max(row) and s > 1 else f"{s:.2f}" for s in row)
+        cells = (Text(f"{s:.2f}", style="bold" if s == max(row) and s > 1 else "") for s in row)
         table.add_row(f"{share:.2f}", *cells, f"γ={gamma}, {speed:.2f}x" if gamma else "no drafting")
     out.print(table)
     if found.acceptance is None or found.best is None:
@@ -243,7 +247,7 @@ def _draw(pyplot: Any, found: Forecast, file: str) -> None:
     axes.axhline(1.0, color="0.6", linewidth=0.8)
     axes.set_xlabel("lookahead γ")
     axes.set_ylabel("speed beside plain decoding")
-    axes.legend(title="acceptance", fontsize="small", ncols=2)
+    axes.legend(title="acceptance", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     figure.savefig(file)
     pyplot.close(figure)

@@ -63,6 +63,10 @@ def test_acceptance_is_measured_on_prompts(folders, temperature):
     assert 0 <= found["acceptance"]["positions"][0] <= 1 and found["acceptance"]["tested"][0] > 0
     assert found["best_at_acceptance"]["speedup"] == max(found["speedup_at_acceptance"])
     assert len(found["speedup"]) == len(plan.ACCEPTANCES)
+    lines = [line.split() for line in result.output.splitlines()]
+    for row in found["speedup"]:  # whole in 80 columns, and without marks
+        whole = [f"{row['acceptance']:.2f}", *(f"{speed:.2f}" for speed in row["by_gamma"])]
+        assert whole in [line[: len(whole)] for line in lines]
 
 
 @pytest.mark.usefixtures("_measured")
