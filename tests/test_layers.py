@@ -55,7 +55,7 @@ LAYERS = (
     {"lean_ops"},
     {"walk"},
     {"static_cache"},
-    {"cache", "lean_weights", "pretrained", "ngram", "intersection_mass"},
+    {"cache", "trial", "lean_weights", "pretrained", "ngram", "intersection_mass"},
     {"text"},
     {"spelling"},
     {"token_map"},

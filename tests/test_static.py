@@ -33,6 +33,8 @@ from specdec_fast import (
     last_speculation,
     prepare,
     static_cache,
+    static_runner,
+    trial,
     warmup,
 )
 from specdec_fast.attention import NAME, twin
@@ -103,6 +105,30 @@ def test_what_a_static_cache_would_get_wrong_is_found_by_trying(monkeypatch):
     target = build_model("llama")
     monkeypatch.setattr(static_cache.Place, "columns", lambda place, n: torch.zeros(place.start.shape[0], n).long())
     assert "other logits" in why_not_static(target)
+
+
+@pytest.mark.parametrize("fault", ["sees one more", "sees padding", "hides the first"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_that_is_off_by_one_is_found_by_trying(monkeypatch, dtype, fault):
+    target = make_noisy(taught()[0], 0.0).to(dtype)
+    assert why_not_static(target) is None
+    behind, hidden = {"sees one more": (1, 0), "sees padding": (0, -1), "hides the first": (0, 1)}[fault]
+
+    def masks(model, cache, columns):
+        kv, query = torch.arange(cache.place.capacity), columns.unsqueeze(-1)
+        shown = (kv <= query + behind) & (kv >= cache.place.hidden[:, None, None] + hidden)
+        return (shown | (kv == query)).unsqueeze(1)
+
+    monkeypatch.setattr(static_runner, "_masks", masks)
+    assert "other logits" in why_not_static(make_noisy(target, 0.0))
+
+
+def test_rounding_is_no_other_logits(monkeypatch):
+    """Real models move by this much in bfloat16 where sums come in another order; in float32 none does."""
+    plain = torch.randn(4, 400, generator=torch.Generator().manual_seed(0))
+    noise = 0.07 / 0.8 * torch.randn(4, 400, generator=torch.Generator().manual_seed(1))
+    assert trial.distance(plain, plain + noise) > 1
+    assert trial.distance(plain.bfloat16(), (plain + noise).bfloat16()) < 1
 
 
 SAMPLINGS = (
