@@ -6,8 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "rows.h"
 
@@ -146,9 +148,17 @@ class Logits {
   int64_t stride_[2]{};
 };
 
-inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes,
-                         ScalarType type) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()}, type);
+// Made without the dispatcher, whose way to a tensor is a long one where it is not in the caches
+inline Tensor new_tensor(const Tensor&, std::initializer_list<int64_t> sizes, ScalarType type) {
+  std::vector<int64_t> strides(sizes.size(), 1);
+  for (size_t d = sizes.size(); d-- > 1;)
+    strides[d - 1] = strides[d] * std::max<int64_t>(sizes.begin()[d], 1);
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  AtenTensorHandle made;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.begin(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 template <typename T>

@@ -58,10 +58,12 @@ void Law::subtract(int64_t chunk, int64_t n, double* target) const {
   auto [k, end] = map.entries(first, first + n);
   while (k < end) {
     const int64_t own = k / kChunk, stop = std::min(end, (own + 1) * kChunk);
-    row.weights(own, 1.0, q);
+    // Which entries count where one is infinite is a whole chunk's affair
+    const int64_t from = row.infinite ? own * kChunk : k;
+    row.weights(from, row.infinite ? row.chunk_size(own) : stop - k, 1.0, q);
     for (; k < stop; ++k) {
       const int64_t j = map.id[k] - first;
-      if (j >= 0 && j < n) target[j] -= q[k - own * kChunk];  // false only where ids do not ascend
+      if (j >= 0 && j < n) target[j] -= q[k - from];  // false only where ids do not ascend
     }
   }
 }

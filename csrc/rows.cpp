@@ -71,28 +71,27 @@ void set_total(Row& row, const std::vector<float>& peaks) {
 
 }  // namespace
 
-float Row::scores(int64_t c, float* out) const {
-  const int64_t n = chunk_size(c);
-  float peak = chunk_kernels().load[type](data + c * kChunk * entry_size(type), n,
+float Row::scores(int64_t first, int64_t n, float* out) const {
+  float peak = chunk_kernels().load[type](data + first * entry_size(type), n,
                                           filters.greedy() ? 1.0f : filters.temperature, out);
   if (peak == kInfinity) {
     for (int64_t j = 0; j < n; ++j) out[j] = out[j] == kInfinity ? kLargest : -kInfinity;
   }
   if (threshold == -kInfinity) return peak;
-  const int64_t first = cutoff - c * kChunk;
+  const int64_t kept_from = cutoff - first;
   peak = -kInfinity;
   for (int64_t j = 0; j < n; ++j) {
-    const bool kept = out[j] > threshold || (out[j] == threshold && j >= first);
+    const bool kept = out[j] > threshold || (out[j] == threshold && j >= kept_from);
     out[j] = kept ? out[j] : -kInfinity;
     peak = out[j] > peak ? out[j] : peak;
   }
   return peak;
 }
 
-void Row::weights(int64_t c, double scale, double* out) const {
+void Row::weights(int64_t first, int64_t n, double scale, double* out) const {
   alignas(64) float buffer[kChunk];
-  scores(c, buffer);
-  chunk_kernels().exps(buffer, padded(chunk_size(c)), peak, scale / total, out);
+  scores(first, n, buffer);
+  chunk_kernels().exps(buffer, padded(n), peak, scale / total, out);
 }
 
 double Row::log_prob(int64_t id) const {

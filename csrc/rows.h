@@ -51,9 +51,15 @@ struct Row {
 
   // Scores of chunk c after temperature and filters, padded. Returns the largest, NaN if there is
   // one, and +inf where `out` holds the largest float in its place.
-  float scores(int64_t c, float* out) const;
+  float scores(int64_t c, float* out) const { return scores(c * kChunk, chunk_size(c), out); }
+  // The same of n entries from `first` on, at most a chunk.
+  float scores(int64_t first, int64_t n, float* out) const;
   // scale * p of the entries of chunk c, padded.
-  void weights(int64_t c, double scale, double* out) const;
+  void weights(int64_t c, double scale, double* out) const {
+    weights(c * kChunk, chunk_size(c), scale, out);
+  }
+  // The same of n entries from `first` on, at most a chunk.
+  void weights(int64_t first, int64_t n, double scale, double* out) const;
   // log p of one entry; -inf for an id outside the row.
   double log_prob(int64_t id) const;
   // The entry of the largest logit, the lowest id among equals.
