@@ -112,6 +112,7 @@ class ModelWriter:
         self._numbers = None if choices is None else numbers(choices)
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
+        self._choosing = Choosing(0.0 if warpers is None else 1.0, confidence=confidence)
         self._watcher = watcher
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
@@ -137,6 +138,8 @@ class ModelWriter:
         places = [r for r, most in enumerate(able) if most]
         if not places:
             return Written(None, None, able, entries=[[] for _ in active], device=self.device)
+        if len(places) == len(active):
+            return self._write(active, able, draws)
         written = self._write([active[r] for r in places], [able[r] for r in places], draws.rows(places))
         return written.spread(places, len(active))
 
@@ -183,8 +186,8 @@ class ModelWriter:
         """The same in one operation, without Python between the steps; None where there is none."""
         if self._picks is not None or not draws_natively(draws, self.device):
             return None
-        choosing = _choosing(self.warpers, self._confidence)  # now: warpers may have been set to other values
-        if choosing is None:
+        choosing = self._choosing  # of warpers now: they may have been set to other values
+        if self.warpers and (choosing := _choosing(self.warpers, self._confidence)) is None:
             return None
         missing = self._missing(active)
         if not self._runner.quick([len(text) for text in missing]):
@@ -195,16 +198,13 @@ class ModelWriter:
         if watcher is not None and drafted.levels is not None:
             for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
                 watcher.saw(row, levels[:length])
+        ids = self._numbers
         for row, entries, drawn in zip(active, drafted.drawn, drafted.counts, strict=True):
-            self._drafted[row] = [self._id(entry) for entry in entries[: drawn - 1]]
+            fed = [entry if entry > 0 else 0 for entry in entries[: drawn - 1]]  # some id where none was drawn
+            self._drafted[row] = fed if ids is None else [ids[entry] for entry in fed]
         return Written(
             None, drafted.scores, drafted.counts, drafted.logsumexp, entries=drafted.drawn, device=self.device
         )
-
-    def _id(self, entry: int) -> int:
-        """The drafter's id of an entry drawn; some id where there is none."""
-        entry = max(entry, 0)
-        return entry if self._numbers is None else self._numbers[entry]
 
     def _ids(self, entries: Tensor) -> Tensor:
         """The drafter's ids of entries drawn; some id where there is none."""
@@ -386,10 +386,8 @@ class SlemDrafter:
         return Proposal.of_lists(drafts, self._device)
 
 
-def _choosing(warpers: LogitsProcessorList | None, confidence: float) -> Choosing | None:
+def _choosing(warpers: LogitsProcessorList, confidence: float) -> Choosing | None:
     """The drafter's sampling as the native loop takes it; None where it cannot say it."""
-    if warpers is None:
-        return Choosing(confidence=confidence)
     usual = sampling.parameters(warpers)
     if usual is None:
         return None
