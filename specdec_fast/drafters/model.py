@@ -186,8 +186,10 @@ class ModelWriter:
         """The same in one operation, without Python between the steps; None where there is none."""
         if self._picks is not None or not draws_natively(draws, self.device):
             return None
-        choosing = self._choosing  # of warpers now: they may have been set to other values
-        if self.warpers and (choosing := _choosing(self.warpers, self._confidence)) is None:
+        choosing: Choosing | None = self._choosing
+        if self.warpers:  # asked now: they may have been set to other values
+            choosing = _choosing(self.warpers, self._confidence)
+        if choosing is None:
             return None
         missing = self._missing(active)
         if not self._runner.quick([len(text) for text in missing]):
