@@ -29,10 +29,12 @@ from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, empty_cache, static_forward
 
 __all__ = [
+    "BRANCHES",
     "Captured",
     "Compilation",
     "Compiled",
     "Pair",
+    "branch",
     "capture",
     "check_out",
     "hand_back",
@@ -170,6 +172,28 @@ def capture(run: Callable[[], Tensor]) -> tuple[tuple[Any, Tensor] | None, str]:
         torch.cuda.synchronize()
         return None, f"a round cannot be captured ({str(error).splitlines()[0]})"
     return (graph, result), ""
+
+
+BRANCHES = hasattr(torch.cuda.CUDAGraph, "begin_capture_to_if_node")
+"""Whether this torch captures conditional nodes; that the CUDA release has them too (12.4) shows in a capture."""
+
+
+def branch(wanted: Tensor, run: Callable[[], None]) -> None:
+    """Runs a function; into a graph that is being captured it goes as a part that the device runs or skips.
+
+    Args:
+        wanted: bool without dimensions, on the device: whether to run it at each replay.
+        run: writes what it gives into tensors that were there before.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        run()
+        return
+    graph: Any = torch.cuda.CUDAGraph.get_currently_capturing_graph()
+    graph.begin_capture_to_if_node(wanted)
+    try:
+        run()
+    finally:
+        graph.end_capture_to_conditional_node()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ entries (``COMPACT``, several entries to an id); a later one that of the few ids
 listed with their masses (``SPARSE``). Those lists hang on the map alone: :func:`device_tables` makes them once.
 
 Where the draft steps have a fixed number there are as many of them as the draft has positions, since each gives one
-target token at least; what the last ones draw is then never told.
+target token at least; what the last ones draw is then never told, and their passes can be skipped.
 """
 
 from __future__ import annotations
@@ -97,6 +97,10 @@ class DeviceProjection(DeviceWriter):
         self._tables = tables
         self._most = most
 
+    @property
+    def ends_early(self) -> bool:
+        return self._most > 0 or super().ends_early
+
     def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
         """Reads what is new of each row's text, then draws and tells until the drafts are full."""
         tail, text = self._tail(state)
@@ -106,7 +110,11 @@ class DeviceProjection(DeviceWriter):
         tokens = where = lane = told.expand(-1, gamma)
         steps: list[Drawn] = []
         sure, reach = torch.zeros_like(tokens), torch.ones_like(state.sure[:, :1])
-        for drawn in self._steps(state, gamma, tail, text):
+
+        def goes_on() -> Tensor:
+            return (told.squeeze(1) < count).any() | state.whole
+
+        for drawn in self._steps(state, gamma, tail, text, goes_on):
             known, nothing = drawn.entry.clamp(min=0), (drawn.entry < 0).unsqueeze(1)
             begin = tables["start"][known].unsqueeze(1)
             length = torch.where(nothing, 1, tables["start"][known + 1].unsqueeze(1) - begin)
@@ -129,9 +137,9 @@ class DeviceProjection(DeviceWriter):
                 ends = ends | (here & ~on)
             count = torch.minimum(count, torch.where(ends, place + 1, gamma).amin(1))
             told = told + length
-            if self.eager and bool((told.squeeze(1) >= count).all()):
+            if self.eager and not bool(goes_on()):
                 break
-        read = self._read(torch.stack([drawn.entry for drawn in steps], 1).clamp(min=0))
+        read = self._read(steps)
         assert read is not None
         own = torch.nn.functional.pad(read, (0, gamma - len(steps)), value=-1)
         draft = Draft(tokens, count, own=own, sure=sure if self.watched else None)

@@ -8,8 +8,9 @@ loop.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -67,6 +68,7 @@ class State:
         text: ``[B]`` length of the drafter's text.
         sure: ``[B, S]`` float64, the acceptance expected of a draft token by its confidence, in S equal steps.
         worth: ``[B, M]`` float64: behind its i-th token a row drafts on where the whole draft's is above this.
+        whole: bool, every step of a draft is taken, whoever drafts: rounds are being timed.
     """
 
     ids: Tensor
@@ -84,6 +86,7 @@ class State:
     text: Tensor
     sure: Tensor
     worth: Tensor
+    whole: Tensor
 
     ENDS = 64
     TAIL = 4
@@ -103,6 +106,7 @@ class State:
             tail=numbers(rows, cls.TAIL),
             sure=numbers(rows, Adaptive.STEPS).double(),
             worth=numbers(rows, BUCKETS[-1]).double(),
+            whole=numbers().bool(),
             **{name: numbers(rows) for name in each},
         )
         state.clear()
@@ -208,12 +212,21 @@ class NothingDrafted:
 
 class Drawn(NamedTuple):
     """One draft step: the scores ``[B, K]`` it was drawn from, the entry (-1: they are no law), and what
-    :func:`specdec_fast.ops.sample` says of it, ``[B]`` each."""
+    :func:`specdec_fast.ops.sample` says of it, ``[B]`` each.
+
+    ``taken``: bool, whether the drafter read the token before it; where not, no row drafts that far, and the scores are
+    those of the step before. None: it did.
+    """
 
     scores: Tensor
     entry: Tensor
     log_prob: Tensor
     logsumexp: Tensor
+    taken: Tensor | None = None
+
+
+Branch = Callable[[Tensor, Callable[[], None]], None]
+"""Runs a function where a bool on the device says so, without the host looking at it."""
 
 
 class DeviceWriter:
@@ -230,7 +243,12 @@ class DeviceWriter:
         confidence: a row's draft ends behind a token whose probability is below this.
         watched: a row's draft ends where ``State.sure`` and ``State.worth`` say so.
         eager: shapes may hang on values (a CPU, and nothing compiled): drafting ends where all rows are through.
+
+    Attributes:
+        branch: passes of steps that no row needs are skipped by it; None: they run.
     """
+
+    branch: Branch | None = None
 
     def __init__(
         self,
@@ -261,6 +279,11 @@ class DeviceWriter:
     def tells(self) -> tuple[bool, bool]:
         return self._choices is not None, self.watched
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether drafts often need fewer steps than they have places."""
+        return bool(self._confidence)
+
     def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
         """Reads what is new of each row's text, then draws token by token."""
         tail, text = self._tail(state)
@@ -268,7 +291,11 @@ class DeviceWriter:
         steps: list[Drawn] = []
         sure: list[Tensor] = []
         reach = torch.ones_like(state.sure[:, 0])
-        for drawn in self._steps(state, gamma, tail, text):
+
+        def goes_on() -> Tensor:
+            return (count > len(steps)).any() | state.whole
+
+        for drawn in self._steps(state, gamma, tail, text, goes_on):
             steps.append(drawn)
             if self._confidence or self.watched:
                 mass = (_certainty(drawn.scores, drawn.entry) if self.law.greedy else drawn.log_prob).exp()
@@ -279,12 +306,13 @@ class DeviceWriter:
                     reach = reach * state.sure.gather(1, sure[-1].unsqueeze(1)).squeeze(1)
                     on = reach > state.worth[:, len(steps) - 1]
                 count = torch.where(on, count, count.clamp(max=len(steps)))
-            if self.eager and int(count.amax()) <= len(steps):
+            if self.eager and not bool(goes_on()):
                 break
         entries = torch.stack([drawn.entry for drawn in steps], 1)
-        known = entries.clamp(min=0)
-        tokens = entries if self._target_ids is None else torch.where(entries < 0, -1, self._target_ids[known])
-        draft = Draft(tokens, count, own=self._read(known), sure=torch.stack(sure, 1) if sure else None)
+        tokens = entries
+        if self._target_ids is not None:
+            tokens = torch.where(entries < 0, -1, self._target_ids[entries.clamp(min=0)])
+        draft = Draft(tokens, count, own=self._read(steps), sure=torch.stack(sure, 1) if sure else None)
         if not law_wanted or self.law.greedy:
             return draft
         logits, logsumexp = (torch.stack(part, 1) for part in ([d.scores for d in steps], [d.logsumexp for d in steps]))
@@ -295,21 +323,27 @@ class DeviceWriter:
         places = (self.runner.positions - text).clamp(min=0)
         return torch.where(text > 0, torch.minimum(room, places), 0)
 
-    def _read(self, known: Tensor) -> Tensor | None:
-        """The drafter's ids of the entries ``[B, S]`` that were drawn and read, all but the last; for the host."""
+    def _read(self, steps: list[Drawn]) -> Tensor | None:
+        """The drafter's ids ``[B, S]`` that it has read behind its text, -1 where it has not; for the host."""
         if self._choices is None:
             return None
-        return torch.cat([self._choices[known[:, :-1]], torch.full_like(known[:, :1], -1)], 1)
+        drawn = torch.stack([step.entry for step in steps], 1).clamp(min=0)
+        own = torch.nn.functional.pad(self._choices[drawn[:, :-1]], (0, 1), value=-1)
+        taken = [step.taken for step in steps[1:] if step.taken is not None]
+        return torch.where(torch.stack([*taken, taken[-1]]), own, -1) if taken else own
 
-    def _steps(self, state: State, gamma: int, tail: Tensor, text: Tensor) -> Iterator[Drawn]:
+    def _steps(
+        self, state: State, gamma: int, tail: Tensor, text: Tensor, goes_on: Callable[[], Tensor]
+    ) -> Iterator[Drawn]:
         """Draws up to ``gamma`` tokens one behind the other, each read when the next is asked for.
 
         Args:
             tail, text: of :meth:`_tail`.
+            goes_on: whether a row needs the next step; asked behind each.
         """
         start = (text - tail.shape[1]).clamp(min=0)
         logits = self.runner.score(tail, start, (text - 1 - start).clamp(min=0))
-        key = state.committed
+        key, taken = state.committed, None
         for step in range(gamma):
             scores = self.law.scores(logits if self._picks is None else logits[:, self._picks])
             found = ops.sample(
@@ -320,11 +354,28 @@ class DeviceWriter:
                 purpose=Purpose.DRAFT,
                 **self.parameters,  # type: ignore[arg-type]
             )
-            yield Drawn(scores, torch.where(found.status != 0, -1, found.token), found.log_prob, found.logsumexp)
+            entry = torch.where(found.status != 0, -1, found.token)
+            yield Drawn(scores, entry, found.log_prob, found.logsumexp, taken)
             if step + 1 < gamma:
                 known = torch.where(found.status != 0, 0, found.token)
                 own = known if self._choices is None else self._choices[known]
-                logits = self.runner.score(own.unsqueeze(1), text + step, torch.zeros_like(text))
+                behind = partial(self.runner.score, own.unsqueeze(1), text + step, torch.zeros_like(text))
+                if self.branch is None:
+                    logits = behind()
+                else:
+                    taken = goes_on()
+                    logits = self._where(taken, behind, logits)
+
+    def _where(self, taken: Tensor, behind: Callable[[], Tensor], logits: Tensor) -> Tensor:
+        """The logits of a pass where it is taken, else those there were; in memory that holds them either way."""
+        assert self.branch is not None
+        kept = logits.clone()
+
+        def run() -> None:
+            kept.copy_(behind())
+
+        self.branch(taken, run)
+        return kept
 
     def catch_up(self, state: State, unread: int) -> None:
         """Reads the last tokens of each row after rounds without a draft; same tokenizer."""

@@ -17,9 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast.compiled import (
+    BRANCHES,
     Captured,
     Compilation,
     Pair,
+    branch,
     capture,
     check_out,
     hand_back,
@@ -365,10 +367,17 @@ class Session:
         return report
 
     def _capture(self, gamma: int) -> tuple[Any, Tensor] | None:
-        state = self.state
+        state, writer = self.state, self._writer
         done = state.done.clone()
         state.done.fill_(True)  # rows that are done change nothing, so the runs below leave the text as it is
-        made, self.why_not_captured = capture(lambda: self._round(state, gamma))
+        made = None
+        for skipping in (branch, None):
+            if isinstance(writer, DeviceWriter):
+                writer.branch = skipping
+            if skipping is None or (BRANCHES and isinstance(writer, DeviceWriter) and writer.ends_early):
+                made, self.why_not_captured = capture(lambda: self._round(state, gamma))
+            if made is not None:
+                break
         state.done.copy_(done)
         return made
 
@@ -380,16 +389,13 @@ class Session:
         To be asked before :meth:`start`: the rows are done, so nothing is committed, and what is written into the
         caches will be written over.
         """
-        seconds, writer = [], self._writer
-        eager = isinstance(writer, DeviceWriter) and writer.eager
-        if isinstance(writer, DeviceWriter):
-            writer.eager = False  # it would see that no row drafts
+        seconds = []
+        self.state.whole.fill_(True)  # no row drafts, so no step would be needed
         for _ in range(repetitions + 1):
             begin = time.perf_counter()
             self.launch(gamma).read()
             seconds.append(time.perf_counter() - begin)
-        if isinstance(writer, DeviceWriter):
-            writer.eager = eager
+        self.state.whole.fill_(False)
         self._report = None
         return statistics.median(seconds[1:])
 

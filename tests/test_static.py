@@ -4,6 +4,7 @@ import gc
 import itertools
 import shutil
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -475,6 +476,48 @@ def test_a_move_to_larger_caches_that_fails_gives_both_back(tight, monkeypatch, 
     with pytest.raises(MemoryError, match="no room"):
         fast_generate(target, **taught_prompts(1), **drafters()[method], max_new_tokens=40, **STATIC)
     assert [pair.busy for pair in compiled._kept[target]] == [False, False]
+
+
+def test_a_branch_goes_into_the_graph_that_is_being_captured(monkeypatch):
+    done = []
+    graph = SimpleNamespace(
+        begin_capture_to_if_node=lambda wanted: done.append(wanted),
+        end_capture_to_conditional_node=lambda: done.append("end"),
+    )
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(done))
+    compiled.branch(torch.tensor(False), lambda: done.append("run"))  # nothing is captured: it runs
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "get_currently_capturing_graph", lambda: graph, raising=False)
+    wanted = torch.tensor(False)
+    compiled.branch(wanted, lambda: done.append("run"))
+    with pytest.raises(ZeroDivisionError):
+        compiled.branch(wanted, lambda: 1 // 0)
+    assert done == ["run", wanted, "run", "end", wanted, "end"]
+
+
+@pytest.mark.parametrize("fails", ["nothing", "branches", "everything"])
+@pytest.mark.parametrize("method", ["model", "projection"])
+def test_a_round_is_captured_with_branches_where_that_can_be(monkeypatch, method, fails):
+    """Only rounds that often need fewer steps than they have; and without, where a capture takes none."""
+    session, tried = [], []
+
+    def capture(run):
+        tried.append(session[-1]._writer.branch)
+        can = fails == "nothing" or (fails == "branches" and tried[-1] is None)
+        return ((None, run()), "") if can else (None, "no graph")
+
+    launch = device_session.Session.launch
+    monkeypatch.setattr(
+        device_session.Session, "launch", lambda self, gamma: (session.append(self), launch(self, gamma))[1]
+    )
+    monkeypatch.setattr(device_session, "capture", capture)
+    monkeypatch.setattr(device_session, "BRANCHES", True)
+    options = {**drafters()[method], **STATIC, "num_assistant_tokens": 3}
+    fast_generate(taught()[0], **taught_prompts(1), **options, max_new_tokens=8)
+    made = session[-1]._capture(3)
+    first = [compiled.branch] if method == "projection" else []
+    assert tried == ([*first, None] if fails != "nothing" else first or [None])
+    assert (made is None) == (fails == "everything") == bool(session[-1].why_not_captured)
+    assert session[-1]._writer.branch is tried[-1]
 
 
 def test_a_first_call_that_takes_long_says_so(monkeypatch, capsys):

@@ -10,7 +10,7 @@ from enumeration import laws_of
 from rounds import Setting, distance, prompts
 from test_backends import BACKENDS, generated
 from test_projection import PAIRS
-from tiny import drafters, same, taught, taught_prompts
+from tiny import drafters, make_noisy, same, taught, taught_prompts
 
 from specdec_fast import (
     device_plan,
@@ -22,9 +22,11 @@ from specdec_fast import (
     ops,
     reference_ops,
     static_cache,
+    warmup,
 )
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.device_projection import DeviceProjection, device_tables
+from specdec_fast.device_round import DeviceWriter
 from specdec_fast.token_map import TokenMap
 
 STATIC = {"compile": "static"}
@@ -162,6 +164,100 @@ def test_shapes_are_fixed_where_rounds_are_compiled(monkeypatch, plain_drafters)
     *fixed, statistics = counted(**inputs, **STATIC)
     on_device(statistics)
     assert eager == fixed
+
+
+@pytest.fixture
+def skipping(monkeypatch):
+    """Draft steps of fixed number, passes that no row needs left out as a graph leaves them out; counts both."""
+    passes = {"taken": 0, "skipped": 0}
+
+    def branch(wanted, run):
+        passes["taken" if bool(wanted) else "skipped"] += 1
+        if bool(wanted):
+            run()
+
+    made = DeviceWriter.__init__
+    monkeypatch.setattr(
+        DeviceWriter, "__init__", lambda self, *rest, eager, **more: made(self, *rest, eager=False, **more)
+    )
+    monkeypatch.setattr(DeviceWriter, "branch", staticmethod(branch))
+    return passes
+
+
+def skipped_and_not(method, rows=1, **settings):
+    own = {"tokenizer": None, "assistant_tokenizer": None, **drafters()[method], **settings}
+    given = {**taught_prompts(rows, padded=True), **own, "max_new_tokens": 40, "num_assistant_tokens": 5}
+    *host, _ = counted(**given, compile="off")
+    *device, statistics = counted(**given, **STATIC)
+    on_device(statistics)
+    return host, device, statistics
+
+
+@pytest.mark.parametrize("rule", ["match", *RULES])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("projection", {}),
+        ("projection", {"do_sample": False}),
+        ("projection", {"assistant_confidence_threshold": 0.3, "rows": 3}),
+        ("tli", {"assistant_confidence_threshold": 0.3, "rows": 3}),
+        ("model", {"assistant_confidence_threshold": 0.3, "rows": 3}),
+    ],
+    ids=["projection", "argmax", "confident", "tli", "model"],
+)
+def test_passes_that_no_row_needs_are_skipped_and_change_no_token(method, settings, rule, skipping, plain_drafters):
+    if not settings.get("do_sample", True) and rule != "match":
+        pytest.skip("greedy decoding has one rule")
+    host, device, statistics = skipped_and_not(method, verification=rule, **settings)
+    assert host == device
+    assert skipping["skipped"] and skipping["taken"]
+    assert sum(skipping.values()) <= 4 * statistics.rounds  # the first step's is never left out
+
+
+@pytest.mark.parametrize("method", ["tli", "projection"])
+def test_what_was_not_read_is_not_said_to_be(method, skipping, plain_drafters, monkeypatch):
+    draft, found = DeviceWriter.draft if method == "tli" else DeviceProjection.draft, []
+
+    def drafting(self, *rest):
+        before = skipping["taken"]
+        made = draft(self, *rest)
+        found.append(((made.own[0] >= 0).tolist(), skipping["taken"] - before))
+        return made
+
+    monkeypatch.setattr(DeviceWriter if method == "tli" else DeviceProjection, "draft", drafting)
+    skipped_and_not(method, assistant_confidence_threshold=0.3)
+    assert all(said == [i < taken for i in range(len(said))] for said, taken in found)
+    assert len({taken for _, taken in found}) > 1
+
+
+def test_a_pass_too_few_is_seen(skipping, plain_drafters, monkeypatch):
+    """A planted fault: the pass in front of the last step that is needed is skipped as well."""
+    where = DeviceWriter._where
+    wanted = []
+
+    def early(self, taken, behind, logits):
+        wanted.append(bool(taken))
+        return where(self, taken & (len(wanted) % 7 > 0), behind, logits)
+
+    monkeypatch.setattr(DeviceWriter, "_where", early)
+    host, device, _ = skipped_and_not("projection")
+    assert host != device
+
+
+def test_a_round_that_is_timed_takes_every_step(skipping, monkeypatch):
+    monkeypatch.setattr(warmup, "WORTH_IT", 1)
+    target = make_noisy(taught()[0], 0.0)
+    timed, time_round = [], device_session.Session.time_round
+
+    def timing(self, gamma):
+        before = dict(skipping)
+        seconds = time_round(self, gamma, 1)
+        timed.append((gamma, skipping["taken"] - before["taken"], skipping["skipped"] - before["skipped"]))
+        return seconds
+
+    monkeypatch.setattr(device_session.Session, "time_round", timing)
+    on_device(same(target, taught_prompts(2, padded=True), {**OWN, **STATIC}, max_new_tokens=30))
+    assert timed == [(0, 0, 0), (1, 0, 0), (5, 8, 0)]
 
 
 # The law --------------------------------------------------------------------------------------------------------------
