@@ -120,7 +120,7 @@ def fast_generate(
             "projection" and "autoregressive"; else the statistics say why not. "inductor": the same with both models'
             forwards compiled by ``torch.compile`` as ``compile_config`` says, which takes a while at first.
             "off": the model's own forward. ``disable_compile`` of the generation config makes "auto" that, and
-            "inductor" "static".
+            "inductor" "static"; a ``compile_config`` makes "auto" "inductor" on a GPU.
         source: where random numbers come from; None: Philox, keyed by seed and position.
         **kwargs: everything else of ``model.generate``.
 
@@ -304,7 +304,7 @@ class _Loop:
         do_sample = bool(config.do_sample)
         stops = Stops(stopping_criteria)
         mask = model_kwargs.get("attention_mask")
-        mode = mode_of(options, model, bool(config.disable_compile))
+        mode = mode_of(options, model, bool(config.disable_compile), config.compile_config)
         lean = lean_model(model, rounded=False) if mode == "native" else None
         native = lean is not None
         plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)

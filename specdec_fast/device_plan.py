@@ -35,16 +35,20 @@ __all__ = ["Call", "drafter_part", "mode_of", "open_session", "resident_outlook"
 METHODS = ("autoregressive", "model", "tli", "projection")
 
 
-def mode_of(options: Options, model: PreTrainedModel, disabled: bool) -> str:
+def mode_of(options: Options, model: PreTrainedModel, disabled: bool, config: Any) -> str:
     """How short passes run: "off", "native", "static" or "inductor".
 
     Args:
         disabled: Transformers' ``disable_compile``.
+        config: its ``CompileConfig``, or None. It is for GPUs, or for every device where it says so.
     """
     if options.compile == "off" or (disabled and options.compile == "auto"):
         return "off"
     if options.compile == "auto":
-        return "static" if model.device.type == "cuda" else "native"
+        on_gpu = model.device.type == "cuda"
+        if config is not None and (on_gpu or getattr(config, "_compile_all_devices", False)):
+            return "inductor"
+        return "static" if on_gpu else "native"
     return "static" if disabled else options.compile
 
 
@@ -99,6 +103,8 @@ def open_session(
         batch: rows.
     """
     if mode not in ("static", "inductor"):
+        if mode == "native" and config is not None:
+            statistics.loop_reason = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
         return None
     model, switched = for_static_cache(model)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""

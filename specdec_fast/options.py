@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast.lookahead import SCHEDULES
@@ -53,6 +53,8 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("verification", self.verification, VERIFICATIONS)
+        if isinstance(self.compile, CompileConfig):
+            raise TypeError("compile takes a name: give a CompileConfig as compile_config, and compile='inductor'")
         _one_of("compile", self.compile, COMPILES)
         if self.num_assistant_tokens_schedule is not None:
             _one_of("num_assistant_tokens_schedule", self.num_assistant_tokens_schedule, SCHEDULES)

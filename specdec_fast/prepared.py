@@ -15,6 +15,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from specdec_fast import methods, warmup
 from specdec_fast.api import fast_generate
 from specdec_fast.costs import Costs, Observed
+from specdec_fast.device_plan import mode_of
 from specdec_fast.options import Options
 from specdec_fast.stats import Speculation, last_speculation, remember
 
@@ -23,6 +24,7 @@ __all__ = ["Prepared", "prepare"]
 TOKENS = 8  # that a call writes to make a pair ready
 _PAIR = ("assistant_model", "tokenizer", "assistant_tokenizer")
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+_COMPILATION = ("disable_compile", "compile_config")
 _OF_A_CALL = ("seed", "streamer", "source")
 
 
@@ -90,8 +92,8 @@ def prepare(
         inputs: ``[B, P]`` prompt ids to prepare on, in place of a few ids of the vocabulary; drafts of real text give a
             truer picture of what drafting costs.
         repetitions: how often each pass is timed.
-        **options: what every call shall get, ``method`` or ``temperature`` for example. With
-            ``compile="static"`` or ``"inductor"`` give ``max_new_tokens`` and ``inputs`` of the calls' size: what is
+        **options: what every call shall get, ``method`` or ``temperature`` for example. On a GPU, and with
+            ``compile="static"`` or ``"inductor"``, give ``max_new_tokens`` and ``inputs`` of the calls' size: what is
             compiled depends on them.
 
     Returns:
@@ -112,7 +114,7 @@ def prepare(
         raise TypeError(f"{', '.join(of_a_call)} belongs to a single call: give it to generate")
     known = set(inspect.signature(Options).parameters)
     pair = {"assistant_model": assistant_model, "tokenizer": tokenizer, "assistant_tokenizer": assistant_tokenizer}
-    Options(**pair, **{name: value for name, value in options.items() if name in known})
+    asked = Options(**pair, **{name: value for name, value in options.items() if name in known})
     methods.check_model(model, "model")
     if assistant_model is not None:
         methods.check_model(assistant_model, "assistant_model")
@@ -123,7 +125,8 @@ def prepare(
     if inputs.shape[0] != batch:
         inputs = inputs[:1].repeat(batch, 1)
     begin, before = time.perf_counter(), last_speculation()
-    fixed_shape = options.get("compile", "auto") not in ("auto", "off")
+    disabled, config = (options.get(name, getattr(model.generation_config, name, None)) for name in _COMPILATION)
+    fixed_shape = mode_of(asked, model, bool(disabled), config) in ("static", "inductor")
     length = options.get("max_new_tokens", 256) if fixed_shape else TOKENS
     devices = [inputs.device] if inputs.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tables import tokenizer
 from tiny import PAD, VOCABULARY, build_model, make_noisy, model, noisy, prompts, taught, taught_prompts
-from transformers import DynamicCache, GenerationConfig
+from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import decoding_loop, fast_generate, last_speculation
@@ -114,6 +114,7 @@ def test_things_that_are_no_model(thing, target):
 
 
 BAD = [
+    ({"compile": CompileConfig()}, "compile takes a name: give a CompileConfig as compile_config"),
     ({"method": "magic"}, "method='magic'.*'tli'"),
     ({"verification": "hope"}, "verification='hope'.*'match'"),
     ({"num_assistant_tokens_schedule": "wild"}, "num_assistant_tokens_schedule='wild'"),

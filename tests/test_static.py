@@ -387,6 +387,38 @@ def test_disable_compile_leaves_passes_as_they_are():
     assert same(model(), prompts(), own, max_new_tokens=4, disable_compile=True).forward == "static"
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_a_compile_config_is_honoured_or_the_statistics_say_why_not(everywhere):
+    config = CompileConfig(backend=lambda graph, inputs: graph.forward)
+    config._compile_all_devices = everywhere
+    own = {"assistant_model": noisy()}
+    statistics = same(model(), prompts(), own, max_new_tokens=4, compile_config=config)
+    if everywhere:
+        assert on_device(statistics).forward == "inductor"
+    else:
+        assert (
+            statistics.loop_reason == "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
+        )
+    assert not same(model(), prompts(), {**own, "compile": "off"}, max_new_tokens=4, compile_config=config).loop_reason
+
+
+def test_a_pair_prepared_where_shapes_are_fixed_is_ready_for_calls_of_the_same_size():
+    target, compiled_graphs = build_model("llama"), []
+
+    def counting(graph, inputs):
+        compiled_graphs.append(graph)
+        return graph.forward
+
+    config = CompileConfig(backend=counting)
+    config._compile_all_devices = True
+    own = {"assistant_model": make_noisy(target), "num_assistant_tokens": 2, "compile_config": config}
+    pair = prepare(target, **own, do_sample=False, repetitions=1, max_new_tokens=300, pad_token_id=0)
+    made, kept = len(compiled_graphs), len(compiled._kept[target])
+    pair.generate(**prompts(length=20), max_new_tokens=280)
+    assert made and (len(compiled_graphs), len(compiled._kept[target])) == (made, kept)
+    assert on_device(last_speculation()).forward == "inductor"
+
+
 def test_what_was_kept_goes_with_the_models():
     target = build_model("llama")
     drafter = make_noisy(target)
