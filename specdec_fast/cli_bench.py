@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -126,6 +125,7 @@ def generate(
     temperatures = temperature or [0.0, 1.0]
     if any(t < 0 for t in temperatures):
         raise ValueError("--temperature is out of range: use a number 0 or more")
+    written = None if json_file is None else console.output_file("--json", json_file)
     names = None if methods is None else _named(methods)
     texts = list(PROMPTS) if prompts is None else console.read_prompts(prompts)
     with console.working() as say:
@@ -138,8 +138,8 @@ def generate(
     for t in temperatures:
         rows += _measured(session, names, inputs, t, batch, tokens, num_assistant_tokens, repetitions, compile)
     console.output_console().print(_table(rows))
-    if json_file is not None:
-        Path(json_file).expanduser().write_text(json.dumps(rows, indent=1) + "\n")
+    if written is not None:
+        written.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def _measured(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["plan"]
 
 MEASURED = "Measurement"
+DRAWN = (".svg", ".png", ".pdf")
 SHOWN = (1, 2, 3, 4, 6, 8, 12, 16)  # positions of a pass
 
 
@@ -99,6 +99,8 @@ def plan(
         raise ValueError(f"--acceptance {acceptance:g} is out of range: use a number from 0 to 1")
     if acceptance is not None and prompts is not None:
         raise ValueError("--acceptance and --prompts exclude each other: leave one out")
+    written = None if json_file is None else console.output_file("--json", json_file)
+    drawn = None if plot is None else console.output_file("--plot", plot, DRAWN)
     pyplot = None if plot is None else _pyplot()
     settings = Settings(
         target=target,
@@ -119,10 +121,10 @@ def plan(
         session = console.open_session(settings, say)
         found = _forecast(session, say, texts, acceptance, temperature, tokens, batch, repetitions)
     _show(found)
-    if json_file is not None:
-        Path(json_file).expanduser().write_text(json.dumps(found.to_dict(), indent=1) + "\n")
-    if plot is not None:
-        _draw(pyplot, found, str(Path(plot).expanduser()))
+    if written is not None:
+        written.write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+    if drawn is not None:
+        _draw(pyplot, found, str(drawn))
 
 
 def _forecast(

@@ -35,6 +35,7 @@ __all__ = [
     "name_of",
     "open_session",
     "output_console",
+    "output_file",
     "plain_table",
     "read_prompts",
     "unit_of",
@@ -370,6 +371,21 @@ def read_prompts(file: str) -> list[str]:
     if not prompts:
         raise ValueError(f"--prompts {file} holds no prompt")
     return prompts
+
+
+def output_file(option: str, file: str, suffixes: tuple[str, ...] = ()) -> Path:
+    """Where a result will be written, looked at before anything is measured; its folder is made.
+
+    Raises:
+        ValueError, OSError: nothing can be written there, or not in a format that is known.
+    """
+    path = Path(file).expanduser()
+    if suffixes and path.suffix not in suffixes:
+        raise ValueError(f"{option} {file} has no suffix that says what to draw: use one of {', '.join(suffixes)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {file} cannot be written: name another file")
+    return path
 
 
 class TextStream:

@@ -6,7 +6,7 @@ import pytest
 from tiny import taught
 from typer.testing import CliRunner
 
-from specdec_fast import costs, plan, warmup
+from specdec_fast import console, costs, plan, warmup
 from specdec_fast.cli import app
 from specdec_fast.costs import Costs
 from specdec_fast.plan import Acceptance, forecast, speedup
@@ -86,8 +86,16 @@ def test_an_acceptance_may_be_given_and_a_plot_drawn(folders):
         (["--tokens", "0"], "--tokens 0 is out of range"),
         (["--temperature", "-1"], "--temperature -1 is out of range"),
         (["--method", "fast"], "method='fast' is not known"),
+        (["--plot", "plan.doc"], "--plot plan.doc has no suffix that says what to draw"),
+        (["--json", "."], "--json . cannot be written"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(folders, options, named):
     result = run(folders, *options)
     assert result.exit_code == 2 and named in result.output
+    assert "Measuring" not in result.output
+
+
+def test_a_folder_for_the_figures_is_made(tmp_path):
+    file = console.output_file("--json", str(tmp_path / "new" / "plan.json"))
+    assert file.parent.is_dir() and not file.exists()
