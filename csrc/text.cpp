@@ -1,13 +1,20 @@
 // What is not a tensor: structures over token ids and text, bound with pybind11.
+#include <pybind11/functional.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
+
+#include "reader.h"
 
 namespace py = pybind11;
 
@@ -84,6 +91,61 @@ class NgramIndex {
   std::vector<size_t> follow_{0};  // by node; the root's entry is never read
 };
 
+std::shared_ptr<specdec::Pieces> pieces_of(const std::vector<std::optional<py::bytes>>& table) {
+  auto pieces = std::make_shared<specdec::Pieces>();
+  for (const auto& data : table) {
+    if (data) {
+      pieces->add(static_cast<std::string_view>(*data));
+    } else {
+      pieces->add_none();
+    }
+  }
+  return pieces;
+}
+
+std::shared_ptr<specdec::ByteLevelBpe> bpe_of(
+    std::shared_ptr<specdec::Pieces> pieces, specdec::Pattern pattern, const py::bytes& classes,
+    const std::vector<int64_t>& letters, const std::vector<std::array<int64_t, 3>>& merges,
+    const std::vector<std::pair<py::bytes, int64_t>>& whole, std::vector<std::string> marked) {
+  std::vector<specdec::ByteLevelBpe::Merge> ranked;
+  bool sound = letters.size() == 256;
+  for (const auto& [left, right, made] : merges) {
+    for (const int64_t id : {left, right, made}) sound = sound && id >= 0 && id < pieces->size();
+    ranked.push_back({left, right, made});
+  }
+  std::vector<std::pair<std::string, int64_t>> words;
+  for (const auto& [word, id] : whole) {
+    sound = sound && id >= 0 && id < pieces->size();
+    words.emplace_back(static_cast<std::string>(word), id);
+  }
+  for (const int64_t id : letters) sound = sound && id < pieces->size();
+  for (const std::string& text : marked) sound = sound && !text.empty();
+  if (!sound) throw py::value_error("an id is out of range, or a marked text is empty");
+  auto bpe = std::make_shared<specdec::ByteLevelBpe>(pattern, static_cast<std::string>(classes),
+                                                     letters, ranked, words, std::move(marked));
+  bpe->use(std::move(pieces));
+  return bpe;
+}
+
+std::optional<std::pair<std::vector<int64_t>, std::vector<int64_t>>> encode(
+    specdec::ByteLevelBpe& bpe, std::string_view text) {
+  specdec::Encoded found;
+  if (!bpe.encode(text, found)) return std::nullopt;
+  std::vector<int64_t> starts;
+  for (const auto& place : found.starts) starts.push_back(place.character);
+  return std::pair{std::move(found.ids), std::move(starts)};
+}
+
+specdec::NativeReader reader_of(
+    std::shared_ptr<specdec::ByteLevelBpe> bpe, std::shared_ptr<specdec::Pieces> source,
+    specdec::Slow slow, std::unordered_map<int64_t, specdec::NativeReader::Special> specials,
+    std::vector<int64_t> opening, bool drop_space, bool drop_space_after_special,
+    int64_t lookbehind) {
+  return specdec::NativeReader(std::move(bpe), std::move(source), std::move(slow),
+                               std::move(specials), std::move(opening), drop_space,
+                               drop_space_after_special, lookbehind);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_text, module) {
@@ -92,4 +154,35 @@ PYBIND11_MODULE(_text, module) {
       .def("extend", &NgramIndex::extend, py::arg("ids"))
       .def("lookup", &NgramIndex::lookup, py::arg("count"))
       .def("__len__", &NgramIndex::size);
+
+  using namespace specdec;
+  py::class_<Pieces, std::shared_ptr<Pieces>>(module, "Pieces")
+      .def(py::init(&pieces_of), py::arg("table"));
+  py::enum_<Pattern>(module, "Pattern")
+      .value("GPT2", Pattern::kGpt2)
+      .value("GPT2_DIGITS", Pattern::kGpt2Digits)
+      .value("ONE_DIGIT", Pattern::kOneDigit)
+      .value("THREE_DIGITS", Pattern::kThreeDigits);
+  py::class_<ByteLevelBpe, std::shared_ptr<ByteLevelBpe>>(module, "ByteLevelBpe")
+      .def(py::init(&bpe_of), py::arg("pieces"), py::arg("pattern"), py::arg("classes"),
+           py::arg("letters"), py::arg("merges"), py::arg("whole"), py::arg("marked"))
+      .def("encode", &encode, py::arg("text"));
+  py::class_<NativeReader::Special>(module, "Special")
+      .def(py::init<int64_t, bool, bool, std::string, std::string, bool>(), py::arg("mapped"),
+           py::arg("opens"), py::arg("unsaid"), py::arg("text"), py::arg("marker"),
+           py::arg("plain"));
+  py::class_<NativeReader>(module, "Reader")
+      .def(py::init(&reader_of), py::arg("bpe"), py::arg("source"), py::arg("slow"),
+           py::arg("specials"), py::arg("opening"), py::arg("drop_space"),
+           py::arg("drop_space_after_special"), py::arg("lookbehind"))
+      .def("append", &NativeReader::append, py::arg("source_ids"))
+      .def_property_readonly("kept", &NativeReader::kept);
+  py::class_<NativeProposer>(module, "Proposer")
+      .def(py::init([](std::shared_ptr<ByteLevelBpe> bpe, std::shared_ptr<Pieces> drafter,
+                       int64_t lookbehind) {
+             return NativeProposer(std::move(bpe), std::move(drafter), lookbehind);
+           }),
+           py::arg("bpe"), py::arg("drafter"), py::arg("lookbehind"))
+      .def("propose", &NativeProposer::propose, py::arg("committed"), py::arg("context"),
+           py::arg("drafted"));
 }

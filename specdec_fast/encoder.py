@@ -9,6 +9,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from specdec_fast.byte_level import NativeBpe, native_bpe
+
 __all__ = ["Encoder"]
 
 
@@ -41,6 +43,10 @@ class Encoder:
     def use_pieces(self, pieces: Sequence[bytes | None]) -> None:
         """Tell the bytes of each id: a tokenizer without a backend has no offsets, so they are counted."""
         self._pieces = pieces
+
+    def native(self, token_bytes: Sequence[bytes | None], pieces: Any) -> NativeBpe | None:
+        """The same step in C++, where it is certain to be the same; arguments of `native_bpe`."""
+        return native_bpe(self._backend, token_bytes, pieces) if self.fast else None
 
     def encode(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of ``text``, and the character of ``text`` at which each begins (never decreasing)."""

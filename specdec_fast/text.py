@@ -11,10 +11,12 @@ are no text, tokenizers that lower-case or drop what they do not know) never rai
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
+from specdec_fast.native import load_text
 from specdec_fast.vocab import Vocabulary, match_specials, shared_markers
 
 __all__ = ["Reader", "TextProposer", "retokenise"]
@@ -48,6 +50,7 @@ class Reader:
         tokenizer: the destination.
         vocabulary: ``Vocabulary.of(tokenizer)``.
         lookbehind: least number of tokens a window looks back.
+        native: let C++ do it (``csrc/reader.h``), where the destination has a native encoder; the ids are the same.
 
     Attributes:
         ids: destination ids of everything appended so far.
@@ -56,7 +59,9 @@ class Reader:
         ValueError: ``vocabulary`` was made by hand and cannot encode.
     """
 
-    def __init__(self, source: Vocabulary, tokenizer: Any, vocabulary: Vocabulary, *, lookbehind: int = 10) -> None:
+    def __init__(
+        self, source: Vocabulary, tokenizer: Any, vocabulary: Vocabulary, *, lookbehind: int = 10, native: bool = True
+    ) -> None:
         if vocabulary.encoder is None:
             raise ValueError("vocabulary must come from Vocabulary.of(tokenizer)")
         self._source = source
@@ -70,9 +75,36 @@ class Reader:
         self._starts = [0] * len(self.ids)  # [len(ids)] character of the segment where each id begins
         self._drop_space = source.prefix_space  # the source's own space before a text is still to come
         self._open_segment("")
+        self._native = self._made_native() if native else None
+
+    def _made_native(self) -> Any:
+        module, native, source = load_text(), self._vocabulary.native, self._source
+        if module is None or native is None:
+            return None
+        specials = {}
+        for i, text in source.specials.items():
+            mapped = self._specials.get(i, -1)
+            marker = self._vocabulary.specials.get(mapped, "")
+            unsaid = i == source.roles["pad"] and i != source.roles["eos"]
+            plain = native.plain_markers.get(mapped) == marker
+            specials[i] = module.Special(mapped, source.opens_text(i), unsaid, text, marker, plain)
+        return module.Reader(
+            native.bpe,
+            source.pieces,
+            _slow(self._vocabulary),
+            specials,
+            self.ids,
+            source.prefix_space,
+            source.prefix_space_after_special,
+            self._lookbehind,
+        )
 
     def append(self, source_ids: Sequence[int]) -> int:
         """Read on; returns how many of the ids before are unchanged: caches roll back to there."""
+        if self._native is not None:
+            unchanged, behind = self._native.append(source_ids)
+            self.ids[unchanged:] = behind
+            return unchanged
         unchanged = len(self.ids)
         table, size = self._source.token_bytes, self._source.size
         run: list[bytes] = []
@@ -221,12 +253,21 @@ class TextProposer:
         target: ``Vocabulary.of(target_tokenizer)``.
         drafter: vocabulary of the drafter's tokenizer.
         lookbehind: least number of committed tokens to encode again.
+        native: let C++ do the usual cases (``csrc/reader.h``), where the target has a native encoder.
 
     Raises:
         ValueError: ``target`` was made by hand and cannot encode.
     """
 
-    def __init__(self, target_tokenizer: Any, target: Vocabulary, drafter: Vocabulary, *, lookbehind: int = 10) -> None:
+    def __init__(
+        self,
+        target_tokenizer: Any,
+        target: Vocabulary,
+        drafter: Vocabulary,
+        *,
+        lookbehind: int = 10,
+        native: bool = True,
+    ) -> None:
         if target.encoder is None:
             raise ValueError("target must come from Vocabulary.of(target_tokenizer)")
         self._tokenizer = target_tokenizer  # kept alive, as in `Reader`
@@ -234,6 +275,10 @@ class TextProposer:
         self._drafter = drafter
         self._lookbehind = max(1, lookbehind)
         self._markers = shared_markers(target, drafter)
+        module, encoder = load_text(), target.native if native else None
+        self._native: Any = None
+        if module is not None and encoder is not None:
+            self._native = module.Proposer(encoder.bpe, drafter.pieces, self._lookbehind)
 
     def propose(self, committed: Sequence[int], drafter_context: Sequence[int], drafted: Sequence[int]) -> list[int]:
         """Target ids that go on from ``committed`` with the text of ``drafted``.
@@ -245,6 +290,11 @@ class TextProposer:
                 begin with what is missing, which is taken off it, or nothing is proposed.
             drafted: new drafter ids.
         """
+        if self._native is not None:
+            most = 4 * self._lookbehind
+            found: list[int] | None = self._native.propose(committed[-most:], drafter_context[-most:], drafted)
+            if found is not None:
+                return found
         tail = _after_special(self._target, committed, 4 * self._lookbehind)
         runs = _split(self._drafter, drafted)
         first = self._new_text(tail, drafter_context, runs[0][0])
@@ -334,6 +384,18 @@ class TextProposer:
             if ids[:1] == [before[-1]]:
                 return ids[1:]
         return self._target.encode(text)[0]
+
+
+def _slow(vocabulary: Vocabulary) -> Callable[[str], tuple[list[int], list[int]]]:
+    """The tokenizer's own encoding, for texts the native one is not sure of; does not keep the vocabulary alive."""
+    known = weakref.ref(vocabulary)
+
+    def encode(text: str) -> tuple[list[int], list[int]]:
+        found = known()
+        assert found is not None  # the reader holds it
+        return found.encode(text)
+
+    return encode
 
 
 def _begins_word(data: bytes | None) -> bool:

@@ -6,11 +6,14 @@ import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
+from specdec_fast.byte_level import NativeBpe
 from specdec_fast.encoder import Encoder
+from specdec_fast.native import load_text
 from specdec_fast.pieces import backend_reading, guessed_reading, listed_pieces
 
 __all__ = ["Intersection", "Vocabulary", "intersection", "match_specials", "same_tokenizer", "shared_markers"]
@@ -92,6 +95,19 @@ class Vocabulary:
         """The id that stands for ``data``: where several do, the one the encoder yields, else the lowest."""
         return self._id_of.get(data)
 
+    @cached_property
+    def pieces(self) -> Any:
+        """``token_bytes`` for the compiled text part, None where there is none."""
+        text = load_text()
+        return None if text is None else text.Pieces(self.token_bytes)
+
+    @cached_property
+    def native(self) -> NativeBpe | None:
+        """The encoder's step in C++, None where it is not certain to give the encoder's ids."""
+        if not isinstance(self.encoder, Encoder) or self.pieces is None or self.prefix_space:
+            return None
+        return self.encoder.native(self.token_bytes, self.pieces)
+
     @property
     def unknown(self) -> int | None:
         """The id of the unknown token, unless it also marks the beginning or the end (GPT-2)."""
@@ -109,6 +125,8 @@ class Vocabulary:
         """
         if self.encoder is None:
             raise ValueError("this vocabulary was made by hand; Vocabulary.of(tokenizer) can encode")
+        if self.native is not None and (found := self.native.bpe.encode(text)) is not None:
+            return found
         return self._without_unknown(*self.encoder.encode(text))
 
     def encode_inside(self, text: str) -> tuple[list[int], list[int]]:

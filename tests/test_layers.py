@@ -60,7 +60,7 @@ LAYERS = (
     {"spelling"},
     {"token_map"},
     {"vocab", "encoder"},
-    {"pieces"},
+    {"pieces", "byte_level"},
     {"ops", "attention_ops"},
     {"dispatch", "reference_ops"},
     {"reference", "randomness"},
