@@ -141,8 +141,18 @@ def _alphabet() -> list[str]:
 
 @cache
 def _classes(nfc: bool) -> bytes:
-    """The class of each code point, by the library's own regular expressions."""
-    points = [point for point in range(_POINTS) if not 0xD800 <= point < 0xE000]
+    """The class of each code point; with NFC before, those that it may change are not sure."""
+    if not nfc:
+        return _library_classes()
+    table = bytearray(_classes(False))
+    for point in _moved():
+        table[point] = _UNSURE
+    return bytes(table)
+
+
+def _library_classes() -> bytes:
+    """The same by the library's own regular expressions."""
+    points = _characters()
     text = "".join(map(chr, points))
     table = bytearray(_POINTS)
     for kind, pattern in ((_LETTER, r"\p{L}+"), (_NUMBER, r"\p{N}+"), (_SPACE, r"\s+")):
@@ -158,14 +168,17 @@ def _classes(nfc: bool) -> bytes:
     table[0xD800:0xE000] = bytes([_UNSURE]) * 0x800
     for point in (0x17F, 0xFB05, 0xFB06):  # an s to who ignores case
         table[point] = _UNSURE
-    if nfc:
-        for point in _moved(points):
-            table[point] = _UNSURE
     return bytes(table)
 
 
-def _moved(points: Sequence[int]) -> set[int]:
+def _characters() -> list[int]:
+    """The code points that have a class: surrogates are none."""
+    return [point for point in range(_POINTS) if not 0xD800 <= point < 0xE000]
+
+
+def _moved() -> set[int]:
     """Code points that NFC may change, or join to the one before them."""
+    points = _characters()
     moved = {*range(0x1161, 0x1176), *range(0x11A8, 0x11C3)}
     for point in points:
         char = chr(point)
