@@ -31,6 +31,7 @@ from specdec_fast import fast_generate, last_speculation, pretrained
 from specdec_fast.drafters.model import ModelWriter
 from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
+from specdec_fast.lean_ops import Session
 from specdec_fast.text import TextProposer
 
 TARGET, DRAFTER, CHOOSING, DRAFTING = "target's pass", "drafter's passes", "choosing", "rest of drafting"
@@ -107,8 +108,8 @@ class Profile:
             (Engine, "_judge", VERIFYING),
             (ops, "llama_read", TARGET),
             (ops, "llama_forward", TARGET),
-            (ops, "llama_judge", VERIFYING, lambda report: report[-2]),
-            (ops, "llama_draft", CHOOSING, lambda result: result[-1][-1]),
+            (Session, "judge", VERIFYING, lambda report: report[-2]),
+            (Session, "draft", CHOOSING, lambda report: report[-1]),
             *((kind, "forward", TARGET) for kind in kinds),
         ]
         with contextlib.ExitStack() as stack:

@@ -38,6 +38,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from specdec_fast import fast_generate, last_speculation
+from specdec_fast.lean_ops import Session
 
 Run = Callable[[int, int], int]
 
@@ -83,7 +84,7 @@ class Clock:
 
         def read(*arguments: Any) -> Any:
             result = function(*arguments)
-            self.seconds += 1e-9 * int(result[-1][-1])
+            self.seconds += 1e-9 * result[-1]
             return result
 
         return read
@@ -108,10 +109,11 @@ class Clock:
         ops = torch.ops.specdec_fast
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(LlamaForCausalLM, "forward", self.wrap(LlamaForCausalLM.forward)))
-            passes = {"llama_forward": self.wrap, "llama_read": self.wrap, "llama_draft": self.reading}
-            for name, counted in {**passes, "llama_judge": self.judging}.items():
+            for name in ("llama_forward", "llama_read"):
                 if (native := getattr(ops, name, None)) is not None:
-                    stack.enter_context(mock.patch.object(ops, name, counted(native)))
+                    stack.enter_context(mock.patch.object(ops, name, self.wrap(native)))
+            for name, counted in (("draft", self.reading), ("judge", self.judging)):
+                stack.enter_context(mock.patch.object(Session, name, counted(getattr(Session, name))))
             yield
 
 

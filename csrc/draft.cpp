@@ -217,57 +217,55 @@ class Draft {
   Clock::duration passes_{0};
 };
 
-std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
-    int64_t number, std::vector<int64_t> tokens, std::vector<int64_t> lengths,
-    std::vector<int64_t> rows, std::vector<int64_t> columns, std::vector<int64_t> hidden,
-    std::vector<int64_t> steps, const MaybeTensor& choices, std::vector<int64_t> seed,
-    std::vector<int64_t> start, double temperature, int64_t top_k, double top_p, double min_p,
-    double least, int64_t levels, std::vector<double> stops) {
-  const std::shared_ptr<const Session> session = llama_session(number);
-  const int64_t height = static_cast<int64_t>(rows.size()), width = session->model->width();
-  std::vector<int64_t> more;  // the last token of a draft is not fed
-  for (const int64_t step : steps) more.push_back(step - 1);
-  Texts texts = texts_of(*session, std::move(tokens), lengths, rows, columns, hidden, more);
-  STD_TORCH_CHECK(seed.size() == rows.size() && start.size() == rows.size(),
-                  "llama_draft: a seed and a start for each row");
-  const int64_t most = *std::max_element(steps.begin(), steps.end());
-  if (choices) {
-    STD_TORCH_CHECK(choices->scalar_type() == ScalarType::Long && choices->is_contiguous() &&
-                        choices->numel() == width,
-                    "llama_draft: choices are an int64 id for each logit");
-  }
-  int64_t told = 0;
-  for (const int64_t step : steps) told += levels ? levels + step : 0;
-  STD_TORCH_CHECK(levels >= 0 && static_cast<int64_t>(stops.size()) == told,
-                  "llama_draft: stops are, for each row, an acceptance a level and a bound a step");
-  const int64_t* ids = choices ? choices->const_data_ptr<int64_t>() : nullptr;
-  const Filters filters{static_cast<float>(temperature), static_cast<int32_t>(top_k),
-                        static_cast<float>(top_p), static_cast<float>(min_p)};
-
-  // Counts of the rows; what was drawn and its levels, [height, most] each; time of the passes
-  std::vector<int64_t> report(height * (1 + most + (levels ? most : 0)) + 1);
-  std::vector<Tensor> laws;
+// What is drafted, beside the session
+struct Wanted {
+  std::vector<int64_t> tokens;  // of the rows' texts, behind one another
+  // Of each row: how long its text is, its place, how long a draft may get, and its numbers' keys
+  std::vector<int64_t> lengths, rows, columns, hidden, steps, seed, start;
+  std::vector<double> stops;  // of each row, an acceptance a level and a bound a step
+  int64_t levels = 0;
+  double least = 0.0;
+  Filters filters;
+  const int64_t* ids = nullptr;  // of each logit, null: its place
+  // Where scores [rows, most, width] and their logsumexp [rows, most] go, unless greedy
   float* scores = nullptr;
   double* logsumexp = nullptr;
-  if (!filters.greedy()) {
-    laws = {new_tensor(session->kept[0], {height, most, width}, ScalarType::Float),
-            new_tensor(session->kept[0], {height, most}, ScalarType::Double)};
-    scores = pointer<float>(laws[0]);
-    logsumexp = pointer<double>(laws[1]);
-  }
+
+  int64_t most() const { return steps.empty() ? 0 : *std::max_element(steps.begin(), steps.end()); }
+};
+
+// Counts of the rows; what was drawn and its levels, [rows, most] each; nanoseconds of the passes
+std::vector<int64_t> drafted(const Session& session, Wanted given) {
+  const int64_t height = static_cast<int64_t>(given.rows.size()), width = session.model->width();
+  const int64_t most = given.most(), levels = given.levels;
+  std::vector<int64_t> more;  // the last token of a draft is not fed
+  for (const int64_t step : given.steps) more.push_back(step - 1);
+  Texts texts = texts_of(session, std::move(given.tokens), given.lengths, given.rows, given.columns,
+                         given.hidden, more);
+  STD_TORCH_CHECK(given.seed.size() == given.rows.size() && given.start.size() == given.rows.size(),
+                  "llama_draft: a seed and a start for each row");
+  int64_t told = 0;
+  for (const int64_t step : given.steps) told += levels ? levels + step : 0;
+  STD_TORCH_CHECK(levels >= 0 && static_cast<int64_t>(given.stops.size()) == told,
+                  "llama_draft: stops are, for each row, an acceptance a level and a bound a step");
+  STD_TORCH_CHECK(given.filters.greedy() || (given.scores && given.logsumexp),
+                  "llama_draft: scores go somewhere");
+  float* scores = given.filters.greedy() ? nullptr : given.scores;
+  std::vector<int64_t> report(height * (1 + most + (levels ? most : 0)) + 1);
   std::vector<Writer> writers;
-  const double* stop = stops.data();
+  const double* stop = given.stops.data();
   for (int64_t r = 0; r < height; ++r) {
     int64_t* drawn = report.data() + height + r * most;
-    writers.push_back({rows[r], columns[r] + lengths[r], hidden[r], steps[r], seed[r], start[r],
-                       drawn, scores ? scores + r * most * width : nullptr,
-                       logsumexp ? logsumexp + r * most : nullptr,
+    writers.push_back({given.rows[r], given.columns[r] + given.lengths[r], given.hidden[r],
+                       given.steps[r], given.seed[r], given.start[r], drawn,
+                       scores ? scores + r * most * width : nullptr,
+                       scores ? given.logsumexp + r * most : nullptr,
                        levels ? drawn + height * most : nullptr, stop});
-    stop += levels ? levels + steps[r] : 0;
+    stop += levels ? levels + given.steps[r] : 0;
   }
-  Draft draft(*session, ids);
+  Draft draft(session, given.ids);
   Team::gather([&](Team& team) {
-    Chooser chooser(team, filters, Ending{least, levels}, width);
+    Chooser chooser(team, given.filters, Ending{given.least, levels}, width);
     draft.write(team, chooser, writers, std::move(texts));
   });
   STD_TORCH_CHECK(!draft.strange(), "llama_draft: a token was drawn that the model cannot read");
@@ -281,8 +279,80 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
     }
   }
   report.back() = draft.nanoseconds();
+  return report;
+}
+
+std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
+    int64_t number, std::vector<int64_t> tokens, std::vector<int64_t> lengths,
+    std::vector<int64_t> rows, std::vector<int64_t> columns, std::vector<int64_t> hidden,
+    std::vector<int64_t> steps, const MaybeTensor& choices, std::vector<int64_t> seed,
+    std::vector<int64_t> start, double temperature, int64_t top_k, double top_p, double min_p,
+    double least, int64_t levels, std::vector<double> stops) {
+  const std::shared_ptr<const Session> session = llama_session(number);
+  Wanted given{std::move(tokens),
+               std::move(lengths),
+               std::move(rows),
+               std::move(columns),
+               std::move(hidden),
+               std::move(steps),
+               std::move(seed),
+               std::move(start),
+               std::move(stops),
+               levels,
+               least};
+  given.filters = {static_cast<float>(temperature), static_cast<int32_t>(top_k),
+                   static_cast<float>(top_p), static_cast<float>(min_p)};
+  const int64_t width = session->model->width();
+  if (choices) {
+    STD_TORCH_CHECK(choices->scalar_type() == ScalarType::Long && choices->is_contiguous() &&
+                        choices->numel() == width,
+                    "llama_draft: choices are an int64 id for each logit");
+    given.ids = choices->const_data_ptr<int64_t>();
+  }
+  std::vector<Tensor> laws;
+  if (!given.filters.greedy()) {
+    const int64_t height = static_cast<int64_t>(given.rows.size());
+    const int64_t most = std::max<int64_t>(given.most(), 0);
+    laws = {new_tensor(session->kept[0], {height, most, width}, ScalarType::Float),
+            new_tensor(session->kept[0], {height, most}, ScalarType::Double)};
+    given.scores = pointer<float>(laws[0]);
+    given.logsumexp = pointer<double>(laws[1]);
+  }
+  std::vector<int64_t> report = drafted(*session, std::move(given));
   return {std::move(laws), std::move(report)};
 }
+
+// The same from numbers as they lie in memory: session, rows, tokens of all texts, levels, top-k,
+// and the addresses of choices, scores and sums; then lengths, rows, columns, hidden, steps, seed
+// and start of every row, and the tokens. Temperature, top-p, min-p, the least confidence and the
+// stops are real. The report takes the numbers' place.
+int64_t draft_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
+  const int64_t height = numbers[1];
+  Board board(numbers + 8);
+  Wanted given;
+  for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.steps,
+                     &given.seed, &given.start})
+    *list = board.next(height);
+  given.tokens = board.next(numbers[2]);
+  board.close(numbers + count);
+  given.levels = numbers[3];
+  int64_t told = 0;
+  for (const int64_t step : given.steps) told += given.levels ? given.levels + step : 0;
+  given.stops = {reals + 4, reals + 4 + std::max<int64_t>(told, 0)};
+  given.least = reals[3];
+  given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[4]),
+                   static_cast<float>(reals[1]), static_cast<float>(reals[2])};
+  given.ids = reinterpret_cast<const int64_t*>(numbers[5]);
+  given.scores = reinterpret_cast<float*>(numbers[6]);
+  given.logsumexp = reinterpret_cast<double*>(numbers[7]);
+  const std::vector<int64_t> report = drafted(*llama_session(numbers[0]), std::move(given));
+  std::copy(report.begin(), report.end(), numbers);
+  return 0;
+} catch (...) {
+  return 1;  // the operation says why
+}
+
+int64_t llama_draft_entry() { return reinterpret_cast<int64_t>(&draft_entry); }
 
 }  // namespace
 
@@ -290,4 +360,5 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_draft", TORCH_BOX(&specdec::llama_draft));
+  library.impl("llama_draft_entry", TORCH_BOX(&specdec::llama_draft_entry));
 }

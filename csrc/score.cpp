@@ -13,7 +13,6 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
-#include <optional>
 #include <vector>
 
 #include "arguments.h"
@@ -49,86 +48,83 @@ Tensor llama_read(int64_t number, std::vector<int64_t> tokens, std::vector<int64
   return logits;
 }
 
-// Feeds each row one token and its draft, and judges the drafts. Of a draft there are `counts`
-// tokens, `drafts` [rows, longest] target ids; where there are scores [rows, >= longest, entries],
-// `drawn` says which entry each token was drawn as, and `index` which target id an entry is.
-// Returns the number accepted and the next token of every row, -1 where the target's scores are no
-// law; and nanoseconds: of the pass, and of judging.
-std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
-                                 std::vector<int64_t> drafts, std::vector<int64_t> counts,
-                                 std::vector<int64_t> rows, std::vector<int64_t> columns,
-                                 std::vector<int64_t> hidden, std::vector<int64_t> drawn,
-                                 const MaybeTensor& scores, const MaybeTensor& logsumexp,
-                                 const MaybeTensor& index, std::vector<int64_t> seed,
-                                 std::vector<int64_t> start, double temperature, int64_t top_k,
-                                 double top_p, double min_p, int64_t rule) {
+// What a pass that judges drafts is given beside its session
+struct Drafts {
+  // Of each row: the token before its draft, how long that is, its place, and its numbers' keys
+  std::vector<int64_t> first, counts, rows, columns, hidden, seed, start;
+  std::vector<int64_t> tokens;  // [rows, longest] target ids
+  std::vector<int64_t> drawn;   // [rows, longest] the entry that each was drawn as
+  // The scores they were drawn from [rows, room, entries] and their logsumexp [rows, room], both
+  // null where they were certain; the target id of each entry, null: it is one
+  const float* scores = nullptr;
+  const double* logsumexp = nullptr;
+  int64_t room = 0, entries = 0;
+  const int32_t* index = nullptr;
+  Filters filters;
+  int64_t rule = kMatch;
+};
+
+// Feeds each row one token and its draft, and judges the drafts. Returns the number accepted and
+// the next token of every row, -1 where the target's scores are no law; and nanoseconds: of the
+// pass, and of judging.
+std::vector<int64_t> judged(const Session& session, const Drafts& given) {
   using Clock = std::chrono::steady_clock;
-  const std::shared_ptr<const Session> session = llama_session(number);
-  const int64_t height = static_cast<int64_t>(rows.size()), width = session->model->width();
-  STD_TORCH_CHECK(height > 0 && first.size() == rows.size() && counts.size() == rows.size() &&
-                      seed.size() == rows.size() && start.size() == rows.size(),
+  const size_t rows = given.rows.size();
+  const int64_t height = static_cast<int64_t>(rows), width = session.model->width();
+  STD_TORCH_CHECK(height > 0 && given.first.size() == rows && given.counts.size() == rows &&
+                      given.seed.size() == rows && given.start.size() == rows,
                   "llama_judge: a token, a count, a seed and a start for each row");
-  const int64_t longest = *std::max_element(counts.begin(), counts.end()), positions = longest + 1;
-  STD_TORCH_CHECK(*std::min_element(counts.begin(), counts.end()) >= 0 &&
-                      static_cast<int64_t>(drafts.size()) == height * longest &&
-                      (!scores || drawn.size() == drafts.size()),
+  const auto [least, most] = std::minmax_element(given.counts.begin(), given.counts.end());
+  const int64_t longest = *most, positions = longest + 1;
+  STD_TORCH_CHECK(*least >= 0 && static_cast<int64_t>(given.tokens.size()) == height * longest &&
+                      (!given.scores || given.drawn.size() == given.tokens.size()),
                   "llama_judge: drafts are [rows, longest]");
-  const int64_t known = session->model->vocabulary;
+  STD_TORCH_CHECK(!given.scores || given.room >= longest,
+                  "llama_judge: scores of every draft token");
   std::vector<int64_t> tokens, lengths, asked;
   for (int64_t r = 0; r < height; ++r) {
-    lengths.push_back(counts[r] + 1);
-    tokens.push_back(first[r]);
-    tokens.insert(tokens.end(), drafts.begin() + r * longest,
-                  drafts.begin() + r * longest + counts[r]);
+    const auto draft = given.tokens.begin() + r * longest;
+    lengths.push_back(given.counts[r] + 1);
+    tokens.push_back(given.first[r]);
+    tokens.insert(tokens.end(), draft, draft + given.counts[r]);
   }
   // An id that the model does not have is read as another one
-  for (int64_t& token : tokens) token = std::min(std::max<int64_t>(token, 0), known - 1);
+  for (int64_t& token : tokens)
+    token = std::min(std::max<int64_t>(token, 0), session.model->vocabulary - 1);
   const std::vector<int64_t> none(height, 0);
-  const Texts texts = texts_of(*session, std::move(tokens), lengths, rows, columns, hidden, none);
+  const Texts texts =
+      texts_of(session, std::move(tokens), lengths, given.rows, given.columns, given.hidden, none);
   for (int64_t r = 0; r < height; ++r) {
     for (int64_t i = 0; i < positions; ++i)  // behind its own, the last one again
-      asked.push_back(texts.last[r] - std::max<int64_t>(counts[r] - i, 0));
+      asked.push_back(texts.last[r] - std::max<int64_t>(given.counts[r] - i, 0));
   }
-  session->scores.reserve(height * positions * width);
-  float* logits = session->scores.data();
-
+  session.scores.reserve(height * positions * width);
+  float* logits = session.scores.data();
   const Logits own(logits, positions, width);
-  std::optional<Logits> law;
-  IndexMap map;
-  Reader<double> sums(std::numeric_limits<double>::quiet_NaN());
-  if (scores && longest) {
-    law.emplace("scores", *scores, 3);
-    STD_TORCH_CHECK(scores->size(0) == height && scores->size(1) >= longest,
-                    "llama_judge: scores of every draft token");
-    if (logsumexp) sums = {"logsumexp", *logsumexp, {height, scores->size(1)}};
-    if (index) {
-      Reader<int32_t>("index", *index, {law->width});
-      STD_TORCH_CHECK(index->is_contiguous(), "llama_judge: an index is contiguous");
-      map = {static_cast<const int32_t*>(index->const_data_ptr()), law->width};
-    }
-  }
+  const Logits law(given.scores, given.room, given.entries);
+  const bool known = given.scores && longest;
   const Call call{
       own,
-      FilterReader(Filters{static_cast<float>(temperature), static_cast<int32_t>(top_k),
-                           static_cast<float>(top_p), static_cast<float>(min_p)}),
-      Reader<int64_t>(drafts.data(), longest),
-      Reader<int64_t>(counts.data()),
-      Reader<int32_t>(law ? kCompact : kPoint),
-      law ? &*law : nullptr,
+      FilterReader(given.filters),
+      Reader<int64_t>(given.tokens.data(), longest),
+      Reader<int64_t>(given.counts.data()),
+      Reader<int32_t>(known ? kCompact : kPoint),
+      known ? &law : nullptr,
       FilterReader(Filters{}),
-      map,
-      law ? Reader<int64_t>(drawn.data(), longest) : Reader<int64_t>(int64_t{-1}),
-      sums,
+      given.index ? IndexMap{given.index, given.entries} : IndexMap{},
+      known ? Reader<int64_t>(given.drawn.data(), longest) : Reader<int64_t>(int64_t{-1}),
+      known && given.logsumexp ? Reader<double>(given.logsumexp, given.room)
+                               : Reader<double>(std::numeric_limits<double>::quiet_NaN()),
       Reader<int64_t>(int64_t{-1}),
       Reader<double>(0.0),
-      Reader<int64_t>(seed.data()),
-      Reader<int64_t>(start.data()),
+      Reader<int64_t>(given.seed.data()),
+      Reader<int64_t>(given.start.data()),
       height,
       positions,
       longest,
       0,
       0,
-      static_cast<Rule>(rule),
+      static_cast<Rule>(given.rule),
   };
   std::vector<int64_t> report(2 * height + 2);
   std::vector<int32_t> status(height);
@@ -136,7 +132,7 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
   const auto begin = Clock::now();
   auto through = begin;
   Team::gather([&](Team& team) {
-    session->run(team, texts.lanes(), texts.tokens.data(), asked, logits);
+    session.run(team, texts.lanes(), texts.tokens.data(), asked, logits);
     through = Clock::now();
     judge(call, output, share_of(team));
   });
@@ -151,6 +147,69 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
   return report;
 }
 
+std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
+                                 std::vector<int64_t> drafts, std::vector<int64_t> counts,
+                                 std::vector<int64_t> rows, std::vector<int64_t> columns,
+                                 std::vector<int64_t> hidden, std::vector<int64_t> drawn,
+                                 const MaybeTensor& scores, const MaybeTensor& logsumexp,
+                                 const MaybeTensor& index, std::vector<int64_t> seed,
+                                 std::vector<int64_t> start, double temperature, int64_t top_k,
+                                 double top_p, double min_p, int64_t rule) {
+  Drafts given{std::move(first),   std::move(counts), std::move(rows),
+               std::move(columns), std::move(hidden), std::move(seed),
+               std::move(start),   std::move(drafts), std::move(drawn)};
+  if (scores && scores->numel()) {
+    const int64_t height = static_cast<int64_t>(given.rows.size());
+    STD_TORCH_CHECK(scores->dim() == 3 && scores->size(0) == height && scores->is_contiguous() &&
+                        scores->scalar_type() == ScalarType::Float,
+                    "llama_judge: scores are [rows, room, entries] float32");
+    given.room = scores->size(1), given.entries = scores->size(2);
+    given.scores = scores->const_data_ptr<float>();
+    if (logsumexp) {
+      Reader<double>("logsumexp", *logsumexp, {height, given.room});
+      STD_TORCH_CHECK(logsumexp->is_contiguous(), "llama_judge: sums are contiguous");
+      given.logsumexp = logsumexp->const_data_ptr<double>();
+    }
+    if (index) {
+      Reader<int32_t>("index", *index, {given.entries});
+      STD_TORCH_CHECK(index->is_contiguous(), "llama_judge: an index is contiguous");
+      given.index = index->const_data_ptr<int32_t>();
+    }
+  }
+  given.filters = {static_cast<float>(temperature), static_cast<int32_t>(top_k),
+                   static_cast<float>(top_p), static_cast<float>(min_p)};
+  given.rule = rule;
+  return judged(*llama_session(number), given);
+}
+
+// The same from numbers as they lie in memory: session, rows, longest draft, rule and top-k; of the
+// scores their address, that of their sums and of the index, room and entries; then first, counts,
+// rows, columns, hidden, seed and start of every row, the drafts, and what they were drawn as.
+// Temperature, top-p and min-p are real. The report takes the numbers' place.
+int64_t judge_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
+  const int64_t height = numbers[1], longest = numbers[2];
+  Board board(numbers + 10);
+  Drafts given{board.next(height), board.next(height),          board.next(height),
+               board.next(height), board.next(height),          board.next(height),
+               board.next(height), board.next(height * longest)};
+  given.scores = reinterpret_cast<const float*>(numbers[5]);
+  if (given.scores) given.drawn = board.next(height * longest);
+  board.close(numbers + count);
+  given.logsumexp = reinterpret_cast<const double*>(numbers[6]);
+  given.index = reinterpret_cast<const int32_t*>(numbers[7]);
+  given.room = numbers[8], given.entries = numbers[9];
+  given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[4]),
+                   static_cast<float>(reals[1]), static_cast<float>(reals[2])};
+  given.rule = numbers[3];
+  const std::vector<int64_t> report = judged(*llama_session(numbers[0]), given);
+  std::copy(report.begin(), report.end(), numbers);
+  return 0;
+} catch (...) {
+  return 1;  // the operation says why
+}
+
+int64_t llama_judge_entry() { return reinterpret_cast<int64_t>(&judge_entry); }
+
 }  // namespace
 
 }  // namespace specdec
@@ -158,4 +217,5 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_read", TORCH_BOX(&specdec::llama_read));
   library.impl("llama_judge", TORCH_BOX(&specdec::llama_judge));
+  library.impl("llama_judge_entry", TORCH_BOX(&specdec::llama_judge_entry));
 }

@@ -54,4 +54,20 @@ inline Texts texts_of(const Session& session, std::vector<int64_t> tokens,
   return texts;
 }
 
+// Lists behind one another in memory
+class Board {
+ public:
+  explicit Board(const int64_t* numbers) : at_(numbers) {}
+
+  std::vector<int64_t> next(int64_t n) {
+    const int64_t* from = at_;
+    return {from, at_ += n};
+  }
+
+  void close(const int64_t* end) const { STD_TORCH_CHECK(at_ == end, "llama: another length"); }
+
+ private:
+  const int64_t* at_;
+};
+
 }  // namespace specdec

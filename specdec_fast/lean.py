@@ -27,7 +27,7 @@ from transformers.cache_utils import DynamicCache
 
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
-from specdec_fast.lean_ops import Choosing, Drafted, Judged, Judging, KeptModel, Session, Told
+from specdec_fast.lean_ops import MOST, Choices, Choosing, Drafted, Judged, Judging, KeptModel, Laws, Session, Told
 from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model"]
@@ -99,6 +99,7 @@ class LeanModel:
         maps = [linear for layer in layers for linear in linears(layer)]
         matrices = [matrix(linear, rounded) for linear in [*maps, model.get_output_embeddings()]]
         self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
+        self._width = model.get_output_embeddings().weight.shape[0]
 
     @property
     def bytes(self) -> int:
@@ -113,7 +114,7 @@ class LeanModel:
         other = self._restrictions.get(key)
         if other is None:
             other = copy.copy(self)
-            other._held = None
+            other._held, other._width = None, place.numel()
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 if len(parts[-1]):
@@ -153,7 +154,7 @@ class LeanModel:
         window = cache.window
         places = list(range(rows)) if window.rows is None else window.rows.tolist()
         logits: Tensor = torch.ops.specdec_fast.llama_forward(
-            self._session(cache, window.end),
+            self._session(cache, window.end).number,
             tokens.contiguous(),
             columns.contiguous(),
             places,
@@ -186,7 +187,7 @@ class LeanModel:
         lengths = [len(text) for text in texts]
         end = max(first + n for first, n in zip(start, lengths, strict=True))
         logits: Tensor = torch.ops.specdec_fast.llama_read(
-            self._session(cache, end), _joined(texts), lengths, places, start, hidden, tail
+            self._session(cache, end).number, _joined(texts), lengths, places, start, hidden, tail
         )
         return logits
 
@@ -215,25 +216,29 @@ class LeanModel:
             judging: by what law and rule.
             seed, position: ``[R]``, of the numbers' keys.
         """
-        longest, drawn = max(count), told.tokens if told.drawn is None else told.drawn
-        *said, _, nanoseconds = torch.ops.specdec_fast.llama_judge(
-            self._session(cache, max(start) + longest + 1),
-            first,
-            _level(told.tokens, longest),
-            count,
-            places,
-            start,
-            hidden,
-            [] if told.scores is None else _level(drawn, longest),
-            told.scores,
-            told.logsumexp,
-            told.narrow,
-            seed,
-            position,
-            *judging,
-        )
-        rows = len(count)
-        return Judged(said[:rows], said[rows:], 1e-9 * nanoseconds)
+        rows, longest, laws = len(count), max(count), told.laws
+        session = self._session(cache, max(start) + longest + 1)
+        drafts = _level(told.tokens, longest)
+        drawn = [] if laws is None else drafts if told.drawn is None else _level(told.drawn, longest)
+        temperature, top_k, top_p, min_p, rule = judging
+        said = None
+        if laws is None or laws.room is not None:
+            scores, sums, room, entries = 0, 0, 0, 0
+            if laws is not None and laws.room is not None:
+                (scores, sums), (_, room, entries) = laws.room.at, laws.shape
+            index = 0 if told.table is None else told.table.at
+            board = [session.number, rows, longest, rule, top_k, scores, sums, index, room, entries]
+            for line in (first, count, places, start, hidden, seed, position, drafts, drawn):
+                board += line
+            said = session.judge(board, [temperature, top_p, min_p], 2 * rows + 2)
+        if said is None:
+            law = (None, None) if laws is None else (laws.scores.contiguous(), laws.logsumexp)
+            narrow = None if told.table is None else told.table.narrow
+            keys = narrow, seed, position
+            said = torch.ops.specdec_fast.llama_judge(
+                session.number, first, drafts, count, places, start, hidden, drawn, *law, *keys, *judging
+            )
+        return Judged(said[:rows], said[rows : 2 * rows], 1e-9 * said[-1])
 
     def steps(
         self, places: list[int], start: list[int], hidden: list[int], cache: RaggedCache, most: int
@@ -243,7 +248,7 @@ class LeanModel:
         Each call stands one column behind the call before, the first at ``start``; at most ``most`` calls.
         """
         columns = torch.tensor(start).unsqueeze(1)
-        number, op = self._session(cache, max(start) + most), torch.ops.specdec_fast.llama_forward
+        number, op = self._session(cache, max(start) + most).number, torch.ops.specdec_fast.llama_forward
 
         def step(tokens: Tensor) -> Tensor:
             nonlocal columns
@@ -262,7 +267,7 @@ class LeanModel:
         cache: RaggedCache,
         steps: list[int],
         choosing: Choosing,
-        choices: Tensor | None,
+        choices: Choices | None,
         seed: list[int],
         position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,
@@ -277,7 +282,7 @@ class LeanModel:
             places, start, hidden: as for :meth:`read`.
             steps: tokens of each row's draft at most, at least 1.
             choosing: how they are drawn.
-            choices: ``[K]`` int64 id of each logit; None: they are ids.
+            choices: the id of each of the ``K`` logits; None: they are ids.
             seed, position: ``[R]``, of the numbers' keys.
             stops: where each row's draft ends early, as :meth:`specdec_fast.lookahead.Adaptive.stops` tells it: by
                 level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, what the product of
@@ -289,41 +294,56 @@ class LeanModel:
         for (sure, bounds), most in zip(stops or (), steps, strict=bool(stops)):
             numbers += sure
             numbers += bounds[:most] + [math.inf] * (most - len(bounds))
-        laws, report = torch.ops.specdec_fast.llama_draft(
-            self._session(cache, end),
-            _joined(texts),
-            lengths,
-            places,
-            start,
-            hidden,
-            steps,
-            choices,
-            seed,
-            position,
-            *choosing,
-            len(stops[0][0]) if stops else 0,
-            numbers,
-        )
+        session, tokens, levels = self._session(cache, end), _joined(texts), len(stops[0][0]) if stops else 0
         rows, most = len(texts), max(steps)
-        lines = [report[first : first + most] for first in range(rows, len(report) - 1, most)]
-        scores, logsumexp = laws or (None, None)
-        return Drafted(lines[:rows], scores, logsumexp, report[:rows], lines[rows:] if stops else None)
+        size = rows * (1 + most + (most if levels else 0)) + 1
+        temperature, top_k, top_p, min_p, least = choosing
+        laws, at, report = None, (0, 0), None
+        if max(7 * rows + len(tokens) + 8, size) <= MOST:
+            if temperature:
+                room = session.room(rows * most, self._width)
+                laws, at = room.laws((rows, most, self._width)), room.at
+            ids = 0 if choices is None else choices.at
+            board = [session.number, rows, len(tokens), levels, top_k, ids, *at]
+            for line in (lengths, places, start, hidden, steps, seed, position, tokens):
+                board += line
+            report = session.draft(board, [temperature, top_p, min_p, least, *numbers], size)
+        if report is None:
+            own = None if choices is None else choices.ids
+            written, report = torch.ops.specdec_fast.llama_draft(
+                session.number,
+                tokens,
+                lengths,
+                places,
+                start,
+                hidden,
+                steps,
+                own,
+                seed,
+                position,
+                *choosing,
+                levels,
+                numbers,
+            )
+            laws = Laws(*written) if written else None
+        lines = [report[first : first + most] for first in range(rows, size - 1, most)]
+        return Drafted(lines[:rows], laws, report[:rows], lines[rows:] if stops else None)
 
-    def _session(self, cache: RaggedCache, end: int) -> int:
-        """The number of what the operations read and write, with room for the columns below ``end``."""
+    def _session(self, cache: RaggedCache, end: int) -> Session:
+        """What the operations read and write, with room for the columns below ``end``."""
         session: Session | None = cache.session
         if session is not None and session.owner is self and end <= session.end:
             # Another pass may have put other buffers in place
             kept = session.grown == cache.window.grown and session.capability == self.capability
             if kept:
-                return session.number
+                return session
         for layer in cache.ragged:
             layer.reserve(end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
         rotations, room = self._rotations, cache.ragged[0].room
         if rotations.shape[0] < room:
             rotations = self._rotations = self._turns(2 * room)
         cache.session = session = Session(self, self._model(), cache, rotations, self.capability)
-        return session.number
+        return session
 
     def _model(self) -> KeptModel:
         """The weights as the native code holds them."""

@@ -7,7 +7,11 @@ fro as lists, and what the passes of a call have in common is known to the nativ
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import math
 import weakref
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +19,23 @@ from torch import Tensor
 
 from specdec_fast.cache import RaggedCache
 
-__all__ = ["Choosing", "Drafted", "Judged", "Judging", "KeptModel", "Session", "Told"]
+__all__ = [
+    "MOST",
+    "Choices",
+    "Choosing",
+    "Drafted",
+    "Index",
+    "Judged",
+    "Judging",
+    "KeptModel",
+    "Laws",
+    "Room",
+    "Session",
+    "Told",
+    "numbers",
+]
+
+MOST = 4096  # numbers of a call that go in and come out without the dispatcher
 
 
 class Choosing(NamedTuple):
@@ -34,23 +54,103 @@ class Choosing(NamedTuple):
     confidence: float = 0.0
 
 
+class Laws:
+    """The law that each token of a draft was drawn from.
+
+    Args:
+        scores: ``[R, >= G, K]`` float32, after temperature and filters. Behind the longest draft they mean nothing.
+        logsumexp: ``[R, >= G]`` float64 of those, where it is known.
+    """
+
+    room: Room | None = None
+    """Where the native code has written them, until tensors are asked for."""
+
+    def __init__(self, scores: Tensor | None, logsumexp: Tensor | None):
+        self._scores, self._logsumexp = scores, logsumexp
+        self.shape: tuple[int, int, int] = (0, 0, 0)
+
+    @property
+    def scores(self) -> Tensor:
+        if self._scores is None:
+            assert self.room is not None
+            self._scores = self.room.scores[: math.prod(self.shape)].view(self.shape).clone()
+        return self._scores
+
+    @property
+    def logsumexp(self) -> Tensor | None:
+        if self._logsumexp is None and self.room is not None:
+            self._logsumexp = self.room.sums[: math.prod(self.shape[:2])].view(self.shape[:2]).clone()
+        return self._logsumexp
+
+
+class Room:
+    """Memory for the laws of one draft after another.
+
+    Args:
+        tokens, width: draft tokens, and scores of each.
+    """
+
+    def __init__(self, tokens: int, width: int):
+        self.tokens, self.width = tokens, width
+        self.scores, self.sums = torch.empty(tokens * width), torch.empty(tokens, dtype=torch.float64)
+        self.at = self.scores.data_ptr(), self.sums.data_ptr()
+        self.user: weakref.ref[Laws] | None = None
+
+    def free(self, tokens: int, width: int) -> bool:
+        """Whether it holds so much and nobody looks at the laws in it any more."""
+        used = self.user is not None and self.user() is not None
+        return not used and width == self.width and tokens <= self.tokens
+
+    def laws(self, shape: tuple[int, int, int]) -> Laws:
+        """The laws that are about to be written, ``[R, G, K]``."""
+        laws = Laws(None, None)
+        laws.room, laws.shape = self, shape
+        self.user = weakref.ref(laws)
+        return laws
+
+
 class Drafted(NamedTuple):
     """What a drafter wrote in one call, ``R`` rows of up to ``G`` tokens; behind a row's count nothing is meant.
 
     Args:
         drawn: ``[R][G]`` entries; -1 where the scores were no law.
-        scores: ``[R, G, K]`` float32 they were drawn from, after temperature and filters; None of an argmax. Behind the
-            longest draft they are not written.
-        logsumexp: ``[R, G]`` float64 of those scores; None of an argmax.
+        laws: they were drawn from; None of an argmax.
         counts: tokens of each row.
         levels: ``[R][G]`` of the confidence in each token, where drafts end by that; None else.
     """
 
     drawn: list[list[int]]
-    scores: Tensor | None
-    logsumexp: Tensor | None
+    laws: Laws | None
     counts: list[int]
     levels: list[list[int]] | None
+
+
+class Choices:
+    """A drafter's id of each logit, ``ids [K]`` int64."""
+
+    def __init__(self, ids: Tensor):
+        self.ids = ids.contiguous()
+        self.at = self.ids.data_ptr()
+        self.list = numbers(ids)
+
+
+class Index:
+    """Target ids of a drafter's entries.
+
+    Args:
+        ids: ``[K]`` int64, ascending.
+    """
+
+    def __init__(self, ids: Tensor):
+        self.ids, self.narrow = ids, ids.int().contiguous()
+        self.at = self.narrow.data_ptr()
+        self.list = numbers(ids)
+
+
+def numbers(tensor: Tensor) -> Sequence[int]:
+    """Integers ``[K]`` that are looked up one by one, without a tensor a time."""
+    view: Any = memoryview(tensor.cpu().contiguous().numpy())  # type: ignore[arg-type]  # which is a buffer
+    return view
 
 
 class Told(NamedTuple):
@@ -59,16 +159,14 @@ class Told(NamedTuple):
     Args:
         tokens: ``[R][G]`` target ids, at least as many as a row's count.
         drawn: ``[R][G]`` the entry of the scores that each was drawn as; None: they are the tokens.
-        scores: ``[R, >= G, K]`` float32 they were drawn from; None: they were certain.
-        logsumexp: ``[R, >= G]`` float64 of those.
-        narrow: ``[K]`` int32, ascending: the target id of each entry; None: it is one.
+        laws: they were drawn from; None: they were certain.
+        table: the target id of each entry; None: it is one.
     """
 
     tokens: list[list[int]]
     drawn: list[list[int]] | None = None
-    scores: Tensor | None = None
-    logsumexp: Tensor | None = None
-    narrow: Tensor | None = None
+    laws: Laws | None = None
+    table: Index | None = None
 
 
 class Judged(NamedTuple):
@@ -120,7 +218,50 @@ class Session:
         self.owner, self.capability, self.grown = owner, capability, cache.window.grown
         self.end = min(layers[0].room, rotations.shape[0])
         self.number: int = torch.ops.specdec_fast.llama_open(model.number, rotations, keys, values, capability)
+        self._numbers, self._reals = (ctypes.c_int64 * MOST)(), (ctypes.c_double * MOST)()
+        self._at = ctypes.c_void_p(ctypes.addressof(self._numbers)), ctypes.c_void_p(ctypes.addressof(self._reals))
+        self._judge, self._draft = _entries()
+        self._room: Room | None = None
         weakref.finalize(self, torch.ops.specdec_fast.llama_close, self.number)
+
+    def judge(self, numbers: list[int], reals: list[float], size: int) -> list[int] | None:
+        """Calls the entry beside ``llama_judge``, whose comment says what the numbers are.
+
+        Args:
+            size: numbers of the report.
+
+        Returns:
+            the report; None where the operation must be called, which takes more, and says what is wrong.
+        """
+        return self._call(self._judge, numbers, reals, size)
+
+    def draft(self, numbers: list[int], reals: list[float], size: int) -> list[int] | None:
+        """The same beside ``llama_draft``."""
+        return self._call(self._draft, numbers, reals, size)
+
+    def _call(self, entry: Any, numbers: list[int], reals: list[float], size: int) -> list[int] | None:
+        count = len(numbers)
+        if max(count, len(reals), size) > MOST:
+            return None
+        board: Any = self._numbers
+        board[:count] = numbers
+        more: Any = self._reals
+        more[: len(reals)] = reals
+        return None if entry(*self._at, count) else board[:size]
+
+    def room(self, tokens: int, width: int) -> Room:
+        """Memory for the laws of so many draft tokens that nobody looks at."""
+        if self._room is None or not self._room.free(tokens, width):
+            self._room = Room(max(tokens, 16), width)
+        return self._room
+
+
+@functools.cache
+def _entries() -> tuple[Any, Any]:
+    """The functions behind ``llama_judge`` and ``llama_draft``, called without torch's dispatcher."""
+    kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    ops = torch.ops.specdec_fast
+    return kind(ops.llama_judge_entry()), kind(ops.llama_draft_entry())
 
 
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
@@ -151,3 +292,5 @@ _library.define(
 _library.define(
     "llama_forward(int session, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes) -> Tensor"
 )
+_library.define("llama_judge_entry() -> int")
+_library.define("llama_draft_entry() -> int")

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,7 +23,6 @@ __all__ = [
     "ProjectedLaw",
     "Proposal",
     "SparseLaw",
-    "numbers",
     "padded",
 ]
 
@@ -236,20 +234,18 @@ class Proposal:
         self._tokens: Tensor | None = tokens
         self._law: DenseLaw | LazyLaw | None = law
         self._device = tokens.device
-        self._index: Tensor | None = None
 
     @classmethod
-    def of_told(cls, told: Told, count: list[int], device: torch.device, index: Tensor | None = None) -> Proposal:
+    def of_told(cls, told: Told, count: list[int], device: torch.device) -> Proposal:
         """A proposal whose tensors are made where somebody asks for them.
 
         Args:
             told: rows may have lists of any lengths, as long as their count at least.
             device: of the tensors.
-            index: ``told.narrow`` in int64.
         """
         self = cls.__new__(cls)
         self.told, self.count = told, count
-        self._tokens, self._law, self._device, self._index = None, None, device, index
+        self._tokens, self._law, self._device = None, None, device
         return self
 
     @property
@@ -263,14 +259,15 @@ class Proposal:
     def law(self) -> DenseLaw | LazyLaw:
         if self._law is None:
             assert self.told is not None
-            _, drawn, scores, logsumexp, narrow = self.told
-            if scores is None:
+            _, drawn, laws, index = self.told
+            if laws is None:
                 self._law = PointMass(self.tokens)
             else:
-                width, place = self.tokens.shape[1], self._device
+                width, place, sums = self.tokens.shape[1], self._device, laws.logsumexp
                 entries = self.tokens if drawn is None else padded(drawn, place)
-                sums = None if logsumexp is None else logsumexp[:, :width].to(place)
-                self._law = CompactLaw(scores[:, :width].to(place), self._index, entries, narrow, sums)
+                ids, narrow = (None, None) if index is None else (index.ids, index.narrow)
+                sums = None if sums is None else sums[:, :width].to(place)
+                self._law = CompactLaw(laws.scores[:, :width].to(place), ids, entries, narrow, sums)
         return self._law
 
     def on_host(self) -> list[list[int]]:
@@ -310,12 +307,6 @@ def padded(lists: list[list[int]], device: torch.device) -> Tensor:
     width = max(map(len, lists), default=0)
     lines = [line + [0] * (width - len(line)) for line in lists]
     return torch.tensor(lines, dtype=torch.long).reshape(len(lists), width).to(device)
-
-
-def numbers(tensor: Tensor) -> Sequence[int]:
-    """Integers ``[K]`` that are looked up one by one, without a tensor a time."""
-    view: Any = memoryview(tensor.cpu().contiguous().numpy())  # type: ignore[arg-type]  # which is a buffer
-    return view
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import Choosing, Drafted, LeanModel
-from specdec_fast.lean_ops import Judged, Judging, Told
+from specdec_fast.lean_ops import Choices, Judged, Judging, Told
 from specdec_fast.trial import distance, trial_ids
 
 __all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
@@ -195,7 +195,7 @@ class Runner:
         texts: list[list[int]],
         steps: list[int],
         choosing: Choosing,
-        choices: Tensor | None,
+        choices: Choices | None,
         seed: list[int],
         position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,

@@ -15,6 +15,7 @@ from specdec_fast.costs import Costs, Outlook
 from specdec_fast.drafters import model as drafters
 from specdec_fast.drafters.model import ModelWriter, SameText
 from specdec_fast.lean import LeanModel, lean_model
+from specdec_fast.lean_ops import Laws, Session
 from specdec_fast.lookahead import Adaptive
 from specdec_fast.randomness import Philox
 from specdec_fast.rule import Draws
@@ -249,7 +250,7 @@ def test_arguments_that_do_not_fit_are_an_error(change):
     lean, cache = lean_model(model), Runner(model, 1).caches[0][1]
     arguments = {"tokens": [1], "lengths": [1], "rows": [0], "columns": [0], "hidden": [0], "steps": [2]}
     rest = {"choices": None, "levels": 0, "stops": []}
-    session = lean._session(cache, 4)
+    session = lean._session(cache, 4).number
     changed = {
         "token": {"tokens": [5000]},
         "rows": {"rows": [7]},
@@ -284,18 +285,20 @@ def fault_number_of_the_first_step(self, *arguments):
     tokens = [[*text, token] for text, (token,) in zip(texts, first.drawn, strict=True)]
     second = DRAFT(self, tokens, places, start, hidden, cache, [1] * len(steps), *rest)
     drawn = [one + two for one, two in zip(first.drawn, second.drawn, strict=True)]
-    joined = [torch.cat(pair, 1) for pair in zip(first[1:3], second[1:3], strict=True)]
-    return type(first)(drawn, *joined, [2] * len(steps), None)
+    laws = Laws(
+        *(torch.cat([getattr(one.laws, name) for one in (first, second)], 1) for name in ("scores", "logsumexp"))
+    )
+    return type(first)(drawn, laws, [2] * len(steps), None)
 
 
 def fault_law_of_another_step(self, *arguments):
     found = DRAFT(self, *arguments)
-    return found._replace(scores=found.scores.roll(1, 1), logsumexp=found.logsumexp.roll(1, 1))
+    return found._replace(laws=Laws(found.laws.scores.roll(1, 1), found.laws.logsumexp.roll(1, 1)))
 
 
 def fault_sums_too_large(self, *arguments):
     found = DRAFT(self, *arguments)
-    return found._replace(logsumexp=found.logsumexp + 0.2)
+    return found._replace(laws=Laws(found.laws.scores, found.laws.logsumexp + 0.2))
 
 
 DRAFT = LeanModel.draft
@@ -351,16 +354,16 @@ def test_a_planted_fault_is_no_draft_of_the_steps_apart(fault, apart, monkeypatc
 def test_the_benchmark_counts_choosing_inside_the_operation_as_overhead(monkeypatch):
     """Of an operation that drafts, what it reports of its passes is a forward, and nothing else of it is."""
     clock, reported = Clock(), []
-    draft = torch.ops.specdec_fast.llama_draft
+    draft = Session.draft
 
     def known(*arguments):
         result = draft(*arguments)
-        reported.append(int(result[-1][-1]))
+        reported.append(result[-1])
         assert reported[-1] > 0
-        result[-1][-1] = 1000 * len(reported)
+        result[-1] = 1000 * len(reported)
         return result
 
-    monkeypatch.setattr(torch.ops.specdec_fast, "llama_draft", known)
+    monkeypatch.setattr(Session, "draft", known)
     monkeypatch.setattr(clock, "wrap", lambda function: function)
     with clock.running():
         rounds(made(FAMILIES["llama"]), [3, 3, 3], warpers=warpers())
@@ -376,11 +379,11 @@ def test_a_profile_counts_each_parts_own_time(monkeypatch):
     def taking(seconds, *inner):
         def call():
             now[0] += seconds
-            return [function() for function in inner] or [[2_000_000_000]]
+            return [function() for function in inner] or [2_000_000_000]
 
         return call
 
-    draft = profile.part(profile_round.CHOOSING, taking(3.0), lambda result: result[-1][-1])
+    draft = profile.part(profile_round.CHOOSING, taking(3.0), lambda result: result[-1])
     reading = profile.part(profile_round.TARGET, taking(5.0))
     drafting = profile.part(profile_round.DRAFTING, taking(1.0, draft, reading))
     round_ = profile.part(profile_round.REST, taking(0.5, drafting, reading))

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 
 from specdec_fast import fast_generate, fused, last_speculation, native
 from specdec_fast.lean import LeanModel, lean_model
-from specdec_fast.lean_ops import Judging, Told
+from specdec_fast.lean_ops import Choosing, Index, Judging, Laws, Session, Told
 from specdec_fast.proposal import Proposal
 from specdec_fast.randomness import Philox
 from specdec_fast.rule import Draws
@@ -90,9 +90,9 @@ def test_ragged_drafts_with_strange_ids(name, law):
         told.tokens[2][1] = WIDTH + 5
     else:
         scores = torch.randn(3, 4, WIDTH if index is None else len(index))
-        narrow = None if index is None else index.int()
-        told = Told(tokens.tolist(), entries.tolist(), scores, scores.double().logsumexp(-1), narrow)
-    proposal = Proposal.of_told(told, counts, torch.device("cpu"), index)
+        laws = Laws(scores, scores.double().logsumexp(-1))
+        told = Told(tokens.tolist(), entries.tolist(), laws, None if index is None else Index(index))
+    proposal = Proposal.of_told(told, counts, torch.device("cpu"))
     draws = Draws(Philox(), torch.tensor([7, -3, 2**40]), torch.tensor([3, 1, 2]))
     rule = fused.Fused(rule_for(name, do_sample=True))
     judging = rule.judging(proposal, draws)
@@ -125,7 +125,7 @@ def test_arguments_that_do_not_fit_are_an_error(change):
     own = model(WIDTH, 31, sharpness=0.8)
     lean, cache = lean_model(own, rounded=False), Runner(own, 1).caches[0][1]
     given = {
-        "session": lean._session(cache, 4),
+        "session": lean._session(cache, 4).number,
         "first": [1],
         "drafts": [2, 3],
         "counts": [2],
@@ -140,12 +140,57 @@ def test_arguments_that_do_not_fit_are_an_error(change):
         "counts": {"counts": [-1]},
         "drafts": {"drafts": [2]},
         "drawn": {"drawn": [2]},
-        "scores": {"scores": torch.zeros(1, 1, WIDTH)},
+        "scores": {"scores": torch.zeros(1, 1, WIDTH), "logsumexp": None},
         "session": {"session": 10**9},
         "rows": {"rows": [4]},
     }[change]
     with pytest.raises(RuntimeError, match="llama"):
         torch.ops.specdec_fast.llama_judge(*given.values(), None, [1], [1], 1.0, 0, 1.0, 0.0, 1)
+
+
+def test_what_goes_in_without_the_dispatcher_is_what_the_operation_takes(monkeypatch):
+    """One call of each kind, once with the entry and once without; and a fault of the entry's is seen."""
+    target, entries = model(WIDTH, 31, sharpness=0.8), (Session.judge, Session.draft)
+
+    def written(judge, draft):
+        monkeypatch.setattr(Session, "judge", judge)
+        monkeypatch.setattr(Session, "draft", draft)
+        shared = {"seed": 5, "max_new_tokens": 40, "num_assistant_tokens": 3, "pad_token_id": 0}
+        return [
+            fast_generate(target, PROMPT.repeat(2, 1), **SAMPLINGS[sampling], **parties(kind), **shared).tolist()
+            for kind, sampling in (("model", "block"), ("tli", "filtered"), ("slem", "greedy"))
+        ]
+
+    used = []
+
+    def judge(self, *given):
+        used.append(entries[0](self, *given))
+        return used[-1]
+
+    def faulty(self, numbers, *given):
+        return entries[0](self, [*numbers[:20], numbers[20] + 1, *numbers[21:]], *given)  # a row's seed
+
+    expected = written(judge, entries[1])
+    assert used and all(report is not None for report in used)
+    assert written(lambda *_: None, lambda *_: None) == expected
+    assert written(faulty, entries[1]) != expected
+
+
+def test_laws_that_somebody_holds_are_not_written_over():
+    own = model(WIDTH, 31, sharpness=0.8)
+    lean = lean_model(own)
+    runner = Runner(own, 1, lean=lean)
+    drafts = []
+    for position in (3, 9):
+        drafts.append(runner.draft([0], [[1, 2]], [4], Choosing(1.0), None, [5], [position]))
+        runner.rollback(0, 0)
+    first, second = (draft.laws for draft in drafts)
+    assert first.room is not second.room
+    kept = first.scores.clone()
+    del first, drafts
+    third = runner.draft([0], [[1, 2]], [4], Choosing(1.0), None, [5], [3]).laws
+    assert torch.equal(third.scores[:, :1], kept[:, :1])
+    assert third.room is not second.room
 
 
 # The output's law ------------------------------------------------------------------------------------------------
@@ -181,8 +226,9 @@ def test_the_output_has_the_targets_law(kind, rule, monkeypatch, judged):
 
 
 def fault_law_of_another_token(self, first, told, *rest):
-    wrong = told if told.scores is None else told._replace(scores=told.scores.roll(1, 1))
-    return JUDGE(self, first, wrong, *rest)
+    if told.laws is not None:
+        told = told._replace(laws=Laws(told.laws.scores.roll(1, 1), told.laws.logsumexp))
+    return JUDGE(self, first, told, *rest)
 
 
 def fault_one_more_stays(self, first, told, count, *rest):

@@ -25,8 +25,8 @@ from specdec_fast import sampling
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest
 from specdec_fast.lean import Choosing, lean_model
-from specdec_fast.lean_ops import Told
-from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, numbers, padded
+from specdec_fast.lean_ops import Choices, Index, Laws, Told
+from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, padded
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
@@ -109,7 +109,7 @@ class ModelWriter:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
         self._runner = Runner(model, len(contexts), head=head, lean=lean, window=window)
         self._choices = None if choices is None else choices.to(model.device)
-        self._numbers = None if choices is None else numbers(choices)
+        self._entries = None if choices is None else Choices(choices.cpu())
         self._picks = None if choices is None or head is not None else self._choices
         self._confidence = confidence
         self._choosing = Choosing(0.0 if warpers is None else 1.0, confidence=confidence)
@@ -196,17 +196,15 @@ class ModelWriter:
             return None
         watcher = self._watcher
         stops = None if watcher is None else [watcher.stops(row) for row in active]
-        drafted = self._runner.draft(active, missing, count, choosing, self._choices, *draws.keys, stops)
+        drafted = self._runner.draft(active, missing, count, choosing, self._entries, *draws.keys, stops)
         if watcher is not None and drafted.levels is not None:
             for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
                 watcher.saw(row, levels[:length])
-        ids = self._numbers
+        ids = None if self._entries is None else self._entries.list
         for row, entries, drawn in zip(active, drafted.drawn, drafted.counts, strict=True):
             fed = [entry if entry > 0 else 0 for entry in entries[: drawn - 1]]  # some id where none was drawn
             self._drafted[row] = fed if ids is None else [ids[entry] for entry in fed]
-        return Written(
-            None, drafted.scores, drafted.counts, drafted.logsumexp, entries=drafted.drawn, device=self.device
-        )
+        return Written(None, drafted.laws, drafted.counts, entries=drafted.drawn, device=self.device)
 
     def _ids(self, entries: Tensor) -> Tensor:
         """The drafter's ids of entries drawn; some id where there is none."""
@@ -260,9 +258,9 @@ class Written:
 
     Args:
         drawn: ``[R, G]`` int64, entries of the writer's choices; -1 where the drafter's scores were no distribution.
-        scores: ``[R, >= G, K]`` float32 they were drawn from, None for an argmax drafter.
+        laws: they were drawn from, None for an argmax drafter; or their scores, ``[R, >= G, K]`` float32.
         count: tokens of each row.
-        logsumexp: ``[R, >= G]`` float64 of the scores, where it is known.
+        logsumexp: ``[R, >= G]`` float64 of the scores, where it is known and these are given.
         entries: ``drawn`` as lists, ``[R][G]``, where they are at hand; ``drawn`` may then be None.
         device: of the tensor made of them.
     """
@@ -270,7 +268,7 @@ class Written:
     def __init__(
         self,
         drawn: Tensor | None,
-        scores: Tensor | None,
+        laws: Laws | Tensor | None,
         count: list[int],
         logsumexp: Tensor | None = None,
         *,
@@ -278,8 +276,17 @@ class Written:
         device: torch.device | None = None,
     ):
         assert drawn is not None or entries is not None
-        self.scores, self.count, self.logsumexp, self.entries = scores, count, logsumexp, entries
+        self.laws = Laws(laws, logsumexp) if isinstance(laws, Tensor) else laws
+        self.count, self.entries = count, entries
         self._drawn, self._device = drawn, device
+
+    @property
+    def scores(self) -> Tensor | None:
+        return None if self.laws is None else self.laws.scores
+
+    @property
+    def logsumexp(self) -> Tensor | None:
+        return None if self.laws is None else self.laws.logsumexp
 
     @property
     def drawn(self) -> Tensor:
@@ -294,13 +301,13 @@ class Written:
             return self
         drawn = self.drawn.new_zeros((rows, self.drawn.shape[1]))
         drawn[places] = self.drawn
-        scores, logsumexp = None, None
-        if self.scores is not None:
-            scores = self.scores.new_zeros((rows, *self.scores.shape[1:]))
-            scores[places] = self.scores
-        if self.logsumexp is not None:
-            logsumexp = self.logsumexp.new_zeros((rows, self.logsumexp.shape[1]))
-            logsumexp[places] = self.logsumexp
+        scores, logsumexp = self.scores, self.logsumexp
+        if scores is not None:
+            own, scores = scores, scores.new_zeros((rows, *scores.shape[1:]))
+            scores[places] = own
+        if logsumexp is not None:
+            sums, logsumexp = logsumexp, logsumexp.new_zeros((rows, logsumexp.shape[1]))
+            logsumexp[places] = sums
         count = [0] * rows
         for place, number in zip(places, self.count, strict=True):
             count[place] = number
@@ -322,8 +329,7 @@ class CompactDrafter:
     def __init__(self, writer: ModelWriter, index: Tensor | None, device: torch.device):
         self._writer = writer
         self._index = None if index is None else index.to(device)
-        self._narrow = None if self._index is None else self._index.int()
-        self._numbers = None if index is None else numbers(index)
+        self._table = None if self._index is None else Index(self._index)
         self._device = device
 
     @property
@@ -334,16 +340,22 @@ class CompactDrafter:
         self._writer.read(rows, active)
         written = self._writer.write(active, limit, draws)
         if (entries := written.entries) is not None:
-            ids = self._numbers
+            ids = None if self._table is None else self._table.list
             lists = entries if ids is None else [[ids[k] if k >= 0 else -1 for k in line] for line in entries]
-            told = Told(lists, entries, written.scores, written.logsumexp, self._narrow)
-            return Proposal.of_told(told, written.count, self._device, self._index)
+            told = Told(lists, entries, written.laws, self._table)
+            return Proposal.of_told(told, written.count, self._device)
         drawn = written.drawn.to(self._device)
         tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
         law: DenseLaw = PointMass(tokens)
         if written.scores is not None:
             sums = None if written.logsumexp is None else written.logsumexp.to(self._device)
-            law = CompactLaw(written.scores.to(self._device), self._index, drawn, self._narrow, sums)
+            law = CompactLaw(
+                written.scores.to(self._device),
+                self._index,
+                drawn,
+                None if self._table is None else self._table.narrow,
+                sums,
+            )
         return Proposal(tokens, written.count, law)
 
 
