@@ -168,7 +168,8 @@ def test_what_goes_in_without_the_dispatcher_is_what_the_operation_takes(monkeyp
         return used[-1]
 
     def faulty(self, numbers, *given):
-        return entries[0](self, [*numbers[:20], numbers[20] + 1, *numbers[21:]], *given)  # a row's seed
+        seed = 10 + 5 * numbers[1]  # the first row's
+        return entries[0](self, [*numbers[:seed], numbers[seed] + 1, *numbers[seed + 1 :]], *given)
 
     expected = written(judge, entries[1])
     assert used and all(report is not None for report in used)
