@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Overlap", "Prompt", "python_functions", "read_paragraphs", "standard_library", "stream"]
+__all__ = ["BEGINNINGS", "Overlap", "Prompt", "python_functions", "read_paragraphs", "standard_library", "stream"]
 
 
 def listed(block: str) -> list[str]:
@@ -263,6 +263,18 @@ Anna|Ben|Carla|David|Emma|Farid|Grace|Hiro|Ines|Jamal|Kate|Luis|Mia|Noah|Olga|Pr
 
 THINGS = listed("""
 apples|books|pencils|stickers|marbles|cookies|eggs|tickets|coins|flowers|stamps|bottles|shells|candles|cards
+""")
+
+
+# How a question may begin; one in eight is left to the target
+BEGINNINGS = 12 * [""] + listed("""
+What|What is|What are|What is the best way to|What are the advantages|What would|How|How do|How do I|How does
+How can I|How to|Why|Why is|Why do|When|Who was|Which|Is it|Can you|Can you explain|Could you|Explain|Explain how
+Explain why|Describe|Describe how|Describe the|Write|Write a|Write a short|Write an|Give me|List|Tell me|Compare
+Discuss|Suggest|Create a|Summarize|Imagine|Imagine you are|You are|Act as|Pretend|I|I am|I want to|I need|My
+Help me|Please|Do you think|If|In|Plan|Design|Develop|Analyze|Identify|Define|Outline|Draft|Compose|Rewrite|Edit
+Classify|Extract|Show|Show me how to|Write a Python|Write a Python function that|Write a function|Write a program
+Implement|Solve|Calculate|In Python|Write a class|Write code
 """)
 
 

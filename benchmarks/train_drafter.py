@@ -1,16 +1,18 @@
 """Make the default drafter, a small Llama with a small vocabulary of its own, for one target.
 
-    python train_drafter.py sample    TARGET SAMPLES --prose TEXT... --exclude JSONL...
+    python train_drafter.py questions TARGET QUESTIONS --exclude JSONL...
+    python train_drafter.py sample    TARGET SAMPLES --prose TEXT... --exclude JSONL... --questions QUESTIONS
     python train_drafter.py label     TARGET LABELLED --prose TEXT...
     python train_drafter.py tokenizer TARGET DRAFTER SAMPLES LABELLED
     python train_drafter.py grow      TARGET DRAFTER OLD SAMPLES
     python train_drafter.py train     TARGET DRAFTER SAMPLES LABELLED
     python train_drafter.py evaluate  TARGET DRAFTER --humaneval JSONL --mtbench JSONL
 
-`sample` lets the target answer prompts and keeps its most probable next tokens beside every token it
-writes; `label` keeps the same for existing text. The vocabulary is a subset of the target's, closed
-under its merges, so both split most text at the same places. The loss at such a place is the cross
-entropy to the target's law, read in the drafter's tokens; it needs no common vocabulary.
+`questions` lets the target write users' questions, `sample` lets it answer prompts and keeps its most
+probable next tokens beside every token it writes; `label` keeps the same for existing text. The vocabulary
+is a subset of the target's, closed under its merges, so both split most text at the same places. The loss
+at such a place is the cross entropy to the target's law, read in the drafter's tokens; it needs no common
+vocabulary.
 """
 
 import argparse
@@ -35,13 +37,47 @@ from drafter_data import (
     plain_texts,
     save_shard,
 )
-from drafter_prompts import Overlap, Prompt, read_paragraphs, standard_library, stream
+from drafter_prompts import BEGINNINGS, Overlap, Prompt, read_paragraphs, standard_library, stream
 from drafter_sampler import Sample, sample_stream
 from drafter_vocabulary import grow, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+MARK = "@@"
+
 # --- the target's text ---------------------------------------------------------------------------
+
+
+def questions(args: argparse.Namespace) -> None:
+    """Let the target write the users' messages as well: what it thinks stands in that place of a chat.
+
+    Idea: Xu et al., "Magpie" (arXiv 2406.08464). Half of each beginning's are drawn at temperature 0.8, half at 1.
+    """
+    model = AutoModelForCausalLM.from_pretrained(args.target, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(args.target)
+    rng = random.Random(args.seed)
+    before = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False).partition(MARK)[0]
+    prefix = tokenizer.encode(before, add_special_tokens=False)
+    excluded = Overlap(evaluation_texts(args.exclude))
+
+    def begun() -> Iterator[tuple[list[int], float]]:
+        while True:
+            beginning = tokenizer.encode(rng.choice(BEGINNINGS), add_special_tokens=False)
+            yield prefix + beginning, rng.choice([0.8, 1.0])
+
+    start, seen = time.time(), set()
+    with args.out.open("a", encoding="utf-8") as file:
+        for item in sample_stream(
+            model, begun(), stop_id=tokenizer.eos_token_id, batch=args.batch, max_new_tokens=96, top_k=1, seed=args.seed
+        ):
+            text = tokenizer.decode(item.ids[len(prefix) : -1]).strip()
+            if item.ids[-1] == tokenizer.eos_token_id and len(text) > 10 and text not in seen and not excluded(text):
+                seen.add(text)
+                file.write(json.dumps(text) + "\n")
+                file.flush()
+            if time.time() - start > 60 * args.minutes or len(seen) >= args.count:
+                break
+    print(f"{len(seen)} questions, {time.time() - start:.0f} s")
 
 
 def sample(args: argparse.Namespace) -> None:
@@ -51,7 +87,11 @@ def sample(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
 
     def prompts() -> Iterator[tuple[list[int], float]]:
+        asked = [json.loads(line) for path in args.questions for line in path.read_text("utf-8").splitlines()]
+        rng.shuffle(asked)
         for prompt in stream(args.seed, read_paragraphs(args.prose), Overlap(evaluation_texts(args.exclude))):
+            if asked and rng.random() < args.questions_share:
+                prompt = Prompt(asked.pop(), True)
             yield encode_prompt(tokenizer, prompt), rng.choice([0.0, 0.0, 0.0, 0.0, 0.7, 0.7, 1.0, 1.0])
 
     args.out.mkdir(parents=True, exist_ok=True)
@@ -387,6 +427,15 @@ def main() -> None:
         p.add_argument("--batch", type=int, default=96, help="rows sampled at once")
         p.add_argument("--max-new-tokens", type=int, default=192)
         p.add_argument("--length", type=int, default=512, help="longest labelled text")
+
+        p.add_argument("--questions", type=Path, nargs="*", default=[], help="files of the target's own questions")
+        p.add_argument("--questions-share", type=float, default=0.8, help="of the prompts, as long as there are any")
+
+    p = command(questions)
+    p.add_argument("--exclude", type=Path, nargs="*", default=[], help="JSON lines whose texts nothing may repeat")
+    p.add_argument("--minutes", type=float, default=10)
+    p.add_argument("--count", type=int, default=20000)
+    p.add_argument("--batch", type=int, default=96, help="rows sampled at once")
 
     p = command(tokenizer)
     p.add_argument("data", type=Path, nargs="+", help="folders of shards")
