@@ -44,6 +44,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 MARK = "@@"
+SHARD = "12MB"  # of weights a file at most
 
 # --- the target's text ---------------------------------------------------------------------------
 
@@ -324,10 +325,10 @@ def train(args: argparse.Namespace) -> None:
             )  # fmt: skip
             running = running_weight = 0.0
         if progress > next_save:  # samples may still be arriving
-            model.save_pretrained(args.out)
+            model.save_pretrained(args.out, max_shard_size=SHARD)
             load()
             next_save += args.save_every / args.minutes
-    model.save_pretrained(args.out)
+    model.save_pretrained(args.out, max_shard_size=SHARD)
     if args.keep:
         model.float().load_state_dict(master | {"lm_head.weight": master["model.embed_tokens.weight"]})
         model.save_pretrained(args.keep)

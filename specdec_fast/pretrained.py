@@ -80,7 +80,7 @@ def default_drafter() -> Path:
         FileNotFoundError: the package was built without it.
     """
     folder = Path(__file__).parent / "drafter"
-    if not (folder / "model.safetensors").is_file():
+    if not (folder / "model.safetensors.index.json").is_file():
         raise FileNotFoundError("this installation of specdec_fast has no drafter: name one of your own")
     return folder
 

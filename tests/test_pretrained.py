@@ -204,5 +204,5 @@ def test_default_drafter(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match="no drafter"):
         pretrained.default_drafter()
     (tmp_path / "drafter").mkdir()
-    (tmp_path / "drafter" / "model.safetensors").touch()
+    (tmp_path / "drafter" / "model.safetensors.index.json").touch()
     assert pretrained.default_drafter() == tmp_path / "drafter"

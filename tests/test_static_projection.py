@@ -193,21 +193,27 @@ def skipped_and_not(method, rows=1, **settings):
     return host, device, statistics
 
 
-@pytest.mark.parametrize("rule", ["match", *RULES])
+CONFIDENT = {"assistant_confidence_threshold": 0.3, "rows": 3}
+SKIPPING = {
+    "projection": ("projection", {}),
+    "confident": ("projection", CONFIDENT),
+    "tli": ("tli", CONFIDENT),
+    "model": ("model", CONFIDENT),
+}
+
+
 @pytest.mark.parametrize(
-    ("method", "settings"),
+    ("method", "settings", "rule"),
     [
-        ("projection", {}),
-        ("projection", {"do_sample": False}),
-        ("projection", {"assistant_confidence_threshold": 0.3, "rows": 3}),
-        ("tli", {"assistant_confidence_threshold": 0.3, "rows": 3}),
-        ("model", {"assistant_confidence_threshold": 0.3, "rows": 3}),
+        pytest.param("projection", {"do_sample": False}, "match", id="argmax"),  # greedy decoding has one rule
+        *(
+            pytest.param(*case, rule, id=f"{name}-{rule}")
+            for name, case in SKIPPING.items()
+            for rule in ["match", *RULES]
+        ),
     ],
-    ids=["projection", "argmax", "confident", "tli", "model"],
 )
 def test_passes_that_no_row_needs_are_skipped_and_change_no_token(method, settings, rule, skipping, plain_drafters):
-    if not settings.get("do_sample", True) and rule != "match":
-        pytest.skip("greedy decoding has one rule")
     host, device, statistics = skipped_and_not(method, verification=rule, **settings)
     assert host == device
     assert skipping["skipped"] and skipping["taken"]
