@@ -19,6 +19,12 @@ constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes;
 
 enum Float : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// Keys of numbers (kernels/cuda/philox.cuh) but for their offset
+struct NumberKey {
+  int64_t seed, position;
+  uint32_t purpose;
+};
+
 struct ChunkKernels {
   const char* name;
   // float32(source) / temperature to scores, padded with -inf; the largest, NaN if there is one.
@@ -31,6 +37,15 @@ struct ChunkKernels {
   void (*exps)(const float* scores, int64_t n, double shift, double factor, double* weights);
   // weights = max(0, weights), and their sum; n padded.
   double (*positive_sum)(double* weights, int64_t n);
+  // The first 27 bits of the numbers of n keys that differ in their offset: ids, or first, first +
+  // 1, .. where these are null; n padded, and ids too.
+  void (*words)(const NumberKey& key, const int32_t* ids, int64_t first, int64_t n, uint32_t* out);
+  // The entries whose number, of which these are the first bits, may lie below bound * weight; n
+  // padded. Returns how many.
+  int64_t (*sift)(const uint32_t* words, const double* weights, int64_t n, double bound,
+                  int32_t* out);
+  // The entries with a score of at least `least`; n padded. Returns how many.
+  int64_t (*above)(const float* scores, int64_t n, float least, int32_t* out);
 };
 
 // The kernels for this machine, or for what SPECDEC_FAST_CPU_CAPABILITY (plain, avx2, avx512)

@@ -167,8 +167,101 @@ double positive_sum(double* weights, int64_t n) {
   return folded(sums);
 }
 
+// Products of the low halves of each entry
+inline Longs half_product(Longs a, uint32_t b) {
+#if SPECDEC_BYTES == 64 && defined(__GNUC__)
+  return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif SPECDEC_BYTES == 32 && defined(__GNUC__)
+  return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#else
+  return (a & 0xffffffffu) * b;
+#endif
+}
+
+// Philox4x32-10 as in kernels/cuda/philox.cuh, a word in the low half of each entry; what stands in
+// the high halves on the way does not matter.
+void words(const specdec::NumberKey& key, const int32_t* ids, int64_t first, int64_t n,
+           uint32_t* out) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  const uint64_t seed = static_cast<uint64_t>(key.seed);
+  const uint64_t position = static_cast<uint64_t>(key.position);
+  constexpr int kSets = 4;  // at once, since each product waits for the one before
+  for (int64_t i = 0; i < n; i += kLanes) {
+    for (int64_t part = 0; part < kParts; part += kSets) {
+      const int sets = kParts - part < kSets ? static_cast<int>(kParts - part) : kSets;
+      Longs word[kSets][4];
+      for (int s = 0; s < sets; ++s) {
+        const int64_t at = i + (part + s) * kWidth;
+        Longs offset;
+        for (int64_t j = 0; j < kWidth; ++j)
+          offset[j] = static_cast<uint64_t>(ids ? ids[at + j] : first + at + j);
+        word[s][0] = Longs{} + (position & 0xffffffffu);
+        word[s][1] = Longs{} + (position >> 32);
+        word[s][2] = (offset & 0xffffffu) | (key.purpose << 24);
+        word[s][3] = Longs{};
+      }
+      uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+      for (int round = 0; round < 10; ++round) {
+        for (int s = 0; s < sets; ++s) {
+          const Longs product0 = half_product(word[s][0], kMultiplier0);
+          const Longs product1 = half_product(word[s][2], kMultiplier1);
+          word[s][0] = (product1 >> 32) ^ word[s][1] ^ key0;
+          word[s][1] = product1;
+          word[s][2] = (product0 >> 32) ^ word[s][3] ^ key1;
+          word[s][3] = product0;
+        }
+        key0 += kWeyl0;
+        key1 += kWeyl1;
+      }
+      for (int s = 0; s < sets; ++s) {
+        const Longs low = (word[s][0] & 0xffffffffu) >> 5;
+        for (int64_t j = 0; j < kWidth; ++j)
+          out[i + (part + s) * kWidth + j] = static_cast<uint32_t>(low[j]);
+      }
+    }
+  }
+}
+
+int64_t sift(const uint32_t* words, const double* weights, int64_t n, double bound, int32_t* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Longs hit{};
+    for (int64_t k = 0; k < kParts; ++k) {
+      const int64_t at = i + k * kWidth;
+      Doubles number;
+      for (int64_t j = 0; j < kWidth; ++j)
+        number[j] = static_cast<double>(static_cast<int32_t>(words[at + j]));
+      hit |= (Longs)(number * 0x1p-27 < get<Doubles>(weights + at) * bound);
+    }
+    uint64_t any = 0;
+    for (int64_t j = 0; j < kWidth; ++j) any |= hit[j];
+    for (int64_t j = i; any && j < i + kLanes; ++j) {
+      if (words[j] * 0x1p-27 < weights[j] * bound) out[found++] = static_cast<int32_t>(j);
+    }
+  }
+  return found;
+}
+
+int64_t above(const float* scores, int64_t n, float least, int32_t* out) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    Words hit{};
+    for (int64_t k = 0; k < kLanes / kFloatWidth; ++k)
+      hit |= (Words)(get<Floats>(scores + i + k * kFloatWidth) >= least);
+    uint32_t any = 0;
+    for (int64_t j = 0; j < kFloatWidth; ++j) any |= hit[j];
+    for (int64_t j = i; any && j < i + kLanes; ++j) {
+      if (scores[j] >= least) out[found++] = static_cast<int32_t>(j);
+    }
+  }
+  return found;
+}
+
 constexpr ChunkKernels kernels_named(const char* name) {
-  return {name, {load<float>, load<BFloat16>, load<Float16>}, sum_exp, exps, positive_sum};
+  return {
+      name, {load<float>, load<BFloat16>, load<Float16>}, sum_exp, exps, positive_sum, words, sift,
+      above};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <limits>
 #include <memory>
 #include <vector>
 
@@ -75,10 +76,14 @@ struct Shape {
 };
 
 // Where the lanes of a pass stand: row of the cache, column, and columns of that row that are
-// hidden padding
+// hidden padding. In a tree a lane's column is how much text stands before it, and several lanes
+// may have the same: then it is written to another `place`, and what it sees from the column `fork`
+// on lies at the places of its `path`, the last of which is its own.
 struct Lanes {
   int64_t count;
   const int64_t *row, *column, *hidden;
+  const int64_t *place = nullptr, *fork = nullptr;
+  const int64_t* const* path = nullptr;
 };
 
 struct Stored {
@@ -159,7 +164,8 @@ class Pass {
           rotations + std::max<int64_t>(lanes_.column[i] - lanes_.hidden[i], 0) * 2 * s.dim;
       kernels_.rotate(lane, s.heads + s.kv_heads, turn, turn + s.dim, s.dim);
       for (int64_t h = 0; h < s.kv_heads; ++h) {
-        const int64_t at = place(lanes_.row[i], h) + lanes_.column[i] * s.dim;
+        const int64_t column = lanes_.place ? lanes_.place[i] : lanes_.column[i];
+        const int64_t at = place(lanes_.row[i], h) + column * s.dim;
         write(lane + (s.heads + h) * s.dim, stored, stored.keys, at);
         write(lane + (s.heads + s.kv_heads + h) * s.dim, stored, stored.values, at);
       }
@@ -187,7 +193,9 @@ class Pass {
                         lanes_.column[i],
                         at,
                         at + group * s.dim,
-                        at + group * (s.dim + 1)};
+                        at + group * (s.dim + 1),
+                        lanes_.fork ? lanes_.fork[i] : std::numeric_limits<int64_t>::max(),
+                        lanes_.path ? lanes_.path[i] : nullptr};
       const int64_t row = place(lanes_.row[i], head), size = stored.half ? 2 : 4;
       kernels_.attend(stored.half, static_cast<const char*>(stored.keys) + row * size,
                       static_cast<const char*>(stored.values) + row * size, reading.span * kSpan,

@@ -27,6 +27,9 @@ struct Sight {
   float* out;   // [group, dim], relative to peak
   float* peak;  // [group] largest score
   float* mass;  // [group] sum of exp(score - peak)
+  // Columns from `fork` on lie elsewhere: the k-th of them at column path[k]
+  int64_t fork;
+  const int64_t* path;
 };
 
 struct PassKernels {

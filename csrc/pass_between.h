@@ -60,17 +60,31 @@ void gate(const float* opened, const float* up, float* y, int64_t n) {
   for (; i < n; ++i) y[i] = gated(splat(opened[i]), splat(up[i]))[0];
 }
 
+// Columns of values: so many behind one another, then single ones
+template <class Stored>
+struct Columns {
+  const Stored* values;
+  int64_t level, count;
+  const Stored* base;
+  const int64_t* path;
+
+  const Stored* operator()(int64_t c, int64_t dim) const {
+    return c < level ? values + c * dim : base + path[c - level] * dim;
+  }
+};
+
 // out[g, d] = sum over columns of weights[g, column] * values[column, d] for d in [begin, end)
 template <int kGroup, int kWidth, class Stored>
-inline void gather(const float* weights, const Stored* values, int64_t columns, int64_t dim,
-                   int64_t begin, int64_t end, float* out) {
+inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, int64_t begin,
+                   int64_t end, float* out) {
   Lanes total[kGroup][kWidth] = {};
   const bool whole = end - begin == kWidth * kLanes;
-  for (int64_t c = 0; c < columns; ++c) {
+  for (int64_t c = 0; c < columns.count; ++c) {
     Lanes value[kWidth];
+    const Stored* column = columns(c, dim) + begin;
 #pragma GCC unroll 4
     for (int d = 0; d < kWidth; ++d) {
-      const Stored* p = values + c * dim + begin + d * kLanes;
+      const Stored* p = column + d * kLanes;
       value[d] = whole ? lanes(p) : lanes(p, end - begin);
     }
 #pragma GCC unroll 4
@@ -100,14 +114,13 @@ inline void gather(const float* weights, const Stored* values, int64_t columns, 
 }
 
 template <int kGroup, class Stored>
-inline void gather(const float* weights, const Stored* values, int64_t columns, int64_t dim,
-                   float* out) {
+inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, float* out) {
   constexpr int kWidth = kParts == 1 ? 4 : 1;
   int64_t d = 0;
   for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
-    gather<kGroup, kWidth>(weights, values, columns, dim, d, d + kWidth * kLanes, out);
+    gather<kGroup, kWidth>(weights, columns, dim, d, d + kWidth * kLanes, out);
   for (; d < dim; d += kLanes)
-    gather<kGroup, 1>(weights, values, columns, dim, d, least(d + kLanes, dim), out);
+    gather<kGroup, 1>(weights, columns, dim, d, least(d + kLanes, dim), out);
 }
 
 template <class Stored>
@@ -121,8 +134,14 @@ void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Si
     const int64_t low = most(sight.first, begin), high = least(sight.last + 1, begin + kSpan);
     const int64_t columns = high - low;
     for (int64_t g = 0; g < group; ++g) to_single(sight.query + g * dim, dim, query + g * apart);
-    rows_by_inputs<Plain<Stored>, false>(keys + low * dim, query, group, dim, apart, 0, columns,
-                                         scores, kSpan, nullptr);
+    const int64_t level = most(least(sight.fork, high) - low, 0);
+    const int64_t* path = sight.path + most(low - sight.fork, 0);
+    if (level)
+      rows_by_inputs<Plain<Stored>, false>(keys + low * dim, query, group, dim, apart, 0, level,
+                                           scores, kSpan, nullptr);
+    for (int64_t c = level; c < columns; ++c)
+      rows_by_inputs<Plain<Stored>, false>(keys + path[c - level] * dim, query, group, dim, apart,
+                                           0, 1, scores + c, kSpan, nullptr);
     for (int64_t g = 0; g < group; ++g) {
       float* score = scores + g * kSpan;
       for (int64_t c = columns; c < up(columns, kLanes); ++c) score[c] = score[0];
@@ -153,12 +172,11 @@ void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Si
       sight.mass[g] = mass[0];
     }
     int64_t g = 0;
-    const Stored* seen = values + low * dim;
-    for (; g + 4 <= group; g += 4)
-      gather<4>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
-    if (group - g == 3) gather<3>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
-    if (group - g == 2) gather<2>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
-    if (group - g == 1) gather<1>(scores + g * kSpan, seen, columns, dim, sight.out + g * dim);
+    const Columns<Stored> seen{values + low * dim, level, columns, values, path};
+    for (; g + 4 <= group; g += 4) gather<4>(scores + g * kSpan, seen, dim, sight.out + g * dim);
+    if (group - g == 3) gather<3>(scores + g * kSpan, seen, dim, sight.out + g * dim);
+    if (group - g == 2) gather<2>(scores + g * kSpan, seen, dim, sight.out + g * dim);
+    if (group - g == 1) gather<1>(scores + g * kSpan, seen, dim, sight.out + g * dim);
   }
 }
 

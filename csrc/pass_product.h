@@ -83,7 +83,7 @@ inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* 
 // How many sums the registers hold: rows for one input, rows for more, inputs, and rows for more
 // than kFew inputs
 #if SPECDEC_BYTES == 64
-constexpr int kAlone = 8, kRows = 4, kInputs = 8, kFew = 6, kLow = 3;
+constexpr int kAlone = 8, kRows = 4, kInputs = 8, kFew = 2, kLow = 3;
 #elif SPECDEC_BYTES == 32
 constexpr int kAlone = 4, kRows = 2, kInputs = 2, kFew = 2, kLow = 2;
 #else

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +16,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteri
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, sampling, warmup
+from specdec_fast.branching import Branching
 from specdec_fast.cache import check_cache, ragged_layers
 from specdec_fast.continuation import load, store
 from specdec_fast.device_engine import DeviceEngine
@@ -24,13 +24,16 @@ from specdec_fast.device_plan import Call, mode_of, open_session, resident_outlo
 from specdec_fast.device_session import Session
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.none import NoDrafter
-from specdec_fast.engine import Engine, Record
+from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
 from specdec_fast.lean import lean_model
-from specdec_fast.lookahead import Adaptive, lookahead_for
+from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
+from specdec_fast.masks import text_positions
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
-from specdec_fast.runner import Runner, text_positions
+from specdec_fast.record import Record
+from specdec_fast.runner import Runner
+from specdec_fast.settings import Settings
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation, remember
 from specdec_fast.stops import Stops
@@ -75,6 +78,7 @@ def fast_generate(
     target_lookbehind: int | None = None,
     assistant_lookbehind: int | None = None,
     assistant_window: int | None = None,
+    draft_tree: str = "auto",
     compile: str = "auto",  # the field's name for it, and nobody calls the builtin here
     source: UniformSource | None = None,
     **kwargs: Any,
@@ -96,10 +100,12 @@ def fast_generate(
             write and is refused where those are too many: an oracle for vocabularies of a few tokens.
             "auto" chooses by the tokenizers, the measured intersection mass, the sampling mode, each row's running
             acceptance, and without a drafter by how far the prompt repeats itself; the statistics say why.
-        verification: "auto", "match" (sample and compare), "token" (rejection sampling; Leviathan et al., arXiv
-            2211.17192) or "block" (the whole draft at once, never fewer accepted tokens than "token" on average; Sun
-            et al., arXiv 2403.10444). All are lossless. "auto" takes "block" where the drafter's law is known, else
-            "match"; so it does, and "block" is refused, beside custom processors and criteria, who see each token.
+        verification: "auto", "match" (sample and compare), "gumbel" (the same, the target's tokens being the winners of
+            races whose numbers a drafter can know: the output is then the same with any drafter; Daliri et al., arXiv
+            2408.07978), "token" (rejection sampling; Leviathan et al., arXiv 2211.17192) or "block" (the whole draft at
+            once, never fewer accepted tokens than "token" on average; Sun et al., arXiv 2403.10444). All are lossless.
+            "auto" takes "gumbel" where drafts are trees, "block" where the drafter's law is known, else "match"; so it
+            does, and "block" is refused, beside custom processors and criteria, who see each token.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
             None: from torch's global generator; how much is drafted then hangs on what was measured, so that under
@@ -114,6 +120,10 @@ def fast_generate(
             longest suffix compared.
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
         assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
+        draft_tree: "auto" lets a drafter propose several tokens for a place where that pays: methods "model" and "tli"
+            with an adaptive lookahead, rules "match" (T=0) and "gumbel", on a CPU, for targets of at least 32 million
+            parameters that run as one native operation. "on": for smaller ones too, refused where it cannot be.
+            "off": drafts are chains.
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
             with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
             the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli",
@@ -143,11 +153,12 @@ def fast_generate(
         target_lookbehind=target_lookbehind,
         assistant_lookbehind=assistant_lookbehind,
         assistant_window=assistant_window,
+        draft_tree=draft_tree,
         compile=compile,
         streamer=streamer,
         source=source,
     )
-    settings = _Settings(model, generation_config, kwargs)
+    settings = Settings(model, generation_config, kwargs)
     common: dict[str, Any] = {
         "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
         "negative_prompt_ids": negative_prompt_ids,
@@ -235,43 +246,6 @@ _DRAFTER_KNOBS = {
     "target_lookbehind",
 }
 _OTHER_SPECULATION = ("assistant_early_exit", "assistant_ensemble_weight", "speculation_type", "use_mtp")
-
-
-class _Settings:
-    """Reads generation settings where ``generate`` would, without changing what the caller handed in."""
-
-    def __init__(self, model: PreTrainedModel, config: GenerationConfig | None, kwargs: dict[str, Any]):
-        self.config = config
-        self.kwargs = dict(kwargs)
-        self._default = getattr(model, "generation_config", None)
-
-    def get(self, name: str) -> Any:
-        if self.kwargs.get(name) is not None:
-            return self.kwargs[name]
-        for config in (self.config, self._default):
-            if getattr(config, name, None) is not None:
-                return getattr(config, name)
-        return None
-
-    def take(self, name: str) -> Any:
-        """The setting, which ``generate`` will then not see."""
-        value = self.get(name)
-        self.kwargs.pop(name, None)
-        if value is not None and getattr(self.config, name, None) is not None:
-            self.config = copy.deepcopy(self.config)
-            setattr(self.config, name, None)
-        if getattr(self._default, name, None) is not None:
-            self.kwargs[name] = None
-        return value
-
-    def other_strategy(self) -> str | None:
-        """The argument that asks for a decoding strategy other than greedy and sampling."""
-        if (self.get("num_beams") or 1) > 1:
-            return "num_beams"
-        for name in ("penalty_alpha", "dola_layers", "constraints", "force_words_ids"):
-            if self.get(name):
-                return name
-        return "cache_implementation='paged'" if self.get("cache_implementation") == "paged" else None
 
 
 _DEFAULTS = GenerationConfig()
@@ -368,19 +342,18 @@ class _Loop:
                 outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
             else:
                 outlook, known = resident_outlook(model, resident, call, limit - columns)
-            lookahead = lookahead_for(
-                plan.schedule,
-                batch,
-                plan.lookahead,
-                outlook,
-                unread=[len(text) for text in rows.tokens],
-                horizon=limit - columns,
-                watched=methods.asks(plan, options) if resident is None else resident.watched,
-            )
-            meter = costs.Meter() if known is not None else None
             # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
             inside = do_sample and record.scores is None and bool(logits_processor)
             inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
+            history: dict[str, Any] = {"unread": [len(text) for text in rows.tokens], "horizon": limit - columns}
+            climbs = native and resident is None and record.empty and (inside or not logits_processor)
+            lookahead: Lookahead
+            if plan.tree and climbs and not stops.in_order:
+                lookahead = Branching(batch, 3 * plan.lookahead, outlook, nodes=plan.tree, **history)
+            else:
+                watched = methods.asks(plan, options) if resident is None else resident.watched
+                lookahead = lookahead_for(plan.schedule, batch, plan.lookahead, outlook, **history, watched=watched)
+            meter = costs.Meter() if known is not None else None
             warpers = logits_processor if inside else None
             everything: dict[str, Any] = {
                 "rows": rows,
@@ -404,7 +377,10 @@ class _Loop:
                 target, drafter = resident.target, NoDrafter(device)
             else:
                 watcher = lookahead if isinstance(lookahead, Adaptive) and lookahead.watches else None
-                drafter = methods.build_drafter(plan, *parts[:-1], input_ids.device, watcher=watcher)
+                branching = lookahead if isinstance(lookahead, Branching) else None
+                drafter = methods.build_drafter(
+                    plan, *parts[:-1], input_ids.device, watcher=watcher, branching=branching
+                )
                 target = opened.target if opened is not None else call.runner(model, batch, lean)
             if past:
                 load(target, cache, past)

@@ -6,18 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec_fast.intersection_mass import intersection_mass
-from specdec_fast.options import Options
+from specdec_fast.options import VERIFICATIONS, Options
+from specdec_fast.randomness import Philox
 from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection
 
-__all__ = ["Choice", "across_vocabularies", "repetition", "without_drafter"]
+__all__ = ["Choice", "across_vocabularies", "lacks_for_trees", "repetition", "without_drafter"]
 
 NEARLY_ALL = 0.95  # of the drafter's mass on shared tokens: what projection adds is then within its cost
 ALL = 0.999  # ... and TLI loses nothing that another method would keep
 MERGING = 0.03  # share of the target's tokens that are several of the drafter's, from which SLRS may pay
 SMALL = 0.1  # of the target's parameters: a larger drafter's own looks cost more than SLRS brings
+ALL_TOKENS = 0.98  # of the drafter's, shared: what a tree of them brings is more than the rest could
+LARGE = 32_000_000  # parameters: a pass over less is bound by its arithmetic, and every position costs
 NGRAM = 3
 REPETITIVE = 0.12  # share of a prompt's n-grams that stood in it before, from which looking up pays
 LEAST_REPEATED = 8  # and so many of them: a share of a short prompt says little
@@ -41,7 +45,7 @@ class Choice:
 
 
 def across_vocabularies(
-    options: Options, do_sample: bool, in_order: bool, widths: tuple[int, int], size: float
+    options: Options, do_sample: bool, in_order: bool, widths: tuple[int, int], size: float, branches: bool = False
 ) -> Choice:
     """For a drafter with a tokenizer of its own.
 
@@ -49,7 +53,18 @@ def across_vocabularies(
         in_order: whether a callable must see every token in order.
         widths: how many logits target and drafter have.
         size: the drafter's parameters beside the target's.
+        branches: whether drafts of TLI would be trees.
     """
+    if not do_sample and branches:
+        shared = intersection(
+            Vocabulary.of(options.tokenizer),
+            Vocabulary.of(options.assistant_tokenizer),
+            target_size=widths[0],
+            drafter_size=widths[1],
+        )
+        share = len(shared.target_ids) / max(widths[1], 1)
+        if share >= ALL_TOKENS:
+            return Choice("tli", f"the tokenizers differ, but {share:.1%} of the drafter's tokens are the target's too")
     if not do_sample:
         return Choice("slem", "the tokenizers differ and decoding is greedy")
     if options.assistant_temperature == 0:
@@ -73,6 +88,35 @@ def across_vocabularies(
     kept = "TLI throws hardly any of it away" if methods[0] == "tli" else "projection keeps the others too"
     # Where rows advance in step, what a row has accepted hangs on the others
     return Choice(methods[0], f"{measured}: {kept}", () if in_order else tuple(methods[1:]))
+
+
+def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do_sample: bool, in_order: bool) -> str:
+    """What drafts lack to branch; empty where they may.
+
+    Whether a call's passes run as the one operation that judges trees has no part in it: the rule, and with it what a
+    seed gives, should not hang on that.
+    """
+    drafter = options.assistant_model
+    schedule = options.num_assistant_tokens_schedule
+    if options.draft_tree == "off":
+        return "draft_tree other than 'off'"
+    if choice.method not in ("model", "tli") or choice.others or drafter is None:
+        return "method='model' or method='tli'"
+    if options.verification not in (("auto", "gumbel") if do_sample else VERIFICATIONS):
+        return "verification='gumbel'"
+    if in_order:
+        return "no custom processor or criterion"
+    if (schedule or ("adaptive" if options.num_assistant_tokens is None else "constant")) != "adaptive":
+        return "num_assistant_tokens_schedule='adaptive'"
+    if options.assistant_confidence_threshold is not None:
+        return "no assistant_confidence_threshold"
+    if type(options.source or Philox()) is not Philox:
+        return "Philox as the source of numbers"
+    if model.device.type != "cpu" or drafter.device.type != "cpu":
+        return "both models on the CPU"
+    if options.draft_tree == "auto" and model.num_parameters() < LARGE:
+        return f"a target of at least {LARGE} parameters"
+    return ""
 
 
 def without_drafter(prompts: Tensor, mask: Tensor | None, in_order: bool) -> Choice:

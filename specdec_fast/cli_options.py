@@ -85,7 +85,10 @@ MethodOption = Annotated[
     ),
 ]
 VerificationOption = Annotated[
-    str, typer.Option("--verification", metavar="RULE", rich_help_panel=DECODING, help="auto, match, token or block.")
+    str,
+    typer.Option(
+        "--verification", metavar="RULE", rich_help_panel=DECODING, help="auto, match, gumbel, token or block."
+    ),
 ]
 MaxNewTokensOption = Annotated[
     int,

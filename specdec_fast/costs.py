@@ -59,6 +59,11 @@ class Costs:
         draft = self.start + self.step * drafted if drafted else 0.0
         return self.rest + self.scoring(drafted + 1) + draft
 
+    def tree(self, levels: int, nodes: int) -> float:
+        """A round that drafts a tree."""
+        draft = self.start + self.step * levels if levels else 0.0
+        return self.rest + self.scoring(nodes + 1) + draft
+
 
 @dataclass(frozen=True)
 class Outlook:

@@ -161,6 +161,8 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
     drafter = options.assistant_model
     if plan.method not in METHODS:
         return f"method {plan.method} needs the host between draft and verification"
+    if plan.verification == "gumbel" and call.do_sample:
+        return "rule gumbel has no operation there"
     if sampling.manner_of(call.processors) is not sampling.Manner.POINTWISE:
         return "a logits processor looks at the text"
     if call.stops.in_order:

@@ -12,42 +12,24 @@ from transformers import LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import sampling
+from specdec_fast.branching import Branching
 from specdec_fast.costs import Meter
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.lean_ops import Judged, Judging
 from specdec_fast.lookahead import Lookahead
 from specdec_fast.proposal import Proposal
-from specdec_fast.randomness import UniformSource
+from specdec_fast.randomness import Philox, UniformSource
+from specdec_fast.record import Record
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
+from specdec_fast.trees import Climbed, Climbing, Tree
 from specdec_fast.verification import Draws, Rule, Verdict
 
-__all__ = ["Engine", "Record", "refuse_undefined"]
+__all__ = ["Engine", "refuse_undefined"]
 
 Judge = Callable[[Proposal, Draws], Judging | None]
-
-
-@dataclass
-class Record:
-    """Scores and logits of every committed token, kept where the caller asked for them: one list of ``[V]`` a row."""
-
-    scores: list[list[Tensor]] | None = None
-    logits: list[list[Tensor]] | None = None
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing is kept."""
-        return self.scores is None and self.logits is None
-
-    def add(self, row: int, scores: Tensor, logits: Tensor | None) -> None:
-        """Keeps ``[n, V]`` of a row."""
-        # Copies: views would keep the scores of rejected tokens alive as well
-        if self.scores is not None:
-            self.scores[row].extend(scores.clone().unbind(0))
-        if self.logits is not None and logits is not None:
-            self.logits[row].extend(logits.clone().unbind(0))
 
 
 @dataclass
@@ -95,6 +77,8 @@ class Engine:
         # Scores that nobody but the rule looks at can be judged where they are made
         unseen = self.record.empty and not self.processors and self.rows.device.type == "cpu"
         self._judging: Judge | None = getattr(self.rule, "judging", None) if unseen else None
+        drawn = unseen and type(self.source) is Philox
+        self._climbing: Climbing | None = getattr(self.rule, "climbing", None) if drawn else None
 
     def run(self) -> Tensor:
         """Generates; returns ``sequences [B, L]``."""
@@ -153,6 +137,10 @@ class Engine:
         draws = self._draws(active)
         proposal = self._draft(active, draws)
         begin = time.perf_counter()
+        if (climbed := self._climb(active, proposal, draws)) is not None:
+            self.statistics.verify_seconds += time.perf_counter() - begin
+            self._keep(active, *climbed)
+            return
         scores, raw = None, None
         if (judged := self._judge(active, proposal, draws)) is not None:
             accepted, token, drafts = judged.accepted, judged.token, proposal.on_host()
@@ -170,6 +158,22 @@ class Engine:
             self._learn(row, count[r], accepted[r], kept, count[r])
             if scores is not None and not self.record.empty:
                 self.record.add(row, scores[r, :kept], None if raw is None else raw[r, :kept])
+        self._settle()
+
+    def _keep(self, active: list[int], tree: Tree, climbed: Climbed) -> None:
+        """Commits the nodes that stay of each row's tree, and the token behind them."""
+        for r, row in enumerate(active):
+            refuse_undefined(climbed.token[r], row)
+            tokens, parents, passed = tree.tokens[r], tree.parents[r], climbed.passed[r]
+            kept = self._commit(row, [*(tokens[i] for i in passed), climbed.token[r]])
+            way = [-1, *passed]
+            met = [(level, i in passed) for i, level in enumerate(tree.levels[r]) if parents[i] in way]
+            # A level is tested where the target came by one of its nodes' parents
+            tested = len(passed) + (way[-1] in parents)
+            if isinstance(self.lookahead, Branching) and tokens:
+                self.lookahead.climbed(row, max(tree.depths(r)), len(tokens), met)
+            self.statistics.nodes += len(tokens)
+            self._learn(row, tested, len(passed), kept, tested)
         self._settle()
 
     def _processed(self, active: list[int], proposal: Proposal, logits: Tensor) -> Tensor:
@@ -259,11 +263,37 @@ class Engine:
         if any(limit):
             if self.meter is not None and len(active) == self.rows.batch:
                 unread = max(len(self.rows.tokens[row]) - self._drafted_at[row] for row in active)
-                self.meter.drafts.append((max(proposal.count), unread, seconds))
+                levels = max(proposal.count) if proposal.tree is None else proposal.tree.levels_deep
+                self.meter.drafts.append((levels, unread, seconds))
             for row, most in zip(active, limit, strict=True):
                 if most:
                     self._drafted_at[row] = len(self.rows.tokens[row])
         return proposal
+
+    def _climb(self, rows: list[int], proposal: Proposal, draws: Draws) -> tuple[Tree, Climbed] | None:
+        """Scores trees, and chains where their rule has no other operation, and judges them in one operation."""
+        if self._climbing is None or (proposal.tree is None and not self._climbing.temperature):
+            return None
+        tree = proposal.tree
+        if tree is None:
+            if proposal.told is None:
+                return None
+            drafts = [line[:count] for line, count in zip(proposal.told.tokens, proposal.count, strict=True)]
+            tree = Tree(drafts, [list(range(-1, len(line) - 1)) for line in drafts], [[] for _ in drafts])
+        count = [len(tokens) for tokens in tree.tokens]
+        if not self._follows(rows, count):
+            return None
+        begin = time.perf_counter()
+        first = [self.rows.tokens[row][-1] for row in rows]
+        climbed = self.target.climb(rows, first, tree, self._climbing, draws.keys)
+        self._timed(rows, max(count) + 1, begin + climbed.seconds)
+        return tree, climbed
+
+    def _follows(self, rows: list[int], count: list[int]) -> bool:
+        """Whether the target has not seen one token a row, and runs a pass over that and a draft as one operation."""
+        seen, length, texts = self.target.length, self.rows.length, self.rows.tokens
+        fits = all(length[row] + self.shift == seen[row] + 1 and texts[row] for row in rows)
+        return self.embeds is None and fits and self.target.quick([c + 1 for c in count])
 
     def _judge(self, rows: list[int], proposal: Proposal, draws: Draws) -> Judged | None:
         """Scores drafts and judges them in one operation; None where there is none for that.
@@ -271,11 +301,8 @@ class Engine:
         Only where the target has not seen one token a row, and nobody but the rule wants the scores.
         """
         told = proposal.told
-        if self._judging is None or told is None or self.embeds is not None:
-            return None
-        seen, length, texts, count = self.target.length, self.rows.length, self.rows.tokens, proposal.count
-        fits = all(length[row] + self.shift == seen[row] + 1 and texts[row] for row in rows)
-        if not fits or not self.target.quick([c + 1 for c in count]):
+        texts, count = self.rows.tokens, proposal.count
+        if self._judging is None or told is None or not self._follows(rows, count):
             return None
         if (judging := self._judging(proposal, draws)) is None:
             return None

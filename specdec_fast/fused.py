@@ -21,6 +21,8 @@ from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
+from specdec_fast.trees import Climbing
+from specdec_fast.verification import Match
 
 __all__ = ["Fused", "confidence", "drafted_token", "draws_natively", "likeliest"]
 
@@ -46,21 +48,28 @@ class Fused:
 
     def judging(self, proposal: Proposal, draws: Draws) -> Judging | None:
         """The rule for an operation that scores a draft and judges it; None where that cannot."""
-        if proposal.told is None or type(draws.source) is not Philox or not runs_natively("verify"):
+        known = self.rule.name in ops.RULES and proposal.told is not None and type(draws.source) is Philox
+        if not known or not runs_natively("verify"):
             return None
-        usual: dict[str, float] = {"temperature": 0.0} if self.greedy else {}
-        if self.warpers and not self.greedy:
-            usual = sampling.parameters(self.warpers) or {}
-        get = usual.get
-        return Judging(
-            get("temperature", 1.0),
-            int(get("top_k", 0)),
-            get("top_p", 1.0),
-            get("min_p", 0.0),
-            ops.RULES[self.rule.name],
-        )
+        return Judging(*self._law(), ops.RULES[self.rule.name])
+
+    @property
+    def climbing(self) -> Climbing | None:
+        """How the target draws its own tokens, for an operation that judges trees; None where it compares with none."""
+        if not (self.greedy or self.rule.name == "gumbel"):
+            return None
+        return Climbing(*self._law())
+
+    def _law(self) -> tuple[float, int, float, float]:
+        """Temperature, top-k, top-p and min-p of the target."""
+        if self.greedy:
+            return 0.0, 0, 1.0, 0.0
+        get = ((sampling.parameters(self.warpers) or {}) if self.warpers else {}).get
+        return get("temperature", 1.0), int(get("top_k", 0)), get("top_p", 1.0), get("min_p", 0.0)
 
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
+        if self.rule.name == "gumbel":
+            return self._raced(scores, proposal, draws)
         law = proposal.law
         if type(draws.source) is not Philox or type(law) not in (PointMass, CompactLaw, SparseLaw, ProjectedLaw):
             return self.rule.verify(self._processed(scores), proposal, draws)
@@ -101,6 +110,17 @@ class Fused:
             return Verdict(accepted, token)
         undefined = status.bitwise_and(int(ops.Status.TARGET)).bool()
         return Verdict(accepted, token.masked_fill(undefined, -1))
+
+    def _raced(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
+        """Rule *gumbel*: the target's own tokens by races."""
+        if not draws_natively(draws, scores.device) or scores.dtype == torch.float64:
+            return self.rule.verify(self._processed(scores), proposal, draws)
+        rows, n, width = scores.shape
+        key = [part.repeat_interleave(n) for part in (draws.seed, draws.start)]
+        key[1] += torch.arange(draws.base, draws.base + n).repeat(rows)
+        law = [None if part is None else part.repeat_interleave(n) for part in self._parameters(scores)]
+        own = torch.ops.specdec_fast.race(scores.view(rows * n, width), *law, *key, None, 1)[0].view(rows, n)
+        return Match(lambda *_: own, "gumbel").verify(scores, proposal, draws)
 
     def _parameters(self, scores: Tensor) -> list[Tensor | None]:
         """Temperature, top-k, top-p and min-p, ``[R]`` each or None."""

@@ -30,7 +30,7 @@ from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean_ops import MOST, Choices, Choosing, Drafted, Judged, Judging, KeptModel, Laws, Session, Told
 from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
 
-__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model"]
+__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
@@ -154,7 +154,7 @@ class LeanModel:
         window = cache.window
         places = list(range(rows)) if window.rows is None else window.rows.tolist()
         logits: Tensor = torch.ops.specdec_fast.llama_forward(
-            self._session(cache, window.end).number,
+            self.session(cache, window.end).number,
             tokens.contiguous(),
             columns.contiguous(),
             places,
@@ -187,7 +187,7 @@ class LeanModel:
         lengths = [len(text) for text in texts]
         end = max(first + n for first, n in zip(start, lengths, strict=True))
         logits: Tensor = torch.ops.specdec_fast.llama_read(
-            self._session(cache, end).number, _joined(texts), lengths, places, start, hidden, tail
+            self.session(cache, end).number, joined(texts), lengths, places, start, hidden, tail
         )
         return logits
 
@@ -217,9 +217,9 @@ class LeanModel:
             seed, position: ``[R]``, of the numbers' keys.
         """
         rows, longest, laws = len(count), max(count), told.laws
-        session = self._session(cache, max(start) + longest + 1)
-        drafts = _level(told.tokens, longest)
-        drawn = [] if laws is None else drafts if told.drawn is None else _level(told.drawn, longest)
+        session = self.session(cache, max(start) + longest + 1)
+        drafts = level(told.tokens, longest)
+        drawn = [] if laws is None else drafts if told.drawn is None else level(told.drawn, longest)
         temperature, top_k, top_p, min_p, rule = judging
         said = None
         if laws is None or laws.room is not None:
@@ -248,7 +248,7 @@ class LeanModel:
         Each call stands one column behind the call before, the first at ``start``; at most ``most`` calls.
         """
         columns = torch.tensor(start).unsqueeze(1)
-        number, op = self._session(cache, max(start) + most).number, torch.ops.specdec_fast.llama_forward
+        number, op = self.session(cache, max(start) + most).number, torch.ops.specdec_fast.llama_forward
 
         def step(tokens: Tensor) -> Tensor:
             nonlocal columns
@@ -294,7 +294,7 @@ class LeanModel:
         for (sure, bounds), most in zip(stops or (), steps, strict=bool(stops)):
             numbers += sure
             numbers += bounds[:most] + [math.inf] * (most - len(bounds))
-        session, tokens, levels = self._session(cache, end), _joined(texts), len(stops[0][0]) if stops else 0
+        session, tokens, levels = self.session(cache, end), joined(texts), len(stops[0][0]) if stops else 0
         rows, most = len(texts), max(steps)
         size = rows * (1 + most + (most if levels else 0)) + 1
         temperature, top_k, top_p, min_p, least = choosing
@@ -329,7 +329,7 @@ class LeanModel:
         lines = [report[first : first + most] for first in range(rows, size - 1, most)]
         return Drafted(lines[:rows], laws, report[:rows], lines[rows:] if stops else None)
 
-    def _session(self, cache: RaggedCache, end: int) -> Session:
+    def session(self, cache: RaggedCache, end: int) -> Session:
         """What the operations read and write, with room for the columns below ``end``."""
         session: Session | None = cache.session
         if session is not None and session.owner is self and end <= session.end:
@@ -381,12 +381,12 @@ class LeanModel:
         return module.weight.detach().float()
 
 
-def _joined(texts: list[list[int]]) -> list[int]:
+def joined(texts: list[list[int]]) -> list[int]:
     """The texts behind one another."""
     return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
 
 
-def _level(lists: list[list[int]], length: int) -> list[int]:
+def level(lists: list[list[int]], length: int) -> list[int]:
     """The first entries of each list behind one another, as many of each."""
     if len(lists) == 1:
         return lists[0][:length]

@@ -35,6 +35,7 @@ __all__ = [
     "numbers",
 ]
 
+ENTRIES = ("judge", "draft", "branch", "climb")
 MOST = 4096  # numbers of a call that go in and come out without the dispatcher
 
 
@@ -220,7 +221,8 @@ class Session:
         self.number: int = torch.ops.specdec_fast.llama_open(model.number, rotations, keys, values, capability)
         self._numbers, self._reals = (ctypes.c_int64 * MOST)(), (ctypes.c_double * MOST)()
         self._at = ctypes.c_void_p(ctypes.addressof(self._numbers)), ctypes.c_void_p(ctypes.addressof(self._reals))
-        self._judge, self._draft = _entries()
+        self._others = _entries()
+        self._judge, self._draft = self._others["judge"], self._others["draft"]
         self._room: Room | None = None
         weakref.finalize(self, torch.ops.specdec_fast.llama_close, self.number)
 
@@ -238,6 +240,13 @@ class Session:
     def draft(self, numbers: list[int], reals: list[float], size: int) -> list[int] | None:
         """The same beside ``llama_draft``."""
         return self._call(self._draft, numbers, reals, size)
+
+    def told(self, name: str, numbers: list[int], reals: list[float], size: int) -> list[int]:
+        """Calls ``llama_branch`` or ``llama_climb``."""
+        said = self._call(self._others[name], numbers, reals, size)
+        if said is None:  # too much, or something is wrong, and the operation says what
+            said = getattr(torch.ops.specdec_fast, f"llama_{name}")(numbers, reals)
+        return said
 
     def _call(self, entry: Any, numbers: list[int], reals: list[float], size: int) -> list[int] | None:
         count = len(numbers)
@@ -257,11 +266,11 @@ class Session:
 
 
 @functools.cache
-def _entries() -> tuple[Any, Any]:
-    """The functions behind ``llama_judge`` and ``llama_draft``, called without torch's dispatcher."""
+def _entries() -> dict[str, Any]:
+    """The functions behind ``llama_judge`` and its like, called without torch's dispatcher."""
     kind = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
     ops = torch.ops.specdec_fast
-    return kind(ops.llama_judge_entry()), kind(ops.llama_draft_entry())
+    return {name: kind(getattr(ops, f"llama_{name}_entry")()) for name in ENTRIES}
 
 
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
@@ -292,5 +301,12 @@ _library.define(
 _library.define(
     "llama_forward(int session, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes) -> Tensor"
 )
-_library.define("llama_judge_entry() -> int")
-_library.define("llama_draft_entry() -> int")
+# Both take numbers and reals as csrc/tree.cpp lays them out
+_library.define("llama_branch(int[] numbers, float[] reals) -> int[]")
+_library.define("llama_climb(int[] numbers, float[] reals) -> int[]")
+_library.define(
+    "race(Tensor logits, Tensor? temperature, Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor seed, "
+    "Tensor position, Tensor? ids, int most) -> (Tensor, Tensor)"
+)
+for _entry in ENTRIES:
+    _library.define(f"llama_{_entry}_entry() -> int")

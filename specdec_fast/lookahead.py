@@ -12,7 +12,7 @@ from typing import Protocol
 
 from specdec_fast.costs import Costs, Outlook
 
-__all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "best_lookahead", "lookahead_for"]
+__all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "Row", "best_lookahead", "lookahead_for"]
 
 SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 
@@ -157,7 +157,7 @@ class Adaptive:
         horizon: int = 64,
         watched: bool = False,
     ):
-        self.watches = watched
+        self.watches = self._goes_on = watched
         self._costs = costs = outlook.costs
         self._most = most
         self._plain = costs.round(0)
@@ -165,7 +165,7 @@ class Adaptive:
         self._prior = _profile(outlook.tested, outlook.accepted, most, self.GUESS, self.GUESSED)
         known = outlook.tested[0] if outlook.tested else 0.0
         self._row_weight = self.ROW + min(known, 2 * self.ROW)
-        self._sure_prior = _by_confidence(outlook, self.STEPS)
+        self._sure_prior = self._hopes(outlook)
         credit = min(self.CREDIT + self.SHARE * horizon, self.LARGEST) * self._plain
         failed = 0
         if known >= self.REMEMBERED:
@@ -173,7 +173,7 @@ class Adaptive:
             credit += self._promise(speed, horizon)
             failed = 0 if best else self.PATIENCE
         self._known = [*outlook.tested[:most], *[0.0] * (most - len(outlook.tested))]
-        self._rows = [_Row(most, self.STEPS, credit, horizon, failed) for _ in range(rows)]
+        self._rows = [Row(most, self.STEPS, credit, horizon, failed) for _ in range(rows)]
         for own, tokens in zip(self._rows, unread, strict=False):
             own.unread = tokens
         self.tested, self.accepted = [0.0] * most, [0.0] * most
@@ -185,7 +185,7 @@ class Adaptive:
 
     # What is expected ------------------------------------------------------------------------------------------------
 
-    def _acceptance(self, own: _Row) -> list[float]:
+    def _acceptance(self, own: Row) -> list[float]:
         """The expected acceptance of each position, given that those before it were accepted."""
         hoped = 0.0
         for t, p in zip(own.tested, self._prior, strict=True):
@@ -207,7 +207,7 @@ class Adaptive:
             self._choose(own)
         return own.limit
 
-    def _choose(self, own: _Row) -> None:
+    def _choose(self, own: Row) -> None:
         own.stale, own.limit, own.reach = False, 0, 1.0
         own.sure.clear()
         own.expected = self._acceptance(own)
@@ -217,7 +217,7 @@ class Adaptive:
         best, own.speed = _best(own.expected, self._round)
         if best and own.catch_up <= self._promise(own.speed, own.horizon):
             # A draft that turns out sure may go on
-            own.limit = min(max(best + 1, 2 * best) if self.watches else best, affordable, self._most)
+            own.limit = min(max(best + 1, 2 * best) if self._goes_on else best, affordable, self._most)
         elif affordable:
             probe, speed = _best(own.expected, self._round, 1)
             loss = self._round[probe] * max(1 - speed * self._plain, 0.0) + own.catch_up
@@ -226,7 +226,7 @@ class Adaptive:
             if own.saved >= saving or (self._hopeful(own) and own.balance >= 2 * loss):
                 own.limit = min(probe, affordable)
 
-    def _hopeful(self, own: _Row) -> bool:
+    def _hopeful(self, own: Row) -> bool:
         """Whether drafting would pay if acceptance were a standard deviation better than it looks.
 
         What earlier calls have tested counts half: a text may be another kind.
@@ -254,7 +254,7 @@ class Adaptive:
         own.reach *= self._sure_acceptance(own, step)
         return own.reach > self._worth(own, drafted)
 
-    def _worth(self, own: _Row, drafted: int) -> float:
+    def _worth(self, own: Row, drafted: int) -> float:
         """Where the draft so far is accepted more often, further tokens bring more than they cost at the best speed."""
         reach, gained, least = 1.0, 0.0, float("inf")
         rounds, expected, speed, spent = self._round, own.expected, own.speed, self._round[drafted]
@@ -282,9 +282,13 @@ class Adaptive:
         """Takes note of the confidence of each token of a draft that was ended by :meth:`stops`."""
         self._rows[row].sure = list(steps)
 
-    def _sure_acceptance(self, own: _Row, step: int) -> float:
+    def _sure_acceptance(self, own: Row, step: int) -> float:
         prior = min(self._sure_prior[step] * own.factor, 0.99)
         return (own.sure_accepted[step] + self.SURE * prior) / (own.sure_tested[step] + self.SURE)
+
+    def _hopes(self, outlook: Outlook) -> list[float]:
+        """The expected acceptance of a token by the step of its confidence."""
+        return _by_confidence(outlook, self.STEPS)
 
     # What happened ---------------------------------------------------------------------------------------------------
 
@@ -303,7 +307,7 @@ class Adaptive:
                 own.balance -= self._round[1] - self._plain + own.catch_up
                 own.unread = committed
             return
-        gain = committed * self._plain - self._costs.round(drafted) - own.catch_up
+        gain = committed * self._plain - self._spent(own, drafted) - own.catch_up
         own.balance = min(own.balance + gain, self.CAP * self._plain)
         own.saved = 0.0
         own.failed = 0 if accepted else min(own.failed + 1, self.PATIENCE)
@@ -324,8 +328,12 @@ class Adaptive:
             self.sure_tested[step] += 1
             self.sure_accepted[step] += stays
 
+    def _spent(self, own: Row, drafted: int) -> float:
+        """What the round at hand has cost."""
+        return self._costs.round(drafted)
 
-class _Row:
+
+class Row:
     """What is known of one row."""
 
     def __init__(self, most: int, steps: int, credit: float, horizon: int, failed: int):

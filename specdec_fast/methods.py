@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
+from specdec_fast.branching import Branching, nodes_for
 from specdec_fast.cache import ragged_layers
-from specdec_fast.choice import Choice, across_vocabularies, without_drafter
+from specdec_fast.choice import Choice, across_vocabularies, lacks_for_trees, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
@@ -66,6 +67,7 @@ class Plan:
         schedule: how the lookahead changes.
         others: methods that a row's running acceptance may change to.
         rows: those that draft; None: all.
+        tree: nodes of each row's draft at most, where it may branch; 0: it is a chain.
     """
 
     method: str
@@ -75,6 +77,7 @@ class Plan:
     schedule: str
     others: tuple[str, ...] = ()
     rows: frozenset[int] | None = None
+    tree: int = 0
 
 
 def check_model(model: PreTrainedModel, argument: str) -> None:
@@ -162,10 +165,15 @@ def make_plan(
         choice = without_drafter(prompts, mask, in_order)
     else:
         choice = _choice(model, options, do_sample, in_order)
+    missing = lacks_for_trees(model, options, choice, do_sample, in_order)
+    if missing and options.draft_tree == "on":
+        raise ValueError(f"draft_tree='on' needs {missing}: mend that, or use draft_tree='auto'")
     if choice.method != "autoregressive" and sampling.holds_a_cache(processors):
         choice = Choice("autoregressive", "a guidance processor runs a model of its own at every token")
     method = choice.method
     verification, why = _verification(options, method, do_sample, in_order)
+    if not missing and do_sample:
+        verification, why = "gumbel", "drafts branch, and the target's own draws need no law of the drafter"
     given, default = options.num_assistant_tokens, DEFAULT_LOOKAHEAD
     if method == "prompt_lookup":
         given, default = options.prompt_lookup_num_tokens or given, 2 * DEFAULT_LOOKAHEAD
@@ -179,6 +187,7 @@ def make_plan(
         schedule,
         choice.others,
         choice.rows,
+        0 if missing else nodes_for(prompts.shape[0]),
     )
 
 
@@ -225,7 +234,8 @@ def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order:
     if _same_tokenizer(model, options):
         return Choice("model", "target and drafter share a tokenizer")
     widths = logit_width(model), logit_width(drafter)
-    return across_vocabularies(options, do_sample, in_order, widths, _size(drafter, model))
+    branches = not lacks_for_trees(model, options, Choice("tli", ""), do_sample, in_order)
+    return across_vocabularies(options, do_sample, in_order, widths, _size(drafter, model), branches)
 
 
 def _size(drafter: PreTrainedModel, model: PreTrainedModel) -> float:
@@ -306,11 +316,13 @@ def build_drafter(
     do_sample: bool,
     device: torch.device,
     watcher: Watcher | None = None,
+    branching: Branching | None = None,
 ) -> Drafter:
     """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``.
 
     Args:
         watcher: whether to draft on; asked where :func:`asks` says so.
+        branching: how far trees grow, where the plan has some.
     """
     if plan.method == "autoregressive":
         return NoDrafter(device)
@@ -334,7 +346,7 @@ def build_drafter(
     how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
     if plan.method == "model":
         same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **how)
-        return CompactDrafter(same, None, device)
+        return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
         Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
@@ -380,4 +392,4 @@ def build_drafter(
         choices=shared.drafter_ids,
         **how,
     )
-    return CompactDrafter(writer, shared.target_ids, device)
+    return CompactDrafter(writer, shared.target_ids, device, branching)

@@ -16,7 +16,8 @@ from specdec_fast.randomness import UniformSource
 __all__ = ["METHODS", "VERIFICATIONS", "Options"]
 
 METHODS = ("auto", "autoregressive", "model", "tli", "projection", "slem", "slrs", "slrs_literal", "prompt_lookup")
-VERIFICATIONS = ("auto", "match", "token", "block")
+VERIFICATIONS = ("auto", "match", "gumbel", "token", "block")
+TREES = ("auto", "on", "off")
 COMPILES = ("auto", "off", "static", "inductor")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
@@ -46,6 +47,7 @@ class Options:
     target_lookbehind: int | None = None
     assistant_lookbehind: int | None = None
     assistant_window: int | None = None
+    draft_tree: str = "auto"
     compile: str = "auto"
     streamer: BaseStreamer | None = None
     source: UniformSource | None = None
@@ -53,6 +55,7 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("method", self.method, METHODS)
         _one_of("verification", self.verification, VERIFICATIONS)
+        _one_of("draft_tree", self.draft_tree, TREES)
         if isinstance(self.compile, CompileConfig):
             raise TypeError("compile takes a name: give a CompileConfig as compile_config, and compile='inductor'")
         _one_of("compile", self.compile, COMPILES)

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec_fast import reference
 from specdec_fast.lean_ops import Told
 from specdec_fast.token_map import TokenMap
+from specdec_fast.trees import Tree
 
 __all__ = [
     "CompactLaw",
@@ -229,6 +230,9 @@ class Proposal:
     told: Told | None = None
     """The same for operations that judge it, where the drafter had it on the host."""
 
+    tree: Tree | None = None
+    """Drafts that branch; the tokens are then each row's way from first child to first child."""
+
     def __init__(self, tokens: Tensor, count: list[int], law: DenseLaw | LazyLaw):
         self.count = count
         self._tokens: Tensor | None = tokens
@@ -283,6 +287,13 @@ class Proposal:
     def of_lists(cls, drafts: list[list[int]], device: torch.device) -> Proposal:
         """A proposal of certain tokens from one list a row."""
         return cls.of_told(Told(drafts), [len(draft) for draft in drafts], device)
+
+    @classmethod
+    def of_tree(cls, tree: Tree, device: torch.device) -> Proposal:
+        """A proposal of certain tokens that branch."""
+        self = cls.of_lists(tree.chains(), device)
+        self.tree = tree
+        return self
 
     @classmethod
     def joined(cls, parts: list[tuple[list[int], Proposal]]) -> Proposal:

@@ -42,6 +42,7 @@ class Purpose(enum.IntEnum):
     REVEAL = 4
     CANDIDATE = 5
     THINNING = 6
+    RACE = 7
 
 
 class UniformSource(Protocol):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["accept", "block_chance", "block_weights", "draw", "log_prob", "masses", "residual", "subtract_at"]
+__all__ = ["accept", "block_chance", "block_weights", "draw", "log_prob", "masses", "race", "residual", "subtract_at"]
 
 
 def masses(scores: Tensor) -> Tensor:
@@ -149,3 +149,21 @@ def draw(weights: Tensor, u: Tensor) -> Tensor:
     level = torch.minimum(u * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(edges, level.unsqueeze(-1), right=True).squeeze(-1)
     return torch.where(total > 0, token.clamp(max=weights.shape[-1] - 1), -1)
+
+
+def race(weights: Tensor, u: Tensor) -> Tensor:
+    """One entry a row, with a number for each: the one whose exponential time, at the rate of its weight, ends first.
+
+    The minimum of exponential times with rates ``w`` is that of entry x with probability ``w(x) / sum w`` (the
+    Gumbel-max trick in another form: minus the log of such a time is ``log w`` plus Gumbel noise).
+
+    Args:
+        weights: ``[..., V]`` float64, not negative, not necessarily normalised.
+        u: ``[..., V]`` float64 strictly inside (0, 1).
+
+    Returns:
+        ``[...]`` int64; an entry of weight 0 never wins. ``-1`` where the row holds a NaN or no mass at all.
+    """
+    times = torch.where(weights == 0, torch.inf, -torch.log1p(-u) / weights)
+    first = times.min(-1)
+    return torch.where(first.values < torch.inf, first.indices, -1)  # NaN is not below

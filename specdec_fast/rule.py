@@ -81,6 +81,12 @@ class Draws:
         place = self.start.unsqueeze(1) + self._offsets(positions)
         return self.source.uniform(self.seed.unsqueeze(1), place, torch.zeros_like(place), Purpose.TARGET)
 
+    def race(self, positions: int, width: int) -> Tensor:
+        """For races of the target's tokens, keyed by absolute position and token: ``[R, positions, width]``."""
+        place = (self.start.unsqueeze(1) + self._offsets(positions)).unsqueeze(2)
+        token = torch.arange(width, device=place.device)
+        return self.source.uniform(self.seed[:, None, None], place, token, Purpose.RACE)
+
     def candidate(self, offset: int, trial: int) -> Tensor:
         """For the token that one of repeated draws at ``offset`` puts up: ``[R]``."""
         return self._uniform(torch.full_like(self.start, offset + self.base), Purpose.CANDIDATE, trial)

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
-from specdec_fast import attention
+from specdec_fast import attention, trees
 from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import Choosing, Drafted, LeanModel
-from specdec_fast.lean_ops import Choices, Judged, Judging, Told
+from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
+from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
+from specdec_fast.trees import Climbed, Climbing, Growing, Tree
 from specdec_fast.trial import distance, trial_ids
 
-__all__ = ["Runner", "left_align", "supports_ragged_batches", "text_positions"]
+__all__ = ["Runner", "left_align", "supports_ragged_batches"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -189,6 +190,46 @@ class Runner:
             length[row] += n + 1
         return judged
 
+    def climb(
+        self, rows: list[int], first: list[int], tree: Tree, climbing: Climbing, keys: tuple[list[int], list[int]]
+    ) -> Climbed:
+        """Feeds each row one token and a tree, and judges the tree, in one operation: :func:`specdec_fast.trees.climb`.
+
+        Only where such a pass is :meth:`quick`. Nodes that do not stay are not in the cache afterwards.
+        """
+        assert self._lean is not None
+        start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
+        climbed = trees.climb(self._lean, first, tree, rows, start, hidden, self._units[0][1], climbing, *keys)
+        for row, passed in zip(rows, climbed.passed, strict=True):
+            self.length[row] += 1 + len(passed)
+        return climbed
+
+    def branch(
+        self,
+        rows: list[int],
+        texts: list[list[int]],
+        choosing: Choosing,
+        choices: Choices | None,
+        index: Index | None,
+        growing: list[Growing],
+        least: float,
+        keys: tuple[list[int], list[int]],
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+        """Feeds tokens to rows and drafts trees behind them in one operation: :func:`specdec_fast.trees.branch`.
+
+        Nothing of a tree is in the cache afterwards. Only where the texts' pass is :meth:`quick`.
+        """
+        assert self._lean is not None
+        texts = self._readable(texts)
+        start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
+        cache = self._units[0][1]
+        written = trees.branch(
+            self._lean, texts, rows, start, hidden, cache, choosing, choices, index, growing, least, *keys
+        )
+        for row, text in zip(rows, texts, strict=True):
+            self.length[row] += len(text)
+        return written
+
     def draft(
         self,
         rows: list[int],
@@ -350,9 +391,9 @@ class Runner:
             used = (torch.tensor(start, device=device) + torch.tensor(count, device=device)).clamp(min=1)
             arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
         arguments["attention_mask"] = (
-            _level_mask(unit.window.end, visible)
+            level_mask(unit.window.end, visible)
             if level
-            else _ragged_masks(self.model, columns, unit.window.end, visible)
+            else ragged_masks(self.model, columns, unit.window.end, visible)
         )
         return self._logits(arguments, lanes, n)
 
@@ -393,63 +434,6 @@ def left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[in
     return logits[torch.arange(logits.shape[0], device=logits.device).unsqueeze(1), index]
 
 
-def _level_mask(end: int, visible: Tensor | None) -> Tensor | None:
-    """The two-dimensional mask ``generate`` itself would pass: ``[R, end]``, None where nothing is hidden."""
-    if visible is None:
-        return None
-    if end <= visible.shape[1]:
-        return visible[:, :end].long()
-    return torch.nn.functional.pad(visible.long(), (0, end - visible.shape[1]), value=1)
-
-
-def text_positions(columns: Tensor, visible: Tensor | None) -> Tensor:
-    """Position ids ``[R, n]``: columns counted without the hidden ones; 0 for a hidden column."""
-    if visible is None:
-        return columns
-    prompt = visible.shape[1]
-    inside = (visible.long().cumsum(1) - 1).masked_fill(~visible, 0)
-    hidden = prompt - visible.sum(1, keepdim=True)
-    return torch.where(columns < prompt, inside.gather(1, columns.clamp(max=prompt - 1)), columns - hidden)
-
-
-def _ragged_masks(
-    model: PreTrainedModel, columns: Tensor, end: int, visible: Tensor | None
-) -> Tensor | dict[str, Tensor]:
-    """Explicit masks for rows at different columns: ``[R, 1, n, end]``, one a layer type where there are several."""
-    kv = torch.arange(end, device=columns.device)
-    query = columns.unsqueeze(-1)
-    seen = kv <= query
-    if visible is not None:
-        seen &= _level_mask(end, visible).bool().unsqueeze(1)  # type: ignore[union-attr]
-    # A hidden or ignored lane sees itself: a row of nothing would turn the softmax into NaN
-    seen |= kv == query
-    masks = {}
-    for name, size in _windows(model).items():
-        mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
-        if model.config._attn_implementation == "eager":
-            lowest = torch.finfo(model.dtype).min
-            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
-        masks[name] = mask
-    return masks if len(masks) > 1 else next(iter(masks.values()))
-
-
-def _windows(model: PreTrainedModel) -> dict[str, int | None]:
-    """Attention patterns of the model's layers: sliding-window size by layer type, None for full attention.
-
-    Raises:
-        ValueError: a layer type whose mask is not known here.
-    """
-    config = model.config.get_text_config(decoder=True)
-    sizes = {
-        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        for layer in DynamicCache(config=config).layers
-    }
-    names = set(getattr(config, "layer_types", None) or ())
-    if names - {"full_attention", "sliding_attention"} or len(sizes - {None}) > 1:
-        raise ValueError(f"attention pattern {sorted(names)} has no ragged mask")
-    return {"full_attention" if size is None else "sliding_attention": size for size in sizes}
-
-
 _probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()
 _probing = threading.Lock()
 
@@ -474,7 +458,7 @@ def _probe(model: PreTrainedModel) -> bool:
     if implementation not in ("sdpa", "eager", attention.NAME) or not _takes(model, "position_ids"):
         return False
     try:
-        _windows(model)
+        windows_of(model)
     except ValueError:
         return False
     ids = trial_ids(model)

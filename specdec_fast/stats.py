@@ -19,7 +19,7 @@ class Speculation:
     method: str
     """The method that ran, as the argument names it."""
     verification: str
-    """The rule that ran: match, token or block."""
+    """The rule that ran: match, gumbel, token or block."""
     reason: str
     """Why these two."""
     forward: str = "eager"
@@ -39,7 +39,10 @@ class Speculation:
     committed: int = 0
     """Tokens added to the rows, padding not counted."""
     drafted: int = 0
+    """Draft tokens; of a tree, levels that the target came by."""
     accepted: int = 0
+    nodes: int = 0
+    """Draft tokens of trees."""
     drafted_per_position: list[int] = field(default_factory=list)
     accepted_per_position: list[int] = field(default_factory=list)
     """How many draft tokens of each position were accepted (entry 0: the first of a draft)."""

@@ -7,6 +7,11 @@ law of the target alone (``docs/verification.md`` has the proofs).
 with ``t_i = x_i`` stays and the first different ``t_i`` is the next token. The output is the target's own draws, so its
 law is the target's for any proposal.
 
+*gumbel* is rule *match* with another way for the target to draw: the token that wins a race (:func:`reference.race`)
+whose numbers hang on position and token alone. A drafter that races with the same numbers often has the same winner
+(Daliri, Musco and Suresh, "Coupling without communication and drafter-invariant speculative decoding",
+arXiv 2408.07978), and which tokens come out hangs on no drafter at all.
+
 *token* (Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318). ``x_i`` drawn from q stays with probability
 ``min(1, p(x_i)/q(x_i))``; at the first rejection the next token is drawn from ``max(0, p - q)`` normalised. Then
 ``P(token = x) = min(p, q)(x) + (1 - sum min(p, q)) * max(0, p - q)(x) / sum max(0, p - q) = p(x)``, since
@@ -30,6 +35,7 @@ from specdec_fast.block import Block
 from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import DenseLaw, JoinedLaw, LazyLaw, Proposal
 from specdec_fast.rule import Draws, Rule, Verdict, drafted
+from specdec_fast.trees import Climbing
 
 __all__ = [
     "Apart",
@@ -40,6 +46,7 @@ __all__ = [
     "Token",
     "Verdict",
     "greedy_choice",
+    "gumbel_choice",
     "rule_for",
     "sampled_choice",
 ]
@@ -62,12 +69,18 @@ def sampled_choice(scores: Tensor, draws: Draws) -> Tensor:
     return reference.draw(weights, draws.target(n).reshape(-1)).view(rows, n)
 
 
+def gumbel_choice(scores: Tensor, draws: Draws) -> Tensor:
+    """The target's own draw at each of ``[R, n, V]`` by a race: ``[R, n]``."""
+    return reference.race(reference.masses(scores), draws.race(*scores.shape[1:]).to(scores.device))
+
+
 @dataclass(frozen=True)
 class Match:
     """Sample and compare. Needs no q.
 
     Args:
-        choose: how the target draws its own tokens: :func:`greedy_choice` or :func:`sampled_choice`.
+        choose: how the target draws its own tokens: :func:`greedy_choice`, :func:`sampled_choice` or
+            :func:`gumbel_choice`.
     """
 
     choose: Choice
@@ -154,6 +167,11 @@ class Apart:
         asked = getattr(self.rule, "judging", None)
         return None if asked is None else asked(proposal, draws)
 
+    @property
+    def climbing(self) -> Climbing | None:
+        """:meth:`specdec_fast.fused.Fused.climbing` of a rule that has it."""
+        return getattr(self.rule, "climbing", None)
+
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         law = proposal.law
         if not isinstance(law, JoinedLaw):
@@ -173,7 +191,12 @@ def rule_for(name: str, *, do_sample: bool) -> Rule:
     """
     if not do_sample:
         return Match(greedy_choice)
-    rules: dict[str, Rule] = {"match": Match(sampled_choice), "token": Token(), "block": Block()}
+    rules: dict[str, Rule] = {
+        "match": Match(sampled_choice),
+        "gumbel": Match(gumbel_choice, "gumbel"),
+        "token": Token(),
+        "block": Block(),
+    }
     return rules[name]
 
 

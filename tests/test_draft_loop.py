@@ -250,7 +250,7 @@ def test_arguments_that_do_not_fit_are_an_error(change):
     lean, cache = lean_model(model), Runner(model, 1).caches[0][1]
     arguments = {"tokens": [1], "lengths": [1], "rows": [0], "columns": [0], "hidden": [0], "steps": [2]}
     rest = {"choices": None, "levels": 0, "stops": []}
-    session = lean._session(cache, 4).number
+    session = lean.session(cache, 4).number
     changed = {
         "token": {"tokens": [5000]},
         "rows": {"rows": [7]},

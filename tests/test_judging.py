@@ -125,7 +125,7 @@ def test_arguments_that_do_not_fit_are_an_error(change):
     own = model(WIDTH, 31, sharpness=0.8)
     lean, cache = lean_model(own, rounded=False), Runner(own, 1).caches[0][1]
     given = {
-        "session": lean._session(cache, 4).number,
+        "session": lean.session(cache, 4).number,
         "first": [1],
         "drafts": [2, 3],
         "counts": [2],

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
+from specdec_fast.branching import Branching
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest
 from specdec_fast.lean import Choosing, lean_model
@@ -30,6 +31,7 @@ from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, pad
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
+from specdec_fast.trees import Tree
 from specdec_fast.verification import Draws
 
 __all__ = ["CompactDrafter", "Context", "ModelWriter", "SameText", "SlemDrafter", "Watcher", "common"]
@@ -142,6 +144,40 @@ class ModelWriter:
             return self._write(active, able, draws)
         written = self._write([active[r] for r in places], [able[r] for r in places], draws.rows(places))
         return written.spread(places, len(active))
+
+    def branch(
+        self, active: list[int], levels: list[int], draws: Draws, branching: Branching, index: Index | None
+    ) -> Tree | None:
+        """Drafts a tree of up to so many levels behind each row's context; None where no operation can.
+
+        Args:
+            branching: how far each grows.
+            index: the target's ids of the choices; None: its tokens are the drafter's.
+        """
+        if self._picks is not None or not draws_natively(draws, self.device):
+            return None
+        choosing = _choosing(self.warpers, 0.0) if self.warpers else self._choosing
+        able = [self._make_room(row, most) for row, most in zip(active, levels, strict=True)]
+        growing = [branching.growing(row, most) for row, most in zip(active, able, strict=True)]
+        places = [r for r, one in enumerate(growing) if one.deepest]
+        tree = Tree([[] for _ in active], [[] for _ in active], [[] for _ in active])
+        if not places:
+            return tree
+        rows = [active[r] for r in places]
+        missing = self._missing(rows)
+        if choosing is None or not self._runner.quick([len(text) for text in missing]):
+            return None
+        keys = draws.rows(places).keys
+        wanted = [growing[r] for r in places]
+        entries, parents, steps = self._runner.branch(
+            rows, missing, choosing, self._entries, index, wanted, branching.least, keys
+        )
+        ids = None if index is None else index.list
+        for r, row, drawn, behind, sure in zip(places, rows, entries, parents, steps, strict=True):
+            self._drafted[row] = []
+            tree.tokens[r] = drawn if ids is None else [ids[entry] for entry in drawn]
+            tree.parents[r], tree.levels[r] = behind, sure
+        return tree
 
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
         if (at_once := self._at_once(active, count, draws)) is not None:
@@ -324,10 +360,14 @@ class CompactDrafter:
         writer: the drafter model, its choices in the order of ``index``.
         index: ``[K]`` int64 ascending target ids; None: ids are the same on both sides.
         device: of the target.
+        branching: drafts are trees that grow so far, where that can be; None: they are not.
     """
 
-    def __init__(self, writer: ModelWriter, index: Tensor | None, device: torch.device):
+    def __init__(
+        self, writer: ModelWriter, index: Tensor | None, device: torch.device, branching: Branching | None = None
+    ):
         self._writer = writer
+        self._branching = branching
         self._index = None if index is None else index.to(device)
         self._table = None if self._index is None else Index(self._index)
         self._device = device
@@ -338,6 +378,10 @@ class CompactDrafter:
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:
         self._writer.read(rows, active)
+        if self._branching is not None:
+            tree = self._writer.branch(active, limit, draws, self._branching, self._table)
+            if tree is not None:
+                return Proposal.of_tree(tree, self._device)
         written = self._writer.write(active, limit, draws)
         if (entries := written.entries) is not None:
             ids = None if self._table is None else self._table.list

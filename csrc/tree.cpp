@@ -1,0 +1,546 @@
+// Drafts that are trees: `llama_branch` lets a drafter write one, `llama_climb` lets a target judge
+// one. docs/trees.md has the rule and its proof.
+//
+// A node is a token behind its parent's. Its keys and values lie at a column of its own, behind the
+// text; it sees the text and the nodes above it, in the order and with the arithmetic of a text
+// that holds just those, so its scores are bit for bit that text's.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "arguments.h"
+#include "race.h"
+#include "share.h"
+#include "texts.h"
+
+namespace specdec {
+
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kMostNodes = 256;
+
+int64_t nanoseconds(Clock::duration time) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+}
+
+// Lanes of a pass, some of them nodes of trees
+class Grove {
+ public:
+  // A token whose text stands in the columns before it
+  void put(int64_t token, int64_t row, int64_t column, int64_t hidden) {
+    add(token, row, column, hidden, column, std::numeric_limits<int64_t>::max(), {});
+  }
+
+  // A node whose tree begins at a column; `path` has the places of the nodes down to it, its own
+  // last.
+  void put(int64_t token, int64_t row, int64_t begin, int64_t hidden, std::vector<int64_t> path) {
+    const int64_t column = begin + static_cast<int64_t>(path.size()) - 1, place = path.back();
+    add(token, row, column, hidden, place, begin, std::move(path));
+  }
+
+  int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
+  const int64_t* tokens() const { return tokens_.data(); }
+
+  Lanes lanes() {
+    at_.clear();
+    for (const std::vector<int64_t>& path : paths_) at_.push_back(path.data());
+    return {size(),        row_.data(),  column_.data(), hidden_.data(),
+            place_.data(), fork_.data(), at_.data()};
+  }
+
+ private:
+  void add(int64_t token, int64_t row, int64_t column, int64_t hidden, int64_t place, int64_t fork,
+           std::vector<int64_t> path) {
+    tokens_.push_back(token);
+    row_.push_back(row), column_.push_back(column), hidden_.push_back(hidden);
+    place_.push_back(place), fork_.push_back(fork);
+    paths_.push_back(std::move(path));
+  }
+
+  std::vector<int64_t> tokens_, row_, column_, hidden_, place_, fork_;
+  std::vector<std::vector<int64_t>> paths_;
+  std::vector<const int64_t*> at_;
+};
+
+Row row_of(const float* logits, int64_t width, const Filters& filters) {
+  Row row;
+  row.data = reinterpret_cast<const char*>(logits);
+  row.width = width;
+  row.filters = filters;
+  return row;
+}
+
+// --- the drafter's part
+// ----------------------------------------------------------------------------
+
+// Where a row's tree grows
+struct Growth {
+  int64_t row, column, hidden;  // of the cache, and where its first node goes
+  int64_t deepest, most;        // levels and nodes at most
+  int64_t seed, start;          // of its numbers
+  const double* sure;           // [levels] how often a node of that confidence follows its parent
+  const double* worth;          // [deepest] what a level's chances must exceed for another one
+};
+
+struct Node {
+  int64_t entry, id, parent, depth, level;
+  double chance;  // that the target comes by
+  int64_t place = -1;
+};
+
+struct Wanted {
+  std::vector<int64_t> tokens;
+  std::vector<int64_t> lengths, rows, columns, hidden, deepest, most, seed, start;
+  std::vector<double> told;  // of each row, sure and worth
+  int64_t levels = 0;
+  double least = 0.0;  // chance of a node
+  Filters filters;
+  const int64_t* ids = nullptr;    // the drafter's of each entry, null: its place
+  const int32_t* index = nullptr;  // the target's, the same
+};
+
+class Tree {
+ public:
+  Tree(const Growth& growth, const Wanted& wanted) : growth_(growth), wanted_(wanted) {}
+
+  const Growth& growth() const { return growth_; }
+  const std::vector<Node>& nodes() const { return nodes_; }
+  const std::vector<int64_t>& frontier() const { return frontier_; }
+
+  // Adds what may come behind a node, -1 for the text.
+  void add(int64_t parent, const std::vector<Ranked>& order, const std::vector<double>& mass) {
+    const double chance = parent < 0 ? 1.0 : nodes_[parent].chance;
+    const int64_t depth = parent < 0 ? 1 : nodes_[parent].depth + 1;
+    for (size_t i = 0; i < order.size(); ++i) {
+      // Most of what is put up has little mass: levels are narrow there
+      const double scaled =
+          mass[i] > 0.0 ? std::sqrt(mass[i]) * static_cast<double>(wanted_.levels) : 0.0;
+      const int64_t level = std::min(static_cast<int64_t>(scaled), wanted_.levels - 1);
+      const int64_t entry = order[i].entry, id = wanted_.ids ? wanted_.ids[entry] : entry;
+      Node node{entry, id, parent, depth, level, chance * growth_.sure[level]};
+      if (node.chance >= wanted_.least || (parent < 0 && i == 0)) nodes_.push_back(node);
+    }
+  }
+
+  // Drops all but the best nodes, and says which of the deepest level are to have children.
+  void settle(int64_t depth) {
+    std::vector<int64_t> order(nodes_.size());
+    for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
+    // A node's chance is not above its parent's, which comes before it among equals
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return nodes_[a].chance > nodes_[b].chance; });
+    if (static_cast<int64_t>(order.size()) > growth_.most) order.resize(growth_.most);
+    std::sort(order.begin(), order.end());
+    std::vector<int64_t> now(nodes_.size(), -1);
+    std::vector<Node> kept;
+    for (const int64_t i : order) {
+      Node node = nodes_[i];
+      if (node.parent >= 0) node.parent = now[node.parent];
+      if (nodes_[i].parent >= 0 && node.parent < 0) continue;
+      now[i] = static_cast<int64_t>(kept.size());
+      kept.push_back(node);
+    }
+    nodes_ = std::move(kept);
+    frontier_.clear();
+    if (depth >= growth_.deepest) return;
+    double chances = 0.0;
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      if (nodes_[i].depth != depth ||
+          nodes_[i].chance * growth_.sure[wanted_.levels - 1] < std::max(wanted_.least, lowest())) {
+        continue;
+      }
+      frontier_.push_back(static_cast<int64_t>(i));
+      chances += nodes_[i].chance;
+    }
+    if (!(chances > growth_.worth[depth - 1])) frontier_.clear();
+  }
+
+  // Gives the frontier places in the cache, and puts it among the lanes of a pass.
+  void plant(Grove& grove) {
+    for (const int64_t i : frontier_) {
+      nodes_[i].place = growth_.column + planted_++;
+      std::vector<int64_t> path;
+      for (int64_t at = i; at >= 0; at = nodes_[at].parent) path.push_back(nodes_[at].place);
+      std::reverse(path.begin(), path.end());
+      grove.put(nodes_[i].id, growth_.row, growth_.column, growth_.hidden, std::move(path));
+    }
+  }
+
+  int64_t planted() const { return planted_; }
+
+ private:
+  // The chance that a new node must exceed to be among the best
+  double lowest() const {
+    if (static_cast<int64_t>(nodes_.size()) < growth_.most) return 0.0;
+    double least = 1.0;
+    for (const Node& node : nodes_) least = std::min(least, node.chance);
+    return least;
+  }
+
+  Growth growth_;
+  const Wanted& wanted_;
+  std::vector<Node> nodes_;
+  std::vector<int64_t> frontier_;
+  int64_t planted_ = 0;
+};
+
+class Gardener {
+ public:
+  Gardener(const Session& session, const Wanted& wanted, Team& team)
+      : session_(session), wanted_(wanted), team_(team), share_(share_of(team)) {}
+
+  void grow(std::vector<Tree>& trees, const Texts& texts) {
+    const int64_t width = session_.model->width();
+    session_.scores.reserve(static_cast<int64_t>(trees.size()) * width);
+    pass([&] {
+      session_.run(team_, texts.lanes(), texts.tokens.data(), texts.last, session_.scores.data());
+    });
+    std::vector<std::pair<Tree*, int64_t>> asked;
+    for (Tree& tree : trees) asked.push_back({&tree, -1});
+    for (int64_t depth = 1;; ++depth) {
+      look(asked, depth);
+      Grove grove;
+      asked.clear();
+      for (Tree& tree : trees) {
+        tree.settle(depth);
+        tree.plant(grove);
+        for (const int64_t i : tree.frontier()) asked.push_back({&tree, i});
+      }
+      if (asked.empty()) return;
+      for (int64_t i = 0; i < grove.size(); ++i) {
+        const int64_t id = grove.tokens()[i];
+        STD_TORCH_CHECK(id >= 0 && id < session_.model->vocabulary,
+                        "llama_branch: a token was drawn that the model cannot read");
+      }
+      std::vector<int64_t> all(asked.size());
+      for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
+      session_.scores.reserve(grove.size() * width);
+      pass(
+          [&] { session_.run(team_, grove.lanes(), grove.tokens(), all, session_.scores.data()); });
+    }
+  }
+
+  int64_t passes() const { return nanoseconds(passes_); }
+
+ private:
+  template <class Body>
+  void pass(const Body& body) {
+    const auto begin = Clock::now();
+    body();
+    passes_ += Clock::now() - begin;
+  }
+
+  // Adds to each tree what may come behind its node, by the logits of that.
+  void look(const std::vector<std::pair<Tree*, int64_t>>& asked, int64_t depth) {
+    const int64_t width = session_.model->width();
+    const bool greedy = wanted_.filters.greedy();
+    std::vector<Row> rows;
+    std::vector<Row*> all;
+    for (size_t i = 0; i < asked.size(); ++i) {
+      rows.push_back(row_of(session_.scores.data() + static_cast<int64_t>(i) * width, width,
+                            greedy ? Filters{} : wanted_.filters));
+    }
+    for (Row& row : rows) all.push_back(&row);
+    measure(all, share_);
+    for (size_t begin = 0, end; begin < asked.size(); begin = end) {
+      Tree& tree = *asked[begin].first;
+      std::vector<const Row*> own;
+      std::vector<int64_t> parents;
+      for (end = begin; end < asked.size() && asked[end].first == &tree; ++end) {
+        if (rows[end].undefined) continue;
+        own.push_back(&rows[end]);
+        parents.push_back(asked[end].second);
+      }
+      const Growth& growth = tree.growth();
+      const Runners runners{growth.seed, growth.start + depth - 1, wanted_.index, greedy};
+      const auto orders = race(own, runners, growth.most, share_);
+      for (size_t i = 0; i < orders.size(); ++i) {
+        std::vector<double> mass;
+        double total = 0.0;
+        for (const Ranked& one : orders[i]) {
+          mass.push_back(greedy ? std::exp(-one.key - own[i]->logsumexp()) : 1.0 / one.key);
+          total += mass.back();
+        }
+        // In a race the drafter's chances are told from how far ahead of the others each is
+        for (double& part : mass) part = greedy ? part : part / total;
+        tree.add(parents[i], orders[i], mass);
+      }
+    }
+  }
+
+  const Session& session_;
+  const Wanted& wanted_;
+  Team& team_;
+  Share share_;
+  Clock::duration passes_{0};
+};
+
+// Nodes of each row; entry, parent (-1: the text) and level of each, [rows, most] apiece; and
+// nanoseconds of the passes
+std::vector<int64_t> branched(const Session& session, Wanted given) {
+  const int64_t height = static_cast<int64_t>(given.rows.size());
+  for (const auto* list : {&given.deepest, &given.most, &given.seed, &given.start})
+    STD_TORCH_CHECK(list->size() == given.rows.size(), "llama_branch: a number for each row");
+  std::vector<int64_t> more;
+  int64_t told = 0, widest = 0;
+  for (int64_t r = 0; r < height; ++r) {
+    STD_TORCH_CHECK(given.deepest[r] > 0 && given.most[r] > 0 && given.most[r] <= kMostNodes,
+                    "llama_branch: a tree has a level and a node at least, and not too many");
+    told += given.levels + given.deepest[r];
+    widest = std::max(widest, given.most[r]);
+    more.push_back(given.deepest[r] * given.most[r]);
+  }
+  STD_TORCH_CHECK(given.levels > 0 && static_cast<int64_t>(given.told.size()) == told,
+                  "llama_branch: an acceptance a level of confidence and a bound a level");
+  const std::vector<int64_t> lengths = given.lengths;
+  const Texts texts = texts_of(session, std::move(given.tokens), lengths, given.rows, given.columns,
+                               given.hidden, more);
+  std::vector<Tree> trees;
+  const double* at = given.told.data();
+  for (int64_t r = 0; r < height; ++r) {
+    trees.emplace_back(
+        Growth{given.rows[r], given.columns[r] + lengths[r], given.hidden[r], given.deepest[r],
+               given.most[r], given.seed[r], given.start[r], at, at + given.levels},
+        given);
+    at += given.levels + given.deepest[r];
+  }
+  std::vector<int64_t> report(height * (1 + 3 * widest) + 1);
+  Team::gather([&](Team& team) {
+    Gardener gardener(session, given, team);
+    gardener.grow(trees, texts);
+    report.back() = gardener.passes();
+  });
+  for (int64_t r = 0; r < height; ++r) {
+    const std::vector<Node>& nodes = trees[r].nodes();
+    report[r] = static_cast<int64_t>(nodes.size());
+    for (size_t i = 0; i < nodes.size(); ++i) {
+      int64_t* to = report.data() + height + r * widest + static_cast<int64_t>(i);
+      to[0] = nodes[i].entry;
+      to[height * widest] = nodes[i].parent;
+      to[2 * height * widest] = nodes[i].level;
+    }
+  }
+  return report;
+}
+
+// --- the target's part
+// -----------------------------------------------------------------------------
+
+struct Judged {
+  std::vector<int64_t> first, counts, rows, columns, hidden, seed, start;
+  std::vector<int64_t> tokens, parents;  // [rows, most]
+  Filters filters;
+};
+
+class Climber {
+ public:
+  Climber(const Session& session, const Judged& given, int64_t most, const Share& share)
+      : session_(session), given_(given), most_(most), share_(share) {}
+
+  // Goes up a row's tree as far as the target's own tokens are in it; returns the next token, -1
+  // where its scores are no law, and writes down the nodes passed.
+  int64_t climb(int64_t r, const float* logits, std::vector<int64_t>& passed) const {
+    const int64_t* tokens = given_.tokens.data() + r * most_;
+    const int64_t* parents = given_.parents.data() + r * most_;
+    for (int64_t node = -1;;) {
+      const int64_t token = own(logits + (node + 1) * session_.model->width(), r,
+                                static_cast<int64_t>(passed.size()));
+      int64_t next = 0;
+      while (next < given_.counts[r] && (parents[next] != node || tokens[next] != token)) ++next;
+      if (token < 0 || next == given_.counts[r]) return token;
+      passed.push_back(node = next);
+    }
+  }
+
+ private:
+  // The target's own token at a position
+  int64_t own(const float* logits, int64_t r, int64_t depth) const {
+    Row row = row_of(logits, session_.model->width(), given_.filters);
+    measure({&row}, share_);
+    if (row.undefined) return -1;
+    if (given_.filters.greedy()) return row.argmax();
+    const Runners runners{given_.seed[r], given_.start[r] + depth};
+    const auto order = race({&row}, runners, 1, share_);
+    return order[0].empty() ? -1 : order[0][0].entry;
+  }
+
+  const Session& session_;
+  const Judged& given_;
+  int64_t most_;
+  const Share& share_;
+};
+
+// Moves what stands in some columns of a row to the columns from `begin` on; the columns ascend.
+void close_ranks(const Session& session, int64_t row, int64_t begin,
+                 const std::vector<int64_t>& columns) {
+  const Shape& shape = session.model->shape;
+  for (const Stored& stored : session.caches) {
+    const int64_t bytes = shape.dim * (stored.half ? 2 : 4);
+    for (void* part : {stored.keys, stored.values}) {
+      for (int64_t h = 0; h < shape.kv_heads; ++h) {
+        char* head =
+            static_cast<char*>(part) + (row * shape.kv_heads + h) * stored.capacity * bytes;
+        for (size_t i = 0; i < columns.size(); ++i) {
+          const int64_t to = begin + static_cast<int64_t>(i);
+          if (columns[i] != to) std::memcpy(head + to * bytes, head + columns[i] * bytes, bytes);
+        }
+      }
+    }
+  }
+}
+
+// How many nodes of each row stay, the token behind them, the nodes themselves [rows, most]; and
+// nanoseconds of the pass and of judging
+std::vector<int64_t> climbed(const Session& session, Judged given) {
+  const int64_t height = static_cast<int64_t>(given.rows.size()), width = session.model->width();
+  for (const auto* list :
+       {&given.first, &given.counts, &given.columns, &given.hidden, &given.seed, &given.start})
+    STD_TORCH_CHECK(height > 0 && list->size() == given.rows.size(),
+                    "llama_climb: a number for each row");
+  const int64_t most = static_cast<int64_t>(given.tokens.size()) / height;
+  STD_TORCH_CHECK(given.parents.size() == given.tokens.size() &&
+                      static_cast<int64_t>(given.tokens.size()) == most * height,
+                  "llama_climb: trees are [rows, most]");
+  Grove grove;
+  std::vector<int64_t> begins, asked;
+  const auto known = [&](int64_t token) {  // an id that the model does not have is read as another
+    return std::min(std::max<int64_t>(token, 0), session.model->vocabulary - 1);
+  };
+  for (int64_t r = 0; r < height; ++r) {
+    const int64_t row = given.rows[r], column = given.columns[r], count = given.counts[r];
+    STD_TORCH_CHECK(count >= 0 && count <= most && given.hidden[r] >= 0 &&
+                        session.holds(row, column) && session.holds(row, column + count),
+                    "llama_climb: a row or a node is out of range");
+    begins.push_back(grove.size());
+    grove.put(known(given.first[r]), row, column, given.hidden[r]);
+    std::vector<std::vector<int64_t>> paths;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t parent = given.parents[r * most + i];
+      STD_TORCH_CHECK(parent >= -1 && parent < i, "llama_climb: a node stands behind its parent");
+      paths.push_back(parent < 0 ? std::vector<int64_t>() : paths[parent]);
+      paths.back().push_back(column + 1 + i);
+      grove.put(known(given.tokens[r * most + i]), row, column + 1, given.hidden[r], paths.back());
+    }
+  }
+  for (int64_t i = 0; i < grove.size(); ++i) asked.push_back(i);
+  session.scores.reserve(grove.size() * width);
+  float* logits = session.scores.data();
+  std::vector<int64_t> report(2 * height + height * most + 2);
+  const auto begin = Clock::now();
+  auto through = begin;
+  Team::gather([&](Team& team) {
+    session.run(team, grove.lanes(), grove.tokens(), asked, logits);
+    through = Clock::now();
+    const Share share = share_of(team);
+    const Climber climber(session, given, most, share);
+    for (int64_t r = 0; r < height; ++r) {
+      std::vector<int64_t> passed, columns;
+      report[height + r] = climber.climb(r, logits + begins[r] * width, passed);
+      report[r] = static_cast<int64_t>(passed.size());
+      for (size_t i = 0; i < passed.size(); ++i) {
+        report[2 * height + r * most + static_cast<int64_t>(i)] = passed[i];
+        columns.push_back(given.columns[r] + 1 + passed[i]);
+      }
+      close_ranks(session, given.rows[r], given.columns[r] + 1, columns);
+    }
+  });
+  report[2 * height + height * most] = nanoseconds(through - begin);
+  report.back() = nanoseconds(Clock::now() - through);
+  return report;
+}
+
+// --- how they are called
+// ---------------------------------------------------------------------------
+
+// Numbers: session, rows, tokens of all texts, levels, top-k, and the addresses of the drafter's
+// and the target's ids of each entry; lengths, rows, columns, hidden, levels and nodes at most,
+// seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least chance;
+// for every row what is told.
+std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals) {
+  STD_TORCH_CHECK(count >= 7, "llama_branch: too few numbers");
+  const int64_t height = numbers[1];
+  Board board(numbers + 7);
+  Wanted given;
+  for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.deepest,
+                     &given.most, &given.seed, &given.start})
+    *list = board.next(height);
+  given.tokens = board.next(numbers[2]);
+  board.close(numbers + count);
+  given.levels = numbers[3];
+  int64_t told = 0;
+  for (const int64_t deepest : given.deepest) told += given.levels + deepest;
+  given.told = {reals + 4, reals + 4 + std::max<int64_t>(told, 0)};
+  given.least = reals[3];
+  given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[4]),
+                   static_cast<float>(reals[1]), static_cast<float>(reals[2])};
+  given.ids = reinterpret_cast<const int64_t*>(numbers[5]);
+  given.index = reinterpret_cast<const int32_t*>(numbers[6]);
+  return branched(*llama_session(numbers[0]), std::move(given));
+}
+
+// Numbers: session, rows, nodes of the largest tree, top-k; first, counts, rows, columns, hidden,
+// seed and start of every row, tokens and parents. Reals: temperature, top-p and min-p.
+std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals) {
+  STD_TORCH_CHECK(count >= 4, "llama_climb: too few numbers");
+  const int64_t height = numbers[1];
+  Board board(numbers + 4);
+  Judged given;
+  for (auto* list : {&given.first, &given.counts, &given.rows, &given.columns, &given.hidden,
+                     &given.seed, &given.start})
+    *list = board.next(height);
+  given.tokens = board.next(height * numbers[2]);
+  given.parents = board.next(height * numbers[2]);
+  board.close(numbers + count);
+  given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[3]),
+                   static_cast<float>(reals[1]), static_cast<float>(reals[2])};
+  return climbed(*llama_session(numbers[0]), std::move(given));
+}
+
+using Operation = std::vector<int64_t> (*)(const int64_t*, int64_t, const double*);
+
+// With numbers as they lie in memory; the report takes their place.
+template <Operation operation>
+int64_t entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
+  const std::vector<int64_t> report = operation(numbers, count, reals);
+  std::copy(report.begin(), report.end(), numbers);
+  return 0;
+} catch (...) {
+  return 1;  // the operation says why
+}
+
+template <Operation operation>
+std::vector<int64_t> call(std::vector<int64_t> numbers, std::vector<double> reals) {
+  return operation(numbers.data(), static_cast<int64_t>(numbers.size()), reals.data());
+}
+
+std::vector<int64_t> llama_branch(std::vector<int64_t> numbers, std::vector<double> reals) {
+  return call<&branch>(std::move(numbers), std::move(reals));
+}
+
+std::vector<int64_t> llama_climb(std::vector<int64_t> numbers, std::vector<double> reals) {
+  return call<&climb>(std::move(numbers), std::move(reals));
+}
+
+int64_t llama_branch_entry() { return reinterpret_cast<int64_t>(&entry<&branch>); }
+int64_t llama_climb_entry() { return reinterpret_cast<int64_t>(&entry<&climb>); }
+
+}  // namespace
+
+}  // namespace specdec
+
+STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
+  library.impl("llama_branch", TORCH_BOX(&specdec::llama_branch));
+  library.impl("llama_climb", TORCH_BOX(&specdec::llama_climb));
+  library.impl("llama_branch_entry", TORCH_BOX(&specdec::llama_branch_entry));
+  library.impl("llama_climb_entry", TORCH_BOX(&specdec::llama_climb_entry));
+}

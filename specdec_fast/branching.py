@@ -1,0 +1,107 @@
+"""How far a row's tree grows in its next round (``docs/trees.md``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from specdec_fast.costs import Costs, Outlook
+from specdec_fast.lookahead import Adaptive, Row
+from specdec_fast.trees import Growing
+
+__all__ = ["Branching", "nodes_for"]
+
+FLAT = 8  # positions of a native pass that take little longer than one
+LEAST = 3  # nodes: fewer are no tree
+
+
+def nodes_for(rows: int) -> int:
+    """Nodes of each row's tree at most, for a batch of so many rows."""
+    return max(FLAT // rows - 1, LEAST)
+
+
+class Branching(Adaptive):
+    """:class:`Adaptive` for trees: the lookahead is a number of levels, and nodes are drafted where they are worth it.
+
+    A node's chance is the product of what nodes of that confidence are worth on the way down to it. The nodes with the
+    best chances stay, as many as the target's pass takes nearly for nothing, and none whose chance does not pay for its
+    position; another level is drafted where the chances of the level before say that it pays.
+
+    Args:
+        nodes: of a row's tree at most.
+
+    The others are those of :class:`Adaptive`.
+    """
+
+    STEPS = 12
+    MOST = 8  # levels
+    SPARE = 0.25  # of what a position costs, as the table has it: single sizes are measured badly, and full trees won
+    WEIGHT = 12.0  # tested nodes that what is hoped of a confidence is worth
+
+    def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, **more: Any):
+        super().__init__(rows, min(most, nodes, self.MOST), outlook, **more)
+        self._goes_on = True
+        self._nodes = nodes
+        costs: Costs = outlook.costs
+        self._round = [costs.tree(levels, nodes if levels else 0) for levels in range(self._most + 1)]
+        self._position = _slope([costs.scoring(positions) for positions in range(1, nodes + 2)])
+        self._grown: dict[int, tuple[int, int]] = {}
+
+    def growing(self, row: int, levels: int) -> Growing:
+        """How far the row's tree grows.
+
+        Args:
+            levels: at most; 0: it does not.
+        """
+        levels = min(levels, self[row])
+        own = self._rows[row]
+        sure = [self._sure_acceptance(own, step) for step in range(self.STEPS)]
+        worth = [self._worth(own, level) for level in range(1, levels + 1)]
+        return Growing(levels, self._nodes, sure, worth)
+
+    @property
+    def least(self) -> float:
+        """The chance below which a node does not pay for its position."""
+        speed = min(own.speed for own in self._rows if own.speed)
+        return self.SPARE * speed * self._position
+
+    def climbed(self, row: int, levels: int, nodes: int, met: Sequence[tuple[int, bool]]) -> None:
+        """Takes note of a round.
+
+        Args:
+            levels, nodes: of the tree.
+            met: of every node that the target came by: the level of the drafter's confidence in it, and whether it
+                stayed.
+        """
+        own = self._rows[row]
+        self._grown[row] = levels, nodes
+        own.sure.clear()
+        for step, stays in met:
+            own.sure_tested[step] = self.FADING * own.sure_tested[step] + 1
+            own.sure_accepted[step] = self.FADING * own.sure_accepted[step] + stays
+            self.sure_tested[step] += 1
+            self.sure_accepted[step] += stays
+
+    def _hopes(self, outlook: Outlook) -> list[float]:
+        result = []
+        for step in range(self.STEPS):
+            hope = HOPES[step]
+            known = step < len(outlook.sure_tested)
+            tested, accepted = (outlook.sure_tested[step], outlook.sure_accepted[step]) if known else (0.0, 0.0)
+            result.append((accepted + self.WEIGHT * hope) / (tested + self.WEIGHT))
+        return result
+
+    def _spent(self, own: Row, drafted: int) -> float:
+        grown = self._grown.pop(self._rows.index(own), None)
+        return self._costs.round(drafted) if grown is None else self._costs.tree(*grown)
+
+
+def _slope(values: Sequence[float]) -> float:
+    """Of the line nearest to so many values in a row: single ones are measured badly."""
+    middle, mean = (len(values) - 1) / 2, sum(values) / len(values)
+    rise = sum((i - middle) * (value - mean) for i, value in enumerate(values))
+    return max(rise / sum((i - middle) ** 2 for i in range(len(values))), 0.0)
+
+
+# What a node is worth by its confidence, whose square root is cut into equal steps
+HOPES = tuple(0.9 * ((step + 0.5) / Branching.STEPS) ** 2 for step in range(Branching.STEPS))

@@ -1,0 +1,67 @@
+"""Attention masks and positions of rows that stand at different columns."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+__all__ = ["level_mask", "ragged_masks", "text_positions", "windows_of"]
+
+
+def level_mask(end: int, visible: Tensor | None) -> Tensor | None:
+    """The two-dimensional mask ``generate`` itself would pass: ``[R, end]``, None where nothing is hidden."""
+    if visible is None:
+        return None
+    if end <= visible.shape[1]:
+        return visible[:, :end].long()
+    return torch.nn.functional.pad(visible.long(), (0, end - visible.shape[1]), value=1)
+
+
+def text_positions(columns: Tensor, visible: Tensor | None) -> Tensor:
+    """Position ids ``[R, n]``: columns counted without the hidden ones; 0 for a hidden column."""
+    if visible is None:
+        return columns
+    prompt = visible.shape[1]
+    inside = (visible.long().cumsum(1) - 1).masked_fill(~visible, 0)
+    hidden = prompt - visible.sum(1, keepdim=True)
+    return torch.where(columns < prompt, inside.gather(1, columns.clamp(max=prompt - 1)), columns - hidden)
+
+
+def ragged_masks(
+    model: PreTrainedModel, columns: Tensor, end: int, visible: Tensor | None
+) -> Tensor | dict[str, Tensor]:
+    """Explicit masks for rows at different columns: ``[R, 1, n, end]``, one a layer type where there are several."""
+    kv = torch.arange(end, device=columns.device)
+    query = columns.unsqueeze(-1)
+    seen = kv <= query
+    if visible is not None:
+        seen &= level_mask(end, visible).bool().unsqueeze(1)  # type: ignore[union-attr]
+    # A hidden or ignored lane sees itself: a row of nothing would turn the softmax into NaN
+    seen |= kv == query
+    masks = {}
+    for name, size in windows_of(model).items():
+        mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
+        if model.config._attn_implementation == "eager":
+            lowest = torch.finfo(model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
+        masks[name] = mask
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Attention patterns of the model's layers: sliding-window size by layer type, None for full attention.
+
+    Raises:
+        ValueError: a layer type whose mask is not known here.
+    """
+    config = model.config.get_text_config(decoder=True)
+    sizes = {
+        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+        for layer in DynamicCache(config=config).layers
+    }
+    names = set(getattr(config, "layer_types", None) or ())
+    if names - {"full_attention", "sliding_attention"} or len(sizes - {None}) > 1:
+        raise ValueError(f"attention pattern {sorted(names)} has no ragged mask")
+    return {"full_attention" if size is None else "sliding_attention": size for size in sizes}

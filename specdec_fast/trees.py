@@ -1,0 +1,178 @@
+"""Drafts that are trees: what they are, and the native operations that write and judge them (``csrc/tree.cpp``).
+
+A target's pass over a handful of positions takes little longer than over one, and a chain of draft tokens uses it up in
+one guess: where its first token is wrong, all of it is. A tree spends the same positions on what may come second and
+third. The target then draws its own token at the root, goes to the child that is this token, and so on: the output is
+the target's own draws, whatever the tree (``docs/trees.md``).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from specdec_fast.cache import RaggedCache
+from specdec_fast.lean import LeanModel, joined, level
+from specdec_fast.lean_ops import Choices, Choosing, Index
+
+__all__ = ["Climbed", "Climbing", "Growing", "Tree", "branch", "climb"]
+
+
+class Climbing(NamedTuple):
+    """How a target draws the tokens that it looks for in a tree; at temperature 0 its argmax, else by races."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+
+class Tree(NamedTuple):
+    """Drafts that branch, ``R`` rows; a node's parent stands before it.
+
+    Args:
+        tokens: ``[R][N]`` target ids of the nodes.
+        parents: ``[R][N]`` places of what each stands behind; -1: the row's text.
+        levels: ``[R][N]`` of the drafter's confidence in each.
+    """
+
+    tokens: list[list[int]]
+    parents: list[list[int]]
+    levels: list[list[int]]
+
+    def depths(self, row: int) -> list[int]:
+        """The level of each node of a row, 1 behind its text."""
+        depth: list[int] = []
+        for parent in self.parents[row]:
+            depth.append(1 + (depth[parent] if parent >= 0 else 0))
+        return depth
+
+    @property
+    def levels_deep(self) -> int:
+        """Levels of the deepest tree."""
+        return max((max(self.depths(row), default=0) for row in range(len(self.tokens))), default=0)
+
+    def chains(self) -> list[list[int]]:
+        """Each row's way from first child to first child."""
+        return [[tokens[i] for i in _way(parents)] for tokens, parents in zip(self.tokens, self.parents, strict=True)]
+
+
+def _way(parents: list[int]) -> list[int]:
+    way: list[int] = []
+    for place, parent in enumerate(parents):
+        if parent == (way[-1] if way else -1):
+            way.append(place)
+    return way
+
+
+class Climbed(NamedTuple):
+    """What a target said of trees.
+
+    Args:
+        passed: ``[R][..]`` the nodes that stay, one behind the other.
+        token: ``[R]`` what comes next in each row, -1 where the target's scores are no law.
+        seconds: that judging took beside the pass.
+    """
+
+    passed: list[list[int]]
+    token: list[int]
+    seconds: float
+
+
+class Growing(NamedTuple):
+    """How far a row's tree grows (:meth:`specdec_fast.branching.Branching.growing`).
+
+    Args:
+        deepest, most: levels and nodes at most.
+        sure: how often a node follows its parent, by the level of the drafter's confidence.
+        worth: what the chances of a level's nodes must come to for another level to be drafted.
+    """
+
+    deepest: int
+    most: int
+    sure: list[float]
+    worth: list[float]
+
+
+def climb(
+    lean: LeanModel,
+    first: list[int],
+    tree: Tree,
+    places: list[int],
+    start: list[int],
+    hidden: list[int],
+    cache: RaggedCache,
+    climbing: Climbing,
+    seed: list[int],
+    position: list[int],
+) -> Climbed:
+    """Feeds each row a token and a tree behind it, and goes up the tree as far as the target's own tokens are in it.
+
+    A node's scores are bit for bit what :meth:`specdec_fast.lean.LeanModel.read` gives for the text down to it. In the
+    cache the nodes passed stand behind the first token, and nothing else does.
+
+    Args:
+        first: the token of each of the ``R`` rows that stands before its tree.
+        places, start, hidden: as for :meth:`specdec_fast.lean.LeanModel.read`.
+        climbing: how the target draws its own tokens.
+        seed, position: ``[R]``, of the numbers' keys.
+    """
+    count = [len(tokens) for tokens in tree.tokens]
+    rows, most = len(count), max(count)
+    session = lean.session(cache, max(start) + most + 1)
+    temperature, top_k, top_p, min_p = climbing
+    board = [session.number, rows, most, top_k]
+    for line in (first, count, places, start, hidden, seed, position):
+        board += line
+    board += level(tree.tokens, most) + level(tree.parents, most)
+    said = session.told("climb", board, [temperature, top_p, min_p], rows * (2 + most) + 2)
+    first_place = 2 * rows
+    passed = [said[first_place + r * most : first_place + r * most + n] for r, n in enumerate(said[:rows])]
+    return Climbed(passed, said[rows : 2 * rows], 1e-9 * said[-1])
+
+
+def branch(
+    lean: LeanModel,
+    texts: list[list[int]],
+    places: list[int],
+    start: list[int],
+    hidden: list[int],
+    cache: RaggedCache,
+    choosing: Choosing,
+    choices: Choices | None,
+    index: Index | None,
+    growing: list[Growing],
+    least: float,
+    seed: list[int],
+    position: list[int],
+) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    """Feeds each row its text, then drafts a tree behind it, level by level.
+
+    Behind a node come the likeliest tokens at temperature 0, else the first ones of a race run with the target's
+    numbers of that position. What is in the cache behind the texts is nothing afterwards.
+
+    Args:
+        texts, places, start, hidden: as for :meth:`specdec_fast.lean.LeanModel.read`.
+        choosing: by what law; its confidence is not looked at.
+        choices, index: the drafter's and the target's id of each logit; None: its place.
+        growing: of each row, how far.
+        least: chance of a node that is kept.
+        seed, position: ``[R]``, of the numbers' keys.
+
+    Returns:
+        of every row's nodes, at least one: the logit, the parent's place (-1: the text) and the level of confidence.
+    """
+    rows, most = len(texts), max(one.most for one in growing)
+    lengths = [len(text) for text in texts]
+    ends = (first + n + one.deepest * one.most for first, n, one in zip(start, lengths, growing, strict=True))
+    session, tokens = lean.session(cache, max(ends)), joined(texts)
+    addresses = [0 if choices is None else choices.at, 0 if index is None else index.at]
+    board = [session.number, rows, len(tokens), len(growing[0].sure), choosing.top_k, *addresses]
+    for line in (lengths, places, start, hidden, [g.deepest for g in growing], [g.most for g in growing]):
+        board += line
+    board += seed + position + tokens
+    reals = [choosing.temperature, choosing.top_p, choosing.min_p, least]
+    for one in growing:
+        reals += one.sure + one.worth
+    said = session.told("branch", board, reals, rows * (1 + 3 * most) + 1)
+    lists = [said[at : at + n] for at, n in zip(range(rows, len(said) - 1, most), said[:rows] * 3, strict=True)]
+    return lists[:rows], lists[rows : 2 * rows], lists[2 * rows :]
