@@ -19,6 +19,7 @@ typedef uint64_t Longs __attribute__((vector_size(SPECDEC_BYTES)));
 typedef float Floats __attribute__((vector_size(SPECDEC_BYTES)));
 typedef uint32_t Words __attribute__((vector_size(SPECDEC_BYTES)));
 typedef float HalfFloats __attribute__((vector_size(SPECDEC_BYTES / 2)));
+typedef int32_t HalfInts __attribute__((vector_size(SPECDEC_BYTES / 2)));
 typedef uint16_t HalfWords __attribute__((vector_size(SPECDEC_BYTES / 2)));
 
 template <typename Vector, typename Entry>
@@ -178,49 +179,57 @@ inline Longs half_product(Longs a, uint32_t b) {
 #endif
 }
 
-// Philox4x32-10 as in kernels/cuda/philox.cuh, a word in the low half of each entry; what stands in
-// the high halves on the way does not matter.
-void words(const specdec::NumberKey& key, const int32_t* ids, int64_t first, int64_t n,
-           uint32_t* out) {
+// Philox4x32-10 as in kernels/cuda/philox.cuh for kSets vectors of keys at once, since each product
+// waits for the one before. A word stands in the low half of each entry; what is in the high halves
+// on the way does not matter.
+template <int kSets>
+inline void some_words(const specdec::NumberKey& key, const int32_t* ids, int64_t first, int64_t at,
+                       uint32_t* out) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
   const uint64_t seed = static_cast<uint64_t>(key.seed);
   const uint64_t position = static_cast<uint64_t>(key.position);
-  constexpr int kSets = 4;  // at once, since each product waits for the one before
-  for (int64_t i = 0; i < n; i += kLanes) {
-    for (int64_t part = 0; part < kParts; part += kSets) {
-      const int sets = kParts - part < kSets ? static_cast<int>(kParts - part) : kSets;
-      Longs word[kSets][4];
-      for (int s = 0; s < sets; ++s) {
-        const int64_t at = i + (part + s) * kWidth;
-        Longs offset;
-        for (int64_t j = 0; j < kWidth; ++j)
-          offset[j] = static_cast<uint64_t>(ids ? ids[at + j] : first + at + j);
-        word[s][0] = Longs{} + (position & 0xffffffffu);
-        word[s][1] = Longs{} + (position >> 32);
-        word[s][2] = (offset & 0xffffffu) | (key.purpose << 24);
-        word[s][3] = Longs{};
-      }
-      uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-      for (int round = 0; round < 10; ++round) {
-        for (int s = 0; s < sets; ++s) {
-          const Longs product0 = half_product(word[s][0], kMultiplier0);
-          const Longs product1 = half_product(word[s][2], kMultiplier1);
-          word[s][0] = (product1 >> 32) ^ word[s][1] ^ key0;
-          word[s][1] = product1;
-          word[s][2] = (product0 >> 32) ^ word[s][3] ^ key1;
-          word[s][3] = product0;
-        }
-        key0 += kWeyl0;
-        key1 += kWeyl1;
-      }
-      for (int s = 0; s < sets; ++s) {
-        const Longs low = (word[s][0] & 0xffffffffu) >> 5;
-        for (int64_t j = 0; j < kWidth; ++j)
-          out[i + (part + s) * kWidth + j] = static_cast<uint32_t>(low[j]);
-      }
-    }
+  Longs counting{};
+  for (int64_t j = 0; j < kWidth; ++j) counting[j] = static_cast<uint64_t>(j);
+  Longs word[kSets][4];
+#pragma GCC unroll 8
+  for (int s = 0; s < kSets; ++s) {
+    const int64_t place = at + s * kWidth;
+    const Longs offset = ids ? __builtin_convertvector(get<HalfInts>(ids + place), Longs)
+                             : counting + static_cast<uint64_t>(first + place);
+    word[s][0] = Longs{} + (position & 0xffffffffu);
+    word[s][1] = Longs{} + (position >> 32);
+    word[s][2] = (offset & 0xffffffu) | (key.purpose << 24);
+    word[s][3] = Longs{};
   }
+  uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round) {
+#pragma GCC unroll 8
+    for (int s = 0; s < kSets; ++s) {
+      const Longs product0 = half_product(word[s][0], kMultiplier0);
+      const Longs product1 = half_product(word[s][2], kMultiplier1);
+      word[s][0] = (product1 >> 32) ^ word[s][1] ^ key0;
+      word[s][1] = product1;
+      word[s][2] = (product0 >> 32) ^ word[s][3] ^ key1;
+      word[s][3] = product0;
+    }
+    key0 += kWeyl0;
+    key1 += kWeyl1;
+  }
+#pragma GCC unroll 8
+  for (int s = 0; s < kSets; ++s) {
+    const Longs low = (word[s][0] & 0xffffffffu) >> 5;
+    put(out + at + s * kWidth, __builtin_convertvector(low, HalfInts));
+  }
+}
+
+void words(const specdec::NumberKey& key, const int32_t* ids, int64_t first, int64_t n,
+           uint32_t* out) {
+  constexpr int kSets = SPECDEC_BYTES == 64 ? 4 : 2;
+  int64_t i = 0;
+  for (; i + kSets * kWidth <= n; i += kSets * kWidth) some_words<kSets>(key, ids, first, i, out);
+  for (; i < n; i += kWidth) some_words<1>(key, ids, first, i, out);
 }
 
 int64_t sift(const uint32_t* words, const double* weights, int64_t n, double bound, int32_t* out) {
@@ -229,9 +238,7 @@ int64_t sift(const uint32_t* words, const double* weights, int64_t n, double bou
     Longs hit{};
     for (int64_t k = 0; k < kParts; ++k) {
       const int64_t at = i + k * kWidth;
-      Doubles number;
-      for (int64_t j = 0; j < kWidth; ++j)
-        number[j] = static_cast<double>(static_cast<int32_t>(words[at + j]));
+      const Doubles number = __builtin_convertvector(get<HalfInts>(words + at), Doubles);
       hit |= (Longs)(number * 0x1p-27 < get<Doubles>(weights + at) * bound);
     }
     uint64_t any = 0;

@@ -328,13 +328,13 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
 // stops are real. The report takes the numbers' place.
 int64_t draft_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1];
-  Board board(numbers + 8);
+  Board board(numbers + 8, numbers + count);
   Wanted given;
   for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.steps,
                      &given.seed, &given.start})
     *list = board.next(height);
   given.tokens = board.next(numbers[2]);
-  board.close(numbers + count);
+  board.close();
   given.levels = numbers[3];
   int64_t told = 0;
   for (const int64_t step : given.steps) told += given.levels ? given.levels + step : 0;

@@ -188,13 +188,13 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
 // Temperature, top-p and min-p are real. The report takes the numbers' place.
 int64_t judge_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1], longest = numbers[2];
-  Board board(numbers + 10);
+  Board board(numbers + 10, numbers + count);
   Drafts given{board.next(height), board.next(height),          board.next(height),
                board.next(height), board.next(height),          board.next(height),
                board.next(height), board.next(height * longest)};
   given.scores = reinterpret_cast<const float*>(numbers[5]);
   if (given.scores) given.drawn = board.next(height * longest);
-  board.close(numbers + count);
+  board.close();
   given.logsumexp = reinterpret_cast<const double*>(numbers[6]);
   given.index = reinterpret_cast<const int32_t*>(numbers[7]);
   given.room = numbers[8], given.entries = numbers[9];

@@ -57,17 +57,18 @@ inline Texts texts_of(const Session& session, std::vector<int64_t> tokens,
 // Lists behind one another in memory
 class Board {
  public:
-  explicit Board(const int64_t* numbers) : at_(numbers) {}
+  Board(const int64_t* numbers, const int64_t* end) : at_(numbers), end_(end) {}
 
   std::vector<int64_t> next(int64_t n) {
+    STD_TORCH_CHECK(n >= 0 && n <= end_ - at_, "llama: another length");
     const int64_t* from = at_;
     return {from, at_ += n};
   }
 
-  void close(const int64_t* end) const { STD_TORCH_CHECK(at_ == end, "llama: another length"); }
+  void close() const { STD_TORCH_CHECK(at_ == end_, "llama: another length"); }
 
  private:
-  const int64_t* at_;
+  const int64_t *at_, *end_;
 };
 
 }  // namespace specdec

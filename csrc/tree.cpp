@@ -154,9 +154,10 @@ class Tree {
     frontier_.clear();
     if (depth >= growth_.deepest) return;
     double chances = 0.0;
+    const double surest = *std::max_element(growth_.sure, growth_.sure + wanted_.levels);
     for (size_t i = 0; i < nodes_.size(); ++i) {
       if (nodes_[i].depth != depth ||
-          nodes_[i].chance * growth_.sure[wanted_.levels - 1] < std::max(wanted_.least, lowest())) {
+          nodes_[i].chance * surest < std::max(wanted_.least, lowest())) {
         continue;
       }
       frontier_.push_back(static_cast<int64_t>(i));
@@ -167,6 +168,7 @@ class Tree {
 
   // Gives the frontier places in the cache, and puts it among the lanes of a pass.
   void plant(Grove& grove) {
+    passes_ += !frontier_.empty();
     for (const int64_t i : frontier_) {
       nodes_[i].place = growth_.column + planted_++;
       std::vector<int64_t> path;
@@ -176,7 +178,8 @@ class Tree {
     }
   }
 
-  int64_t planted() const { return planted_; }
+  // Passes that wrote it
+  int64_t passes() const { return passes_; }
 
  private:
   // The chance that a new node must exceed to be among the best
@@ -191,7 +194,7 @@ class Tree {
   const Wanted& wanted_;
   std::vector<Node> nodes_;
   std::vector<int64_t> frontier_;
-  int64_t planted_ = 0;
+  int64_t planted_ = 0, passes_ = 1;
 };
 
 class Gardener {
@@ -219,9 +222,9 @@ class Gardener {
       if (asked.empty()) return;
       for (int64_t i = 0; i < grove.size(); ++i) {
         const int64_t id = grove.tokens()[i];
-        STD_TORCH_CHECK(id >= 0 && id < session_.model->vocabulary,
-                        "llama_branch: a token was drawn that the model cannot read");
+        strange_ = strange_ || id < 0 || id >= session_.model->vocabulary;
       }
+      if (strange_) return;
       std::vector<int64_t> all(asked.size());
       for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
       session_.scores.reserve(grove.size() * width);
@@ -231,6 +234,9 @@ class Gardener {
   }
 
   int64_t passes() const { return nanoseconds(passes_); }
+
+  // Whether a token was drawn that the model cannot read
+  bool strange() const { return strange_; }
 
  private:
   template <class Body>
@@ -282,26 +288,24 @@ class Gardener {
   const Wanted& wanted_;
   Team& team_;
   Share share_;
+  bool strange_ = false;
   Clock::duration passes_{0};
 };
 
-// Nodes of each row; entry, parent (-1: the text) and level of each, [rows, most] apiece; and
-// nanoseconds of the passes
+// Nodes and passes of each row; entry, parent (-1: the text) and level of each, [rows, most]
+// apiece; and nanoseconds of the passes
 std::vector<int64_t> branched(const Session& session, Wanted given) {
   const int64_t height = static_cast<int64_t>(given.rows.size());
   for (const auto* list : {&given.deepest, &given.most, &given.seed, &given.start})
     STD_TORCH_CHECK(list->size() == given.rows.size(), "llama_branch: a number for each row");
   std::vector<int64_t> more;
-  int64_t told = 0, widest = 0;
+  int64_t widest = 0;
   for (int64_t r = 0; r < height; ++r) {
     STD_TORCH_CHECK(given.deepest[r] > 0 && given.most[r] > 0 && given.most[r] <= kMostNodes,
                     "llama_branch: a tree has a level and a node at least, and not too many");
-    told += given.levels + given.deepest[r];
     widest = std::max(widest, given.most[r]);
     more.push_back(given.deepest[r] * given.most[r]);
   }
-  STD_TORCH_CHECK(given.levels > 0 && static_cast<int64_t>(given.told.size()) == told,
-                  "llama_branch: an acceptance a level of confidence and a bound a level");
   const std::vector<int64_t> lengths = given.lengths;
   const Texts texts = texts_of(session, std::move(given.tokens), lengths, given.rows, given.columns,
                                given.hidden, more);
@@ -314,17 +318,21 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
         given);
     at += given.levels + given.deepest[r];
   }
-  std::vector<int64_t> report(height * (1 + 3 * widest) + 1);
+  std::vector<int64_t> report(height * (2 + 3 * widest) + 1);
+  bool strange = false;
   Team::gather([&](Team& team) {
     Gardener gardener(session, given, team);
     gardener.grow(trees, texts);
     report.back() = gardener.passes();
+    strange = gardener.strange();
   });
+  STD_TORCH_CHECK(!strange, "llama_branch: a token was drawn that the model cannot read");
   for (int64_t r = 0; r < height; ++r) {
     const std::vector<Node>& nodes = trees[r].nodes();
     report[r] = static_cast<int64_t>(nodes.size());
+    report[height + r] = trees[r].passes();
     for (size_t i = 0; i < nodes.size(); ++i) {
-      int64_t* to = report.data() + height + r * widest + static_cast<int64_t>(i);
+      int64_t* to = report.data() + 2 * height + r * widest + static_cast<int64_t>(i);
       to[0] = nodes[i].entry;
       to[height * widest] = nodes[i].parent;
       to[2 * height * widest] = nodes[i].level;
@@ -466,20 +474,26 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
 // and the target's ids of each entry; lengths, rows, columns, hidden, levels and nodes at most,
 // seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least chance;
 // for every row what is told.
-std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals) {
+std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals,
+                            int64_t told_reals) {
   STD_TORCH_CHECK(count >= 7, "llama_branch: too few numbers");
   const int64_t height = numbers[1];
-  Board board(numbers + 7);
+  Board board(numbers + 7, numbers + count);
   Wanted given;
   for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.deepest,
                      &given.most, &given.seed, &given.start})
     *list = board.next(height);
   given.tokens = board.next(numbers[2]);
-  board.close(numbers + count);
+  board.close();
   given.levels = numbers[3];
   int64_t told = 0;
-  for (const int64_t deepest : given.deepest) told += given.levels + deepest;
-  given.told = {reals + 4, reals + 4 + std::max<int64_t>(told, 0)};
+  for (const int64_t deepest : given.deepest) {
+    STD_TORCH_CHECK(deepest > 0 && given.levels > 0, "llama_branch: a tree has a level at least");
+    told += given.levels + deepest;
+  }
+  STD_TORCH_CHECK(told_reals < 0 || told_reals == told + 4,
+                  "llama_branch: an acceptance a level of confidence and a bound a level");
+  given.told = {reals + 4, reals + 4 + told};
   given.least = reals[3];
   given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[4]),
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};
@@ -490,28 +504,33 @@ std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double*
 
 // Numbers: session, rows, nodes of the largest tree, top-k; first, counts, rows, columns, hidden,
 // seed and start of every row, tokens and parents. Reals: temperature, top-p and min-p.
-std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals) {
-  STD_TORCH_CHECK(count >= 4, "llama_climb: too few numbers");
+std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals,
+                           int64_t told_reals) {
+  STD_TORCH_CHECK(count >= 4 && (told_reals < 0 || told_reals == 3),
+                  "llama_climb: numbers are too few, or reals not three");
   const int64_t height = numbers[1];
-  Board board(numbers + 4);
+  Board board(numbers + 4, numbers + count);
   Judged given;
   for (auto* list : {&given.first, &given.counts, &given.rows, &given.columns, &given.hidden,
                      &given.seed, &given.start})
     *list = board.next(height);
+  STD_TORCH_CHECK(height > 0 && numbers[2] >= 0 && numbers[2] <= kMostNodes,
+                  "llama_climb: trees are [rows, most], and not too large");
   given.tokens = board.next(height * numbers[2]);
   given.parents = board.next(height * numbers[2]);
-  board.close(numbers + count);
+  board.close();
   given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[3]),
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};
   return climbed(*llama_session(numbers[0]), std::move(given));
 }
 
-using Operation = std::vector<int64_t> (*)(const int64_t*, int64_t, const double*);
+// The last is how many reals there are, -1 where the caller has counted them
+using Operation = std::vector<int64_t> (*)(const int64_t*, int64_t, const double*, int64_t);
 
 // With numbers as they lie in memory; the report takes their place.
 template <Operation operation>
 int64_t entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
-  const std::vector<int64_t> report = operation(numbers, count, reals);
+  const std::vector<int64_t> report = operation(numbers, count, reals, -1);
   std::copy(report.begin(), report.end(), numbers);
   return 0;
 } catch (...) {
@@ -520,7 +539,8 @@ int64_t entry(int64_t* numbers, const double* reals, int64_t count) noexcept try
 
 template <Operation operation>
 std::vector<int64_t> call(std::vector<int64_t> numbers, std::vector<double> reals) {
-  return operation(numbers.data(), static_cast<int64_t>(numbers.size()), reals.data());
+  return operation(numbers.data(), static_cast<int64_t>(numbers.size()), reals.data(),
+                   static_cast<int64_t>(reals.size()));
 }
 
 std::vector<int64_t> llama_branch(std::vector<int64_t> numbers, std::vector<double> reals) {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -338,17 +338,24 @@ class _Loop:
                 0 if pad is None else int(pad),
             )
             parts: methods.Parts = model, options, batch, logits_processor, do_sample, device
+            target: Runner
+            if resident is not None:
+                target = resident.target
+            else:
+                target = opened.target if opened is not None else call.runner(model, batch, lean)
+            # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
+            inside = do_sample and record.scores is None and bool(logits_processor)
+            inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
+            seen = not record.empty or stops.in_order or (bool(logits_processor) and not inside)
+            if plan.tree and (seen or resident is not None or not target.quick([plan.tree + 1] * batch)):
+                plan = replace(plan, tree=0)  # chains then, by the same rule
             if resident is None:
                 outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
             else:
                 outlook, known = resident_outlook(model, resident, call, limit - columns)
-            # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
-            inside = do_sample and record.scores is None and bool(logits_processor)
-            inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
             history: dict[str, Any] = {"unread": [len(text) for text in rows.tokens], "horizon": limit - columns}
-            climbs = native and resident is None and record.empty and (inside or not logits_processor)
             lookahead: Lookahead
-            if plan.tree and climbs and not stops.in_order:
+            if plan.tree:
                 lookahead = Branching(batch, 3 * plan.lookahead, outlook, nodes=plan.tree, **history)
             else:
                 watched = methods.asks(plan, options) if resident is None else resident.watched
@@ -372,16 +379,14 @@ class _Loop:
             }
             engine: Engine
             drafter: Drafter
-            target: Runner
             if resident is not None and not plan.others:
-                target, drafter = resident.target, NoDrafter(device)
+                drafter = NoDrafter(device)
             else:
                 watcher = lookahead if isinstance(lookahead, Adaptive) and lookahead.watches else None
                 branching = lookahead if isinstance(lookahead, Branching) else None
                 drafter = methods.build_drafter(
                     plan, *parts[:-1], input_ids.device, watcher=watcher, branching=branching
                 )
-                target = opened.target if opened is not None else call.runner(model, batch, lean)
             if past:
                 load(target, cache, past)
             if options.streamer is not None:

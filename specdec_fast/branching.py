@@ -39,11 +39,10 @@ class Branching(Adaptive):
     WEIGHT = 12.0  # tested nodes that what is hoped of a confidence is worth
 
     def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, **more: Any):
+        self._nodes = nodes
         super().__init__(rows, min(most, nodes, self.MOST), outlook, **more)
         self._goes_on = True
-        self._nodes = nodes
         costs: Costs = outlook.costs
-        self._round = [costs.tree(levels, nodes if levels else 0) for levels in range(self._most + 1)]
         self._position = _slope([costs.scoring(positions) for positions in range(1, nodes + 2)])
         self._grown: dict[int, tuple[int, int]] = {}
 
@@ -59,17 +58,16 @@ class Branching(Adaptive):
         worth = [self._worth(own, level) for level in range(1, levels + 1)]
         return Growing(levels, self._nodes, sure, worth)
 
-    @property
-    def least(self) -> float:
-        """The chance below which a node does not pay for its position."""
-        speed = min(own.speed for own in self._rows if own.speed)
+    def least(self, rows: Sequence[int]) -> float:
+        """The chance below which a node of these rows does not pay for its position."""
+        speed = min(self._rows[row].speed for row in rows)
         return self.SPARE * speed * self._position
 
     def climbed(self, row: int, levels: int, nodes: int, met: Sequence[tuple[int, bool]]) -> None:
         """Takes note of a round.
 
         Args:
-            levels, nodes: of the tree.
+            levels, nodes: that were drafted, and that the tree has.
             met: of every node that the target came by: the level of the drafter's confidence in it, and whether it
                 stayed.
         """
@@ -81,6 +79,9 @@ class Branching(Adaptive):
             own.sure_accepted[step] = self.FADING * own.sure_accepted[step] + stays
             self.sure_tested[step] += 1
             self.sure_accepted[step] += stays
+
+    def _rounds(self, costs: Costs) -> list[float]:
+        return [costs.tree(levels, self._nodes if levels else 0) for levels in range(self._most + 1)]
 
     def _hopes(self, outlook: Outlook) -> list[float]:
         result = []

@@ -86,7 +86,7 @@ class Call:
             use_cache=self.use_cache,
             prefill_chunk=chunk,
             lean=lean,
-            most=self.longest,
+            most=self.longest + self.plan.tree,  # a tree may stand behind the last token
         )
 
 

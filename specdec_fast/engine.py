@@ -166,13 +166,16 @@ class Engine:
             refuse_undefined(climbed.token[r], row)
             tokens, parents, passed = tree.tokens[r], tree.parents[r], climbed.passed[r]
             kept = self._commit(row, [*(tokens[i] for i in passed), climbed.token[r]])
+            if not tree.passes[r]:  # a chain, or nothing
+                self._learn(row, len(tokens), len(passed), kept, len(tokens))
+                continue
             way = [-1, *passed]
             met = [(level, i in passed) for i, level in enumerate(tree.levels[r]) if parents[i] in way]
+            if isinstance(self.lookahead, Branching):
+                self.lookahead.climbed(row, tree.passes[r], len(tokens), met)
+            self.statistics.nodes += len(tokens)
             # A level is tested where the target came by one of its nodes' parents
             tested = len(passed) + (way[-1] in parents)
-            if isinstance(self.lookahead, Branching) and tokens:
-                self.lookahead.climbed(row, max(tree.depths(r)), len(tokens), met)
-            self.statistics.nodes += len(tokens)
             self._learn(row, tested, len(passed), kept, tested)
         self._settle()
 
@@ -263,7 +266,7 @@ class Engine:
         if any(limit):
             if self.meter is not None and len(active) == self.rows.batch:
                 unread = max(len(self.rows.tokens[row]) - self._drafted_at[row] for row in active)
-                levels = max(proposal.count) if proposal.tree is None else proposal.tree.levels_deep
+                levels = max(proposal.count if proposal.tree is None else proposal.tree.passes)
                 self.meter.drafts.append((levels, unread, seconds))
             for row, most in zip(active, limit, strict=True):
                 if most:
@@ -278,8 +281,8 @@ class Engine:
         if tree is None:
             if proposal.told is None:
                 return None
-            drafts = [line[:count] for line, count in zip(proposal.told.tokens, proposal.count, strict=True)]
-            tree = Tree(drafts, [list(range(-1, len(line) - 1)) for line in drafts], [[] for _ in drafts])
+            told = zip(proposal.told.tokens, proposal.count, strict=True)
+            tree = Tree.of_chains([line[:count] for line, count in told])
         count = [len(tokens) for tokens in tree.tokens]
         if not self._follows(rows, count):
             return None

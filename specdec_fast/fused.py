@@ -24,7 +24,7 @@ from specdec_fast.rule import Draws, Rule, Verdict
 from specdec_fast.trees import Climbing
 from specdec_fast.verification import Match
 
-__all__ = ["Fused", "confidence", "drafted_token", "draws_natively", "likeliest"]
+__all__ = ["Fused", "confidence", "drafted_token", "draws_natively", "likeliest", "raced_token"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Fused:
         key = [part.repeat_interleave(n) for part in (draws.seed, draws.start)]
         key[1] += torch.arange(draws.base, draws.base + n).repeat(rows)
         law = [None if part is None else part.repeat_interleave(n) for part in self._parameters(scores)]
-        own = torch.ops.specdec_fast.race(scores.view(rows * n, width), *law, *key, None, 1)[0].view(rows, n)
+        own = torch.ops.specdec_fast.race(scores.reshape(rows * n, width), *law, *key, None, 1)[0].view(rows, n)
         return Match(lambda *_: own, "gumbel").verify(scores, proposal, draws)
 
     def _parameters(self, scores: Tensor) -> list[Tensor | None]:
@@ -189,6 +189,22 @@ def drafted_token(scores: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tens
     key = draws.seed.to(place), draws.start.to(place), offset, int(Purpose.DRAFT)
     token, _, logsumexp, status = overload("sample", scores, None)(scores, None, None, None, None, *key)
     return token.masked_fill_(status.bool(), -1), logsumexp
+
+
+def raced_token(scores: Tensor, draws: Draws, step: int, names: Tensor | None) -> Tensor:
+    """The winner of the race that the target will run, by a drafter's ``scores [R, K]``: ``[R]`` int64.
+
+    -1 where they are no law.
+
+    Args:
+        names: ``[K]`` int64 target ids of the entries; None: their places.
+    """
+    if not draws_natively(draws, scores.device) or scores.dtype == torch.float64:
+        tokens = torch.arange(scores.shape[1]) if names is None else names
+        return reference.race(reference.masses(scores), draws.race_of(step, tokens).to(scores.device))
+    ids = None if names is None else names.int()
+    key = draws.seed, draws.start + step
+    return torch.ops.specdec_fast.race(scores.contiguous(), None, None, None, None, *key, ids, 1)[0][:, 0]
 
 
 def confidence(scores: Tensor, token: Tensor) -> list[float]:

@@ -161,7 +161,7 @@ class Adaptive:
         self._costs = costs = outlook.costs
         self._most = most
         self._plain = costs.round(0)
-        self._round = [costs.round(gamma) for gamma in range(most + 1)]
+        self._round = self._rounds(costs)
         self._prior = _profile(outlook.tested, outlook.accepted, most, self.GUESS, self.GUESSED)
         known = outlook.tested[0] if outlook.tested else 0.0
         self._row_weight = self.ROW + min(known, 2 * self.ROW)
@@ -169,7 +169,7 @@ class Adaptive:
         credit = min(self.CREDIT + self.SHARE * horizon, self.LARGEST) * self._plain
         failed = 0
         if known >= self.REMEMBERED:
-            best, speed = best_lookahead(self._prior, costs)
+            best, speed = _best(self._prior, self._round)
             credit += self._promise(speed, horizon)
             failed = 0 if best else self.PATIENCE
         self._known = [*outlook.tested[:most], *[0.0] * (most - len(outlook.tested))]
@@ -285,6 +285,10 @@ class Adaptive:
     def _sure_acceptance(self, own: Row, step: int) -> float:
         prior = min(self._sure_prior[step] * own.factor, 0.99)
         return (own.sure_accepted[step] + self.SURE * prior) / (own.sure_tested[step] + self.SURE)
+
+    def _rounds(self, costs: Costs) -> list[float]:
+        """What a round costs by its lookahead."""
+        return [costs.round(gamma) for gamma in range(self._most + 1)]
 
     def _hopes(self, outlook: Outlook) -> list[float]:
         """The expected acceptance of a token by the step of its confidence."""

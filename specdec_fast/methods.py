@@ -344,8 +344,9 @@ def build_drafter(
     confidence = options.assistant_confidence_threshold or 0.0
     window = options.assistant_window
     how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
+    races = plan.verification == "gumbel"
     if plan.method == "model":
-        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **how)
+        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=races)
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
@@ -391,5 +392,7 @@ def build_drafter(
         warpers=warpers,
         choices=shared.drafter_ids,
         **how,
+        races=races,
+        names=shared.target_ids,
     )
     return CompactDrafter(writer, shared.target_ids, device, branching)

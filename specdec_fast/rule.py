@@ -87,6 +87,11 @@ class Draws:
         token = torch.arange(width, device=place.device)
         return self.source.uniform(self.seed[:, None, None], place, token, Purpose.RACE)
 
+    def race_of(self, offset: int, tokens: Tensor) -> Tensor:
+        """The same numbers for drafting position ``offset`` and tokens ``[K]`` of the target's: ``[R, K]``."""
+        place = (self.start + offset).unsqueeze(1)
+        return self.source.uniform(self.seed.unsqueeze(1), place, tokens.to(place.device), Purpose.RACE)
+
     def candidate(self, offset: int, trial: int) -> Tensor:
         """For the token that one of repeated draws at ``offset`` puts up: ``[R]``."""
         return self._uniform(torch.full_like(self.start, offset + self.base), Purpose.CANDIDATE, trial)

@@ -214,7 +214,7 @@ class Runner:
         growing: list[Growing],
         least: float,
         keys: tuple[list[int], list[int]],
-    ) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+    ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[int]]:
         """Feeds tokens to rows and drafts trees behind them in one operation: :func:`specdec_fast.trees.branch`.
 
         Nothing of a tree is in the cache afterwards. Only where the texts' pass is :meth:`quick`.

@@ -33,23 +33,18 @@ class Tree(NamedTuple):
         tokens: ``[R][N]`` target ids of the nodes.
         parents: ``[R][N]`` places of what each stands behind; -1: the row's text.
         levels: ``[R][N]`` of the drafter's confidence in each.
+        passes: ``[R]`` of the drafter's, one a level, that it took.
     """
 
     tokens: list[list[int]]
     parents: list[list[int]]
     levels: list[list[int]]
+    passes: list[int]
 
-    def depths(self, row: int) -> list[int]:
-        """The level of each node of a row, 1 behind its text."""
-        depth: list[int] = []
-        for parent in self.parents[row]:
-            depth.append(1 + (depth[parent] if parent >= 0 else 0))
-        return depth
-
-    @property
-    def levels_deep(self) -> int:
-        """Levels of the deepest tree."""
-        return max((max(self.depths(row), default=0) for row in range(len(self.tokens))), default=0)
+    @classmethod
+    def of_chains(cls, drafts: list[list[int]]) -> Tree:
+        """Trees that do not branch."""
+        return cls(drafts, [list(range(-1, len(line) - 1)) for line in drafts], [[] for _ in drafts], [0] * len(drafts))
 
     def chains(self) -> list[list[int]]:
         """Each row's way from first child to first child."""
@@ -144,7 +139,7 @@ def branch(
     least: float,
     seed: list[int],
     position: list[int],
-) -> tuple[list[list[int]], list[list[int]], list[list[int]]]:
+) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[int]]:
     """Feeds each row its text, then drafts a tree behind it, level by level.
 
     Behind a node come the likeliest tokens at temperature 0, else the first ones of a race run with the target's
@@ -159,7 +154,8 @@ def branch(
         seed, position: ``[R]``, of the numbers' keys.
 
     Returns:
-        of every row's nodes, at least one: the logit, the parent's place (-1: the text) and the level of confidence.
+        of every row's nodes the logit, the parent's place (-1: the text) and the level of confidence; and how many
+        passes each row's tree took.
     """
     rows, most = len(texts), max(one.most for one in growing)
     lengths = [len(text) for text in texts]
@@ -173,6 +169,6 @@ def branch(
     reals = [choosing.temperature, choosing.top_p, choosing.min_p, least]
     for one in growing:
         reals += one.sure + one.worth
-    said = session.told("branch", board, reals, rows * (1 + 3 * most) + 1)
-    lists = [said[at : at + n] for at, n in zip(range(rows, len(said) - 1, most), said[:rows] * 3, strict=True)]
-    return lists[:rows], lists[rows : 2 * rows], lists[2 * rows :]
+    said = session.told("branch", board, reals, rows * (2 + 3 * most) + 1)
+    lists = [said[at : at + n] for at, n in zip(range(2 * rows, len(said) - 1, most), said[:rows] * 3, strict=True)]
+    return lists[:rows], lists[rows : 2 * rows], lists[2 * rows :], said[rows : 2 * rows]

@@ -287,12 +287,23 @@ def _masses_of_entries(law: Masses, runs: Any = None) -> Any:
     return law.of(np.concatenate([np.arange(*ends) for ends in zip(runs.start, runs.end, strict=True)]))
 
 
+def _race(weights: Tensor, u: Tensor) -> Tensor:
+    """The winner of a race by one of its numbers, from the law that a winner has (``tests/test_trees.py``).
+
+    A race's numbers are known together or not at all, so one stands for them: what is asked here is what the rounds
+    make of it.
+    """
+    shape = weights.shape
+    return reference.draw(weights.reshape(-1, shape[-1]), u[..., 0].reshape(-1)).reshape(shape[:-1])
+
+
 @contextlib.contextmanager
 def _watched() -> Iterator[None]:
     """Lets the operations that decide open sealed numbers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "draw", _watched_draw(reference.draw))
         patch.setattr(reference, "accept", _watched_accept(reference.accept))
+        patch.setattr(reference, "race", _race)
         patch.setattr(Masses, "draw", _watched_float(Masses.draw, _masses_of_entries))
         patch.setattr(Rest, "draw", _watched_float(Rest.draw, lambda law: law._masses))
         yield

@@ -61,7 +61,9 @@ def test_random_rounds(method, rule, sampling):
 
 
 @pytest.mark.parametrize("kinds", DEGENERATE)
-@pytest.mark.parametrize("method, rule", [(m, r) for m, r in COMBINATIONS if r != "match" and m not in CERTAIN])
+@pytest.mark.parametrize(
+    "method, rule", [(m, r) for m, r in COMBINATIONS if r not in ("match", "gumbel") and m not in CERTAIN]
+)
 def test_degenerate_rounds(method, rule, kinds):
     gamma = 1 if method == SLOW else 2
     setting = Setting(method, rule, "plain", "crossing" if method in TEXT else 4, gamma, kinds=DEGENERATE[kinds])

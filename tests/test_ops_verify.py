@@ -7,7 +7,7 @@ import pytest
 import torch
 from op_cases import BACKENDS, DTYPES, FAST, INF, NAN, differing, edge_rows, filters, proposal, verify_both
 
-from specdec_fast import ops, options, reference
+from specdec_fast import ops, reference
 from specdec_fast.proposal import CompactLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.verification import Draws, rule_for
@@ -125,7 +125,7 @@ def test_what_the_drafter_hands_over_changes_nothing(backend, kind):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["point", "dense", "wide", "compact"])
-@pytest.mark.parametrize("rule", [rule for rule in options.VERIFICATIONS if rule != "auto"])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("positions", [1, 3, 4])
 def test_the_op_is_what_the_rules_of_the_engine_do(backend, kind, rule, positions):
     """The rules of `verification` on processed scores, whole rounds and rounds cut short, numbers included."""

@@ -60,8 +60,9 @@ def test_greedy_equals_generate(pair, plain, method):
     assert last_speculation().block_efficiency > 1.3
 
 
-def test_the_drafter_pays_for_itself_when_sampling(pair, plain):
-    """Rule block on the intersection's law: real text accepts a good part of what this drafter proposes."""
+@pytest.mark.parametrize(("tree", "rule"), [("auto", "gumbel"), ("off", "block")])
+def test_the_drafter_pays_for_itself_when_sampling(pair, plain, tree, rule):
+    """On the intersection's law: real text accepts a good part of what this drafter proposes."""
     target, tokenizer, drafter, own = pair
     inputs, _ = plain
     fast_generate(
@@ -71,9 +72,10 @@ def test_the_drafter_pays_for_itself_when_sampling(pair, plain):
         tokenizer=tokenizer,
         assistant_tokenizer=own,
         method="tli",
+        draft_tree=tree,
         do_sample=True,
         seed=0,
         max_new_tokens=16,
     )
-    assert last_speculation().verification == "block"
+    assert last_speculation().verification == rule
     assert last_speculation().acceptance_rate > 0.2

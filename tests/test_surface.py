@@ -28,7 +28,7 @@ ALLOWED = {
     "intersection_mass": ONCE,
     "device_round": ARGMAX,
     "attention": "a softmax over columns of a cache",
-    "runner": "positions of a mask",
+    "masks": "positions of a mask",
 }
 
 
@@ -58,7 +58,7 @@ def test_the_hot_path_goes_through_the_ops():
 
 def test_drafting_at_a_temperature_is_one_operation():
     assert not dict(modules())["drafters.model"]
-    assert dict(modules())["runner"] == {"cumsum"}
+    assert dict(modules())["masks"] == {"cumsum"}
     assert "engine" not in ALLOWED and "sampling" not in ALLOWED
 
 

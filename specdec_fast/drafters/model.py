@@ -24,7 +24,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import sampling
 from specdec_fast.branching import Branching
 from specdec_fast.drafters.head import dense_head, pruned_head
-from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest
+from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest, raced_token
 from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.lean_ops import Choices, Index, Laws, Told
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, padded
@@ -86,6 +86,8 @@ class ModelWriter:
             stays: dropping it after having looked at it would change the output's law.
         watcher: asked whether a row drafts on, in place of ``confidence``.
         window: how much it reads of a text, in its tokens; None: as much as it has positions for.
+        races: draw with the numbers of the target's own races (rule *gumbel*), whose law nobody then asks for.
+        names: ``[K]`` int64 target ids of the choices, for that; None: their places.
     """
 
     def __init__(
@@ -98,7 +100,10 @@ class ModelWriter:
         confidence: float = 0.0,
         watcher: Watcher | None = None,
         window: int | None = None,
+        races: bool = False,
+        names: Tensor | None = None,
     ):
+        self._races, self._names = races and warpers is not None, names
         self.contexts = contexts
         self.device = model.device
         self.warpers = warpers
@@ -160,7 +165,7 @@ class ModelWriter:
         able = [self._make_room(row, most) for row, most in zip(active, levels, strict=True)]
         growing = [branching.growing(row, most) for row, most in zip(active, able, strict=True)]
         places = [r for r, one in enumerate(growing) if one.deepest]
-        tree = Tree([[] for _ in active], [[] for _ in active], [[] for _ in active])
+        tree = Tree([[] for _ in active], [[] for _ in active], [[] for _ in active], [0] * len(active))
         if not places:
             return tree
         rows = [active[r] for r in places]
@@ -169,14 +174,12 @@ class ModelWriter:
             return None
         keys = draws.rows(places).keys
         wanted = [growing[r] for r in places]
-        entries, parents, steps = self._runner.branch(
-            rows, missing, choosing, self._entries, index, wanted, branching.least, keys
-        )
+        grown = self._runner.branch(rows, missing, choosing, self._entries, index, wanted, branching.least(rows), keys)
         ids = None if index is None else index.list
-        for r, row, drawn, behind, sure in zip(places, rows, entries, parents, steps, strict=True):
+        for r, row, drawn, behind, sure, passes in zip(places, rows, *grown, strict=True):
             self._drafted[row] = []
             tree.tokens[r] = drawn if ids is None else [ids[entry] for entry in drawn]
-            tree.parents[r], tree.levels[r] = behind, sure
+            tree.parents[r], tree.levels[r], tree.passes[r] = behind, sure, passes
         return tree
 
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
@@ -215,12 +218,12 @@ class ModelWriter:
         written = self._ids(entries[:, : len(fed)]).tolist()
         for row, ids in zip(active, written, strict=True):
             self._drafted[row] = ids
-        law = None if self.warpers is None else torch.stack(kept_scores, 1)
+        law = None if self.warpers is None or self._races else torch.stack(kept_scores, 1)
         return Written(entries, law, count, torch.stack(sums, 1) if sums else None)
 
     def _at_once(self, active: list[int], count: list[int], draws: Draws) -> Written | None:
         """The same in one operation, without Python between the steps; None where there is none."""
-        if self._picks is not None or not draws_natively(draws, self.device):
+        if self._picks is not None or self._races or not draws_natively(draws, self.device):
             return None
         choosing: Choosing | None = self._choosing
         if self.warpers:  # asked now: they may have been set to other values
@@ -286,6 +289,8 @@ class ModelWriter:
     def _pick(self, scores: Tensor, draws: Draws, step: int) -> tuple[Tensor, Tensor | None]:
         if self.warpers is None:
             return likeliest(scores), None
+        if self._races:
+            return raced_token(scores, draws, step, self._names), None
         return drafted_token(scores, draws, step)
 
 
@@ -382,6 +387,8 @@ class CompactDrafter:
             tree = self._writer.branch(active, limit, draws, self._branching, self._table)
             if tree is not None:
                 return Proposal.of_tree(tree, self._device)
+            # A tree may be twice as deep as what pays for a chain, whose last tokens nobody looks at twice
+            limit = [(most + 1) // 2 for most in limit]
         written = self._writer.write(active, limit, draws)
         if (entries := written.entries) is not None:
             ids = None if self._table is None else self._table.list
