@@ -133,15 +133,14 @@ class Pass {
   // y [m, rows] = silu(opening x) * (raising x); scratch [m, 2 rows]
   void gated(const Matrix& opening, const Matrix& raising, const void* x, float* scratch, float* y,
              int64_t m) const {
-    const int64_t rows = opening.rows, wide = 2 * rows, step = rows_of(opening);
-    team_.share(count(opening), [&](int64_t piece) {
-      const int64_t begin = piece * step, end = std::min(begin + step, rows);
-      part(opening, piece, x, scratch, m, wide, start(raising, piece));
-      part(raising, piece, x, scratch + rows, m, wide, start(opening, piece + 1));
-      for (int64_t i = 0; i < m; ++i) {
-        const float* opened = scratch + i * wide + begin;
-        kernels_.gate(opened, opened + rows, y + i * rows + begin, end - begin);
-      }
+    const int64_t rows = opening.rows, wide = 2 * rows;
+    apply({&opening, &raising}, x, scratch, m);
+    constexpr int64_t kSome = 256;
+    const int64_t parts = (rows + kSome - 1) / kSome;
+    team_.share(m * parts, [&](int64_t piece) {
+      const int64_t i = piece / parts, begin = piece % parts * kSome;
+      const float* opened = scratch + i * wide + begin;
+      kernels_.gate(opened, opened + rows, y + i * rows + begin, std::min(kSome, rows - begin));
     });
   }
 

@@ -57,7 +57,12 @@ void gate(const float* opened, const float* up, float* y, int64_t n) {
     const Floats value = gated(floats(opened + i), floats(up + i));
     __builtin_memcpy(y + i, &value, sizeof value);
   }
-  for (; i < n; ++i) y[i] = gated(splat(opened[i]), splat(up[i]))[0];
+  if (i < n) {  // one vector for what is left, however few that are
+    alignas(64) float some[2][kWide] = {};
+    for (int64_t j = i; j < n; ++j) some[0][j - i] = opened[j], some[1][j - i] = up[j];
+    const Floats value = gated(floats(some[0]), floats(some[1]));
+    for (int64_t j = i; j < n; ++j) y[j] = value[j - i];
+  }
 }
 
 // Columns of values: so many behind one another, then single ones
@@ -67,10 +72,6 @@ struct Columns {
   int64_t level, count;
   const Stored* base;
   const int64_t* path;
-
-  const Stored* operator()(int64_t c, int64_t dim) const {
-    return c < level ? values + c * dim : base + path[c - level] * dim;
-  }
 };
 
 // out[g, d] = sum over columns of weights[g, column] * values[column, d] for d in [begin, end)
@@ -79,12 +80,11 @@ inline void gather(const float* weights, const Columns<Stored>& columns, int64_t
                    int64_t end, float* out) {
   Lanes total[kGroup][kWidth] = {};
   const bool whole = end - begin == kWidth * kLanes;
-  for (int64_t c = 0; c < columns.count; ++c) {
+  const auto take = [&](const Stored* column, int64_t c) {
     Lanes value[kWidth];
-    const Stored* column = columns(c, dim) + begin;
 #pragma GCC unroll 4
     for (int d = 0; d < kWidth; ++d) {
-      const Stored* p = column + d * kLanes;
+      const Stored* p = column + begin + d * kLanes;
       value[d] = whole ? lanes(p) : lanes(p, end - begin);
     }
 #pragma GCC unroll 4
@@ -96,7 +96,10 @@ inline void gather(const float* weights, const Columns<Stored>& columns, int64_t
         for (int i = 0; i < kParts; ++i) total[g][d].part[i] += value[d].part[i] * weight;
       }
     }
-  }
+  };
+  for (int64_t c = 0; c < columns.level; ++c) take(columns.values + c * dim, c);
+  for (int64_t c = columns.level; c < columns.count; ++c)
+    take(columns.base + columns.path[c - columns.level] * dim, c);
 #pragma GCC unroll 4
   for (int g = 0; g < kGroup; ++g) {
     if (whole) {

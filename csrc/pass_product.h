@@ -83,7 +83,7 @@ inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* 
 // How many sums the registers hold: rows for one input, rows for more, inputs, and rows for more
 // than kFew inputs
 #if SPECDEC_BYTES == 64
-constexpr int kAlone = 8, kRows = 4, kInputs = 8, kFew = 2, kLow = 3;
+constexpr int kAlone = 8, kRows = 4, kInputs = 8, kFew = 6, kLow = 3;
 #elif SPECDEC_BYTES == 32
 constexpr int kAlone = 4, kRows = 2, kInputs = 2, kFew = 2, kLow = 2;
 #else
@@ -159,7 +159,8 @@ inline void rows_by_inputs(const typename Scheme::Entry* w, const typename Schem
   if (m == 1) {
     for (; n + kAlone <= end; n += kAlone) some(Count<kAlone>(), Count<1>(), Count<true>(), 0);
   }
-  if (m > kFew * parts) {
+  // Three inputs by four rows were found slow where weights come from memory, and only there
+  if (m > (kLong && kFew > 2 ? 2 : kFew) * parts) {
     for (; n + kLow <= end; n += kLow) strip(Count<kLow>());
   } else {
     for (; n + kRows <= end; n += kRows) strip(Count<kRows>());

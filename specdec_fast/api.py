@@ -104,7 +104,7 @@ def fast_generate(
             races whose numbers a drafter can know: the output is then the same with any drafter; Daliri et al., arXiv
             2408.07978), "token" (rejection sampling; Leviathan et al., arXiv 2211.17192) or "block" (the whole draft at
             once, never fewer accepted tokens than "token" on average; Sun et al., arXiv 2403.10444). All are lossless.
-            "auto" takes "gumbel" where drafts are trees, "block" where the drafter's law is known, else "match"; so it
+            "auto" takes "gumbel" where draft_tree="on", "block" where the drafter's law is known, else "match"; so it
             does, and "block" is refused, beside custom processors and criteria, who see each token.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
@@ -121,9 +121,9 @@ def fast_generate(
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
         assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
         draft_tree: "auto" lets a drafter propose several tokens for a place where that pays: methods "model" and "tli"
-            with an adaptive lookahead, rules "match" (T=0) and "gumbel", on a CPU, for targets of at least 32 million
-            parameters that run as one native operation. "on": for smaller ones too, refused where it cannot be.
-            "off": drafts are chains.
+            with an adaptive lookahead, at T=0 or by rule "gumbel", on a CPU, for targets of at least 32 million
+            parameters that run as one native operation. "on": for smaller ones too, and when sampling by rule "gumbel"
+            where no other is named; refused where it cannot be. "off": drafts are chains.
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
             with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
             the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli",

@@ -35,7 +35,6 @@ class Branching(Adaptive):
 
     STEPS = 12
     MOST = 8  # levels
-    SPARE = 0.25  # of what a position costs, as the table has it: single sizes are measured badly, and full trees won
     WEIGHT = 12.0  # tested nodes that what is hoped of a confidence is worth
 
     def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, **more: Any):
@@ -61,7 +60,7 @@ class Branching(Adaptive):
     def least(self, rows: Sequence[int]) -> float:
         """The chance below which a node of these rows does not pay for its position."""
         speed = min(self._rows[row].speed for row in rows)
-        return self.SPARE * speed * self._position
+        return speed * self._position
 
     def climbed(self, row: int, levels: int, nodes: int, met: Sequence[tuple[int, bool]]) -> None:
         """Takes note of a round.

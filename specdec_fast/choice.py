@@ -102,7 +102,8 @@ def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do
         return "draft_tree other than 'off'"
     if choice.method not in ("model", "tli") or choice.others or drafter is None:
         return "method='model' or method='tli'"
-    if options.verification not in (("auto", "gumbel") if do_sample else VERIFICATIONS):
+    rules = VERIFICATIONS if not do_sample else ("auto", "gumbel") if options.draft_tree == "on" else ("gumbel",)
+    if options.verification not in rules:
         return "verification='gumbel'"
     if in_order:
         return "no custom processor or criterion"

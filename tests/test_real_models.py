@@ -60,7 +60,7 @@ def test_greedy_equals_generate(pair, plain, method):
     assert last_speculation().block_efficiency > 1.3
 
 
-@pytest.mark.parametrize(("tree", "rule"), [("auto", "gumbel"), ("off", "block")])
+@pytest.mark.parametrize(("tree", "rule"), [("on", "gumbel"), ("auto", "block")])
 def test_the_drafter_pays_for_itself_when_sampling(pair, plain, tree, rule):
     """On the intersection's law: real text accepts a good part of what this drafter proposes."""
     target, tokenizer, drafter, own = pair
