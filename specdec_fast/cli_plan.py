@@ -89,7 +89,7 @@ def plan(
     ] = None,
     show_traceback: TracebackOption = False,
 ) -> None:
-    """Measure what a pair's rounds cost, and show what speculation can bring at which acceptance and lookahead."""
+    """Measure what a pair's rounds cost, and show what chains can bring at which acceptance and lookahead."""
     for name, value in (("--tokens", tokens), ("--batch", batch), ("--repetitions", repetitions)):
         if value < 1:
             raise ValueError(f"{name} {value} is out of range: use 1 or more")
@@ -168,6 +168,7 @@ def _prepared(session: Session, temperature: float, batch: int, repetitions: int
 
     text = texts[0] if texts else "Write a Python function that merges two sorted lists, and explain how it works."
     own = {name: value for name, value in session.speculation(None).items() if name != "seed"}
+    own["draft_tree"] = "off"  # what is shown goes by the lookahead of chains
     sampling: dict[str, Any] = {"temperature": temperature, "top_k": 0} if temperature else {}
     return prepare(
         session.target,
