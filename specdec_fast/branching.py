@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from specdec_fast.costs import Costs, Outlook
-from specdec_fast.lookahead import Adaptive, Row
+from specdec_fast.lookahead import Adaptive, Row, by_confidence
 from specdec_fast.trees import Growing
 
 __all__ = ["Branching", "nodes_for"]
@@ -83,13 +83,7 @@ class Branching(Adaptive):
         return [costs.tree(levels, self._nodes if levels else 0) for levels in range(self._most + 1)]
 
     def _hopes(self, outlook: Outlook) -> list[float]:
-        result = []
-        for step in range(self.STEPS):
-            hope = HOPES[step]
-            known = step < len(outlook.sure_tested)
-            tested, accepted = (outlook.sure_tested[step], outlook.sure_accepted[step]) if known else (0.0, 0.0)
-            result.append((accepted + self.WEIGHT * hope) / (tested + self.WEIGHT))
-        return result
+        return by_confidence(outlook, HOPES, self.WEIGHT)
 
     def _spent(self, own: Row, drafted: int) -> float:
         grown = self._grown.pop(self._rows.index(own), None)

@@ -56,7 +56,7 @@ class Fused:
     @property
     def climbing(self) -> Climbing | None:
         """How the target draws its own tokens, for an operation that judges trees; None where it compares with none."""
-        if not (self.greedy or self.rule.name == "gumbel"):
+        if not (self.greedy or self.rule.name == "gumbel") or not runs_natively("verify"):
             return None
         return Climbing(*self._law())
 

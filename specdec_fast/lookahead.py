@@ -12,7 +12,17 @@ from typing import Protocol
 
 from specdec_fast.costs import Costs, Outlook
 
-__all__ = ["SCHEDULES", "Adaptive", "Constant", "Heuristic", "Lookahead", "Row", "best_lookahead", "lookahead_for"]
+__all__ = [
+    "SCHEDULES",
+    "Adaptive",
+    "Constant",
+    "Heuristic",
+    "Lookahead",
+    "Row",
+    "best_lookahead",
+    "by_confidence",
+    "lookahead_for",
+]
 
 SCHEDULES = ("adaptive", "constant", "heuristic", "heuristic_transient")
 
@@ -292,7 +302,8 @@ class Adaptive:
 
     def _hopes(self, outlook: Outlook) -> list[float]:
         """The expected acceptance of a token by the step of its confidence."""
-        return _by_confidence(outlook, self.STEPS)
+        hopes = [0.35 + 0.6 * (step + 0.5) / self.STEPS for step in range(self.STEPS)]
+        return by_confidence(outlook, hopes, 8.0)
 
     # What happened ---------------------------------------------------------------------------------------------------
 
@@ -369,11 +380,10 @@ def _profile(tested: Sequence[float], accepted: Sequence[float], most: int, gues
     return result
 
 
-def _by_confidence(outlook: Outlook, steps: int, weight: float = 8.0) -> list[float]:
-    """The acceptance of a token by its confidence, drawn to a rise from .35 to .95."""
+def by_confidence(outlook: Outlook, hopes: Sequence[float], weight: float) -> list[float]:
+    """The acceptance of a token by its confidence in earlier calls, drawn to what is hoped of each step."""
     result = []
-    for step in range(steps):
-        hope = 0.35 + 0.6 * (step + 0.5) / steps
+    for step, hope in enumerate(hopes):
         known = step < len(outlook.sure_tested)
         t, a = (outlook.sure_tested[step], outlook.sure_accepted[step]) if known else (0.0, 0.0)
         result.append((a + weight * hope) / (t + weight))

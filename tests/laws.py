@@ -51,6 +51,7 @@ __all__ = [
     "match_ways",
     "model",
     "pair_counts",
+    "pairs_p_value",
     "plain_rules",
     "token_ways",
     "tokenizer",
@@ -173,6 +174,14 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
         observed, expected = observed[:-1], expected[:-1]
     statistic = float(((observed - expected) ** 2 / expected).sum())
     return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
+
+
+def pairs_p_value(target: PreTrainedModel, prompt: Tensor, text: Tensor, width: int) -> float:
+    """The least p-value of each two neighbours among four tokens behind a prompt, ``text [N, P + 4]``, by their law."""
+    law = joint_law(target, prompt[0], 4, LogitsProcessorList())
+    parts = law.sum((2, 3)), law.sum((0, 3)), law.sum((0, 1))
+    counts = (pair_counts(text, prompt.shape[1] + first, width) for first in range(3))
+    return min(chi_square(counted, part) for counted, part in zip(counts, parts, strict=True))
 
 
 def total_variation(one: dict, other: dict) -> float:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from laws import DRAFTER_PIECES, TARGET_PIECES, Recorder, chi_square, joint_law, pair_counts, tokenizer, warpers
+from laws import DRAFTER_PIECES, TARGET_PIECES, Recorder, pairs_p_value, tokenizer, warpers
 from laws import model as law_model
 from test_lean import FAMILIES, SHAPE, made
 from transformers import LogitsProcessorList, MinPLogitsWarper, Qwen2Config, TypicalLogitsWarper
@@ -319,11 +319,7 @@ def p_value(kind, rule):
         seed=11,
         **parties(kind),
     )
-    law = joint_law(target, PROMPT[0], 4, LogitsProcessorList())
-    return min(
-        chi_square(pair_counts(text, PROMPT.shape[1] + first, WIDTH), part)
-        for first, part in ((0, law.sum((2, 3))), (1, law.sum((0, 3))), (2, law.sum((0, 1))))
-    )
+    return pairs_p_value(target, PROMPT, text, WIDTH)
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("model", "block"), ("tli", "token")])

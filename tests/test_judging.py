@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, joint_law, model, pair_counts, tokenizer
-from transformers import LogitsProcessorList
+from laws import DRAFTER_PIECES, TARGET_PIECES, model, pairs_p_value, tokenizer
 
 from specdec_fast import fast_generate, fused, last_speculation, native
 from specdec_fast.lean import LeanModel, lean_model
@@ -213,11 +212,7 @@ def p_value(kind, rule, monkeypatch):
         seed=11,
         **parties(kind),
     )
-    law = joint_law(target, PROMPT[0], 4, LogitsProcessorList())
-    return min(
-        chi_square(pair_counts(text, PROMPT.shape[1] + first, WIDTH), part)
-        for first, part in ((0, law.sum((2, 3))), (1, law.sum((0, 3))), (2, law.sum((0, 1))))
-    )
+    return pairs_p_value(target, PROMPT, text, WIDTH)
 
 
 @pytest.mark.parametrize(("kind", "rule"), [("model", "block"), ("tli", "token"), ("slem", "match")])

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, joint_law, model, pair_counts, tokenizer
+from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, model, pairs_p_value, tokenizer
 from tiny import model as tiny
-from transformers import LogitsProcessorList
 
 from specdec_fast import fast_generate, last_speculation, native, reference, runner, trees, warmup
 from specdec_fast.branching import Branching, nodes_for
@@ -466,22 +465,20 @@ def test_recorded_scores_and_custom_criteria_take_chains():
     assert torch.equal(out.sequences, text) and not out.speculation.nodes
 
 
-def test_stops_and_continuation():
+def test_stops():
     target = model(WIDTH, 31, sharpness=0.8)
     shared = {"draft_tree": "on", "do_sample": False, "pad_token_id": 0, **parties("model")}
     text = fast_generate(target, PROMPT, max_new_tokens=40, **shared)
     eos = int(text[0, PROMPT.shape[1] + 12])
     stopped = fast_generate(target, PROMPT, max_new_tokens=40, eos_token_id=eos, **shared)
     assert torch.equal(stopped, target.generate(PROMPT, max_new_tokens=40, eos_token_id=eos, pad_token_id=0))
-    out = fast_generate(target, PROMPT, max_new_tokens=12, return_dict_in_generate=True, **shared)
-    shared |= {"past_key_values": out.past_key_values, "attention_mask": torch.ones_like(out.sequences)}
-    more = fast_generate(target, out.sequences, max_new_tokens=28, **shared)
-    assert torch.equal(more, text) and last_speculation().nodes
 
 
-def test_a_sampled_continuation():
+@pytest.mark.parametrize("sampling", [{"do_sample": False}, {"do_sample": True, "top_k": 0, "seed": 5}])
+@pytest.mark.parametrize("kind", ["model", "tli"])
+def test_continuation(kind, sampling):
     target = model(WIDTH, 31, sharpness=0.8)
-    shared = {"draft_tree": "on", "do_sample": True, "top_k": 0, "seed": 5, **parties("tli")}
+    shared = {"draft_tree": "on", "attention_mask": torch.ones_like(PROMPT), **sampling, **parties(kind)}
     text = fast_generate(target, PROMPT, max_new_tokens=40, **shared)
     out = fast_generate(target, PROMPT, max_new_tokens=12, return_dict_in_generate=True, **shared)
     shared |= {"past_key_values": out.past_key_values, "attention_mask": torch.ones_like(out.sequences)}
@@ -539,11 +536,7 @@ def p_value(kind, monkeypatch):
         seed=11,
         **parties(kind),
     )
-    law = joint_law(target, PROMPT[0], 4, LogitsProcessorList())
-    return min(
-        chi_square(pair_counts(text, PROMPT.shape[1] + first, WIDTH), part)
-        for first, part in ((0, law.sum((2, 3))), (1, law.sum((0, 3))), (2, law.sum((0, 1))))
-    )
+    return pairs_p_value(target, PROMPT, text, WIDTH)
 
 
 @pytest.mark.parametrize("kind", ["model", "tli"])
