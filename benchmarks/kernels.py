@@ -10,9 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":  # Transformers looks for a package of this name, and may find this file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from specdec_fast.cli import app
 
-from specdec_fast.cli import app
-
-if __name__ == "__main__":
     app(["bench", "kernels", *sys.argv[1:]])

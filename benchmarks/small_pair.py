@@ -1,7 +1,8 @@
 """A small target and two small drafters, trained in minutes on the Python sources of any machine.
 
 The target and one drafter share a byte-level tokenizer, the other drafter has one of its own. They stand behind the
-models of real shapes in ``end_to_end.py``: what they accept from each other is real, if on Python sources alone.
+models of real shapes in ``end_to_end.py``: what they accept from each other is real, if on Python sources alone. The
+drafter that shares the tokenizer learns from the target's distributions, as shipped drafters do, the other from text.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Recipe:
         )
 
 
-TARGET, DRAFTER, OTHER = Recipe(512, 6, 8, 8192), Recipe(256, 2, 4, 8192), Recipe(256, 2, 4, 5000)
+TARGET, DRAFTER, OTHER = Recipe(384, 6, 6, 8192), Recipe(256, 2, 4, 8192), Recipe(256, 2, 4, 5000)
 TINY = Recipe(128, 1, 2, 400)  # for trying the steps
 ROLES = ("target", "drafter", "other")
 
@@ -91,8 +92,20 @@ def make_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def train(model: LlamaForCausalLM, ids: Tensor, seconds: float, *, batch: int, length: int) -> float:
-    """Next-token training until the time is up; the mean loss of the last tenth."""
+def train(
+    model: LlamaForCausalLM,
+    ids: Tensor,
+    seconds: float,
+    *,
+    batch: int,
+    length: int,
+    teacher: LlamaForCausalLM | None = None,
+) -> float:
+    """Training until the time is up, on the next token or, with a teacher, on its distribution of it.
+
+    Returns:
+        the mean loss of the last tenth, cross entropy in both cases.
+    """
     device = model.device
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
     generator = torch.Generator().manual_seed(0)
@@ -106,7 +119,7 @@ def train(model: LlamaForCausalLM, ids: Tensor, seconds: float, *, batch: int, l
         starts = torch.randint(0, len(ids) - length, (batch, 1), generator=generator)
         rows = ids[(starts + torch.arange(length)).to(device)]
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(rows, labels=rows).loss
+            loss = model(rows, labels=rows).loss if teacher is None else _taught(model(rows).logits, teacher, rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -115,6 +128,13 @@ def train(model: LlamaForCausalLM, ids: Tensor, seconds: float, *, batch: int, l
     model.eval()
     last = [loss for share, loss in losses if share >= 0.9] or [losses[-1][1]]
     return sum(last) / len(last)
+
+
+def _taught(logits: Tensor, teacher: LlamaForCausalLM, rows: Tensor) -> Tensor:
+    """Cross entropy from the teacher's distributions."""
+    with torch.no_grad():
+        wanted = teacher(rows).logits.float().softmax(-1)
+    return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(0, 1))
 
 
 def prepare(folder: Path, device: torch.device, seconds: float, *, tiny: bool) -> Iterator[str]:
@@ -144,8 +164,11 @@ def prepare(folder: Path, device: torch.device, seconds: float, *, tiny: bool) -
         ids = torch.tensor([i for text in encoded for i in (*text, end)])
         torch.manual_seed(0)
         model = LlamaForCausalLM(recipes[role].config(tokenizer)).to(device)
-        batch, length = (2, 64) if tiny else (48, 512)
-        loss = train(model, ids, seconds if role == "target" else seconds / 2, batch=batch, length=length)
+        size = dict(zip(("batch", "length"), (2, 64) if tiny else (48, 512), strict=True))
+        teacher = None
+        if role == "drafter":
+            teacher = LlamaForCausalLM.from_pretrained(folder / "target").eval().to(device)
+        loss = train(model, ids, seconds if role == "target" else seconds / 2, **size, teacher=teacher)
         model.cpu().save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
         yield f"{role}: {model.num_parameters() / 1e6:.1f} M parameters, {len(ids)} tokens of text, loss {loss:.2f}"

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "rows.h"
+#include "torch_call.h"
 
 namespace specdec {
 
@@ -155,9 +156,9 @@ inline Tensor new_tensor(const Tensor&, std::initializer_list<int64_t> sizes, Sc
     strides[d - 1] = strides[d] * std::max<int64_t>(sizes.begin()[d], 1);
   const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   AtenTensorHandle made;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.begin(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &made));
+  succeeded(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(),
+                                     strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                     &made));
   return Tensor(made);
 }
 

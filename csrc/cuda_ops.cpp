@@ -11,6 +11,7 @@
 
 #include "cuda_arguments.h"
 #include "cuda_launch.h"
+#include "torch_call.h"
 
 #ifdef SPECDEC_LIBRARY
 #define SPECDEC_REGISTER(library) SPECDEC_REGISTER_AS(SPECDEC_LIBRARY, SPECDEC_KEY, library)
@@ -44,7 +45,7 @@ Result from_stack(const StableIValue* stack) {
 template <typename Result, typename... Arguments>
 Result reference(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  succeeded(
       torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
   return from_stack<Result>(stack.data());
 }
@@ -55,7 +56,7 @@ void run(const Tensor& like, const Launch& launch) {
   void* stream = nullptr;
 #ifndef SPECDEC_LIBRARY
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  succeeded(
       aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
   const char* error = launch(stream);

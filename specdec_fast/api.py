@@ -353,13 +353,21 @@ class _Loop:
                 outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
             else:
                 outlook, known = resident_outlook(model, resident, call, limit - columns)
-            history: dict[str, Any] = {"unread": [len(text) for text in rows.tokens], "horizon": limit - columns}
+            history: dict[str, Any] = {"horizon": limit - columns}
+            if resident is None:  # on a device the drafter has read the prompt before the first round
+                history["unread"] = [len(text) for text in rows.tokens]
             lookahead: Lookahead
             if plan.tree:
                 lookahead = Branching(batch, 3 * plan.lookahead, outlook, nodes=plan.tree, **history)
             else:
                 watched = methods.asks(plan, options) if resident is None else resident.watched
-                lookahead = lookahead_for(plan.schedule, batch, plan.lookahead, outlook, **history, watched=watched)
+                # Rounds on a device score as many lanes as are asked for, whether anybody drafts or not
+                kind = (
+                    ("constant", batch, 0)
+                    if plan.method == "autoregressive"
+                    else (plan.schedule, batch, plan.lookahead)
+                )
+                lookahead = lookahead_for(*kind, outlook, **history, watched=watched)
             meter = costs.Meter() if known is not None else None
             warpers = logits_processor if inside else None
             everything: dict[str, Any] = {

@@ -37,12 +37,14 @@ class Place:
         hidden: ``[B]`` int64, how many columns at the start of each row are padding.
         capacity: columns of the buffers, the last of them nobody's.
         fixed: whether a pass of fixed shape is running.
+        lanes: ``[B, n]``, during such a pass: :meth:`columns`, made once for all layers.
     """
 
     start: Tensor
     hidden: Tensor
     capacity: int
     fixed: bool = False
+    lanes: Tensor | None = None
 
     def columns(self, lanes: int) -> Tensor:
         """Where each lane is written: ``[B, lanes]``."""
@@ -70,7 +72,8 @@ class StaticLayer(RaggedLayer):
         if not self.place.fixed:
             return super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None and self.values is not None
-        columns = self.place.columns(key_states.shape[2])[:, None, :, None]
+        columns = self.place.columns(key_states.shape[2]) if self.place.lanes is None else self.place.lanes
+        columns = columns[:, None, :, None]
         self.keys.scatter_(2, columns.expand(key_states.shape), key_states)
         self.values.scatter_(2, columns.expand(value_states.shape), value_states)
         return self.keys, self.values

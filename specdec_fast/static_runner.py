@@ -48,6 +48,8 @@ def static_forward(
     """
     place = cache.place
     columns = place.columns(tokens.shape[1])
+    if not torch.compiler.is_compiling():  # a compiler sees by itself that it is the same in all layers
+        place.lanes = columns
     arguments: dict[str, Any] = {
         "input_ids": tokens.clamp(0, ids - 1),
         "position_ids": (columns - place.hidden.unsqueeze(1)).clamp(0, positions - 1),
@@ -201,7 +203,7 @@ class StaticRunner(Runner):
         try:
             return run(self.model, self.cache, self.head, tokens, lane, self.positions, self._ids)
         finally:
-            place.fixed = False
+            place.fixed, place.lanes = False, None
 
 
 _probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()

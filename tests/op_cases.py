@@ -106,7 +106,7 @@ def run_both(backend: str, *arguments: Any, **options: Any) -> tuple[ops.Sample,
 def differing(expected: Any, result: Any) -> int:
     """How many rows differ in what was decided; the log-probabilities of the others must agree."""
     decided = [name for name in expected._fields if not expected.__getattribute__(name).is_floating_point()]
-    off = torch.zeros(expected.token.shape, dtype=torch.bool)
+    off = torch.zeros_like(expected.token, dtype=torch.bool)
     for name in decided:
         assert getattr(result, name).dtype == getattr(expected, name).dtype
         off |= getattr(expected, name) != getattr(result, name)

@@ -26,7 +26,13 @@ CPU = FAST[0]
 
 
 def arguments(op, name="default"):
-    """Positional arguments of an op's schema; without filters for Triton, whose interpreter takes seconds for them."""
+    """Positional arguments of an op's schema; Triton's where it runs."""
+    device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+    return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in _arguments(op, name))
+
+
+def _arguments(op, name):
+    """Without filters for Triton, whose interpreter takes seconds for them."""
     generator = torch.Generator().manual_seed(0)
     key = torch.arange(4)
     law = [torch.full((4,), 0.8), torch.full((4,), 9, dtype=torch.int32), torch.full((4,), 0.9), torch.full((4,), 0.01)]

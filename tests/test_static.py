@@ -82,6 +82,20 @@ def test_an_attention_that_takes_no_mask_a_row_is_replaced_for_the_call():
     assert flash.config._attn_implementation == "flash_attention_2"
 
 
+def test_plain_decoding_scores_one_lane_a_round(monkeypatch):
+    lanes = []
+    score = StaticRunner.score
+
+    def noted(self, tokens, *rest, **named):
+        lanes.append(tokens.shape[1])
+        return score(self, tokens, *rest, **named)
+
+    why_not_static(model())
+    monkeypatch.setattr(StaticRunner, "score", noted)
+    fast_generate(model(), **prompts(1), max_new_tokens=6, do_sample=False, **STATIC)
+    assert lanes == [1] * 6
+
+
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_drafter_that_lives_on_the_device(method, rows):

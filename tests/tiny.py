@@ -119,7 +119,7 @@ def make_noisy(original: PreTrainedModel, amount: float = 0.1, seed: int = 1) ->
     for parameter in copied.parameters():
         if parameter.ndim > 1:
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise * (amount * parameter.std()))
+            parameter.add_(noise.to(parameter.device) * (amount * parameter.std()))
     return copied
 
 

@@ -164,6 +164,7 @@ SPECDEC_COLD Law filtered(Row& row, const PerTile<Tile>& tiles, const Filter& fi
   if (filter.top_p < 1.0f) keep_top_p(row, tiles, whole, filter.top_p, desk);
   if (filter.min_p > 0.0f) keep_min_p(row, whole.peak, filter.min_p);
   if (!row.cut.any()) return whole;
+  desk.team.meet();  // all have merged: the tiles may change, and min-p alone met nobody
   const int end = desk.team.end(row.tiles());
   for (int tile = desk.team.begin(row.tiles()); tile < end; ++tile) {
     const bool dropped = tiles.read(tile).peak < row.cut.threshold;

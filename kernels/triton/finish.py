@@ -8,7 +8,6 @@ from specdec_fast.triton_kernels.numbers import ACCEPT, RESIDUAL, in_units_of_on
 from specdec_fast.triton_kernels.rows import (
     arrive,
     draw,
-    limit_of,
     log_prob,
     merge,
     parameter,
@@ -152,7 +151,7 @@ def finish_kernel(
     undefined = tl.full((), 0, tl.int32)
     if stay < positions:
         row = logits + b * stride_row + stay.to(tl.int64) * stride_position
-        limit = limit_of(limits, b * positions + stay)
+        limit = limits if limits is None else tl.load(limits + b * positions + stay)
         here = (at + stay) * tiles
         top, total, mass = merge(peaks + here, masses + here, width, heat, BLOCK, TILES)
         token = tl.full((), 0, tl.int64)

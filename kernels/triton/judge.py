@@ -13,7 +13,7 @@ from specdec_fast.triton_kernels.laws import (
     sparse_undefined,
 )
 from specdec_fast.triton_kernels.numbers import ACCEPT, TARGET, uniform
-from specdec_fast.triton_kernels.rows import arrive, draw, limit_of, log_prob, measure, merge, parameter, scores_at
+from specdec_fast.triton_kernels.rows import arrive, draw, log_prob, measure, merge, parameter, scores_at
 
 
 @triton.jit
@@ -79,7 +79,7 @@ def judge_kernel(
         return
 
     heat = parameter(temperature, b, 1.0)
-    limit = limit_of(limits, b * positions + i)
+    limit = limits if limits is None else tl.load(limits + b * positions + i)
     matching = (RULE == 0) | (heat == 0.0)
     row = logits + b * stride_row + i.to(tl.int64) * stride_position
     place = b * drafted + i
@@ -103,7 +103,7 @@ def judge_kernel(
     elif draft_logits is not None:
         if (law == COMPACT) & unknown:
             here = draft_at * tiles
-            draft_limit = limit_of(draft_limits, place)
+            draft_limit = draft_limits if draft_limits is None else tl.load(draft_limits + place)
             measure(draft_row, entries, draft_heat, draft_limit, first, peaks + here, masses + here, SPAN, BLOCK)
     if not arrive(counters + b * positions + i, tl.where(tested, slots // positions, 1) * splits):
         return
@@ -132,7 +132,7 @@ def judge_kernel(
                     here = draft_at * tiles
                     peak, draft_total, _ = merge(peaks + here, masses + here, entries, draft_heat, BLOCK, TILES)
                     draft_top = peak.to(tl.float64)
-                draft_limit = limit_of(draft_limits, place)
+                draft_limit = draft_limits if draft_limits is None else tl.load(draft_limits + place)
                 if drawn is not None:
                     scores = scores_at(draft_row, tl.load(drawn + place), entries, draft_heat, draft_limit)
                     log_q = log_prob(scores, draft_top, draft_total)

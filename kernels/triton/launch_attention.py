@@ -14,7 +14,7 @@ from specdec_fast.triton_kernels.attention import attend_kernel, merge_kernel
 
 __all__ = ["decode_attention"]
 
-SPLIT = 256  # columns of the capacity a split is made for
+SPLIT = 64  # columns of the capacity a split is made for
 MOST_SPLITS = 64
 TILE = 16384  # bytes of a tile of keys
 

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from specdec_fast.triton_kernels.rows import limit_of, log_prob, parameter, probabilities, scores_at
+from specdec_fast.triton_kernels.rows import log_prob, parameter, probabilities, scores_at
 
 POINT = tl.constexpr(0)  # ops.LawKind
 COMPACT = tl.constexpr(1)
@@ -129,7 +129,8 @@ def residual(
     place = b * drafted + spot
     ids = tile * BLOCK + tl.arange(0, BLOCK)
     row = logits + b * stride_row + spot.to(tl.int64) * stride_position
-    scores = scores_at(row, ids, width, parameter(temperature, b, 1.0), limit_of(limits, b * positions + spot))
+    limit = limits if limits is None else tl.load(limits + (b * positions + spot))
+    scores = scores_at(row, ids, width, parameter(temperature, b, 1.0), limit)
     rest = probabilities(scores, tl.load(tops + at), weight / tl.load(totals + at))
     draft_heat = parameter(draft_temperature, b, 1.0)
     law = kind_at(kind, place, draft_heat, draft_logits, sparse_ids)
@@ -140,7 +141,7 @@ def residual(
         if draft_logits is not None:
             if law == COMPACT:
                 draft_row = draft_logits + b * draft_stride_row + spot.to(tl.int64) * draft_stride_position
-                draft_limit = limit_of(draft_limits, place)
+                draft_limit = draft_limits if draft_limits is None else tl.load(draft_limits + place)
                 draft_top = tl.load(tops + draft_at)
                 entry = entry_of(ids, index, entries, STEPS)
                 scores = scores_at(draft_row, entry, entries, draft_heat, draft_limit)

@@ -3,7 +3,7 @@
 A tile is BLOCK entries. A first pass leaves two numbers a tile, its largest score and its mass relative to that;
 whoever needs the row's law merges them. A draw finds the tile by those masses and reads that one again. Filters are one
 limit a row (filters.py): what comes before it in the order of ``order_of`` has the score ``-inf``. A limit of None
-filters nothing.
+filters nothing; whoever needs one loads it itself, since a device function of Triton 3.6 cannot return None.
 """
 
 # ruff: noqa: SIM102  - a condition known when compiling stands alone
@@ -26,15 +26,6 @@ def parameter(pointer, row, default: tl.constexpr):
         return tl.full((), default, tl.float32)
     else:
         return tl.load(pointer + row)
-
-
-@triton.jit
-def limit_of(limits, row):
-    """A row's limit, or None where nothing is filtered."""
-    if limits is None:
-        return None
-    else:
-        return tl.load(limits + row)
 
 
 @triton.jit

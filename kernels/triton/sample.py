@@ -7,7 +7,6 @@ from specdec_fast.triton_kernels.numbers import uniform
 from specdec_fast.triton_kernels.rows import (
     arrive,
     draw,
-    limit_of,
     log_prob,
     measure,
     merge,
@@ -45,7 +44,7 @@ def sample_kernel(
     b = (program // splits).to(tl.int64)
     row = logits + b * stride
     heat = parameter(temperature, b, 1.0)
-    limit = limit_of(limits, b)
+    limit = limits if limits is None else tl.load(limits + b)
     tiles = tl.cdiv(width, BLOCK)
     peaks += b * tiles
     masses += b * tiles
@@ -83,7 +82,7 @@ def measure_kernel(
     tiles = tl.cdiv(width, BLOCK)
     heat = parameter(temperature, b, 1.0)
     first = program % splits * SPAN
-    limit = limit_of(limits, b)
+    limit = limits if limits is None else tl.load(limits + b)
     measure(logits + b * stride, width, heat, limit, first, peaks + b * tiles, masses + b * tiles, SPAN, BLOCK)
 
 
@@ -107,7 +106,7 @@ def softmax_kernel(
     b = (program // splits).to(tl.int64)
     row = logits + b * stride
     heat = parameter(temperature, b, 1.0)
-    limit = limit_of(limits, b)
+    limit = limits if limits is None else tl.load(limits + b)
     tiles = tl.cdiv(width, BLOCK)
     top, total, mass = merge(peaks + b * tiles, masses + b * tiles, width, heat, BLOCK, TILES)
     certain = tl.full((), -1, tl.int64)
