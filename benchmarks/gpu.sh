@@ -5,8 +5,9 @@
 #     benchmarks/gpu.sh test OUT       the tests that need a GPU; small shapes under compute-sanitizer
 #     benchmarks/gpu.sh kernels OUT    first measurements, then the microbenchmarks
 #     benchmarks/gpu.sh e2e OUT        whole generations on models of real shapes
+#     benchmarks/gpu.sh quick OUT      of each a little, without inductor: what three minutes allow
 #
-# Each writes small JSON and text files into OUT, at most 8 in all, and prints a summary. Repeat a step until it says
+# Each writes small JSON and text files into OUT, at most 9 in all, and prints a summary. Repeat a step until it says
 # that nothing is left. Needs Python with torch and transformers (PYTHON names it), nothing of the network, nothing
 # outside the repository. Supported from Python 3.12, torch 2.11+cu130, triton 3.6, transformers 5.17 on.
 #
@@ -15,7 +16,7 @@
 set -uo pipefail
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 }
 [ $# -eq 2 ] || usage
@@ -153,11 +154,18 @@ step_e2e() {
         --minutes "$(minutes)" --json "$out/e2e.json"
 }
 
+step_quick() {
+    built
+    run "$(left)" env PYTHONPATH="$PYTHONPATH:$root/benchmarks" "$python" benchmarks/gpu_quick.py \
+        --work "$SPECDEC_FAST_WORK/small_pair" --minutes "$(minutes)" --json "$out/quick.json"
+}
+
 case $step in
 build) step_build ;;
 test) step_test ;;
 kernels) step_kernels ;;
 e2e) step_e2e ;;
+quick) step_quick ;;
 *) usage ;;
 esac
 "$python" benchmarks/gpu.py summary "$out" || failed=1

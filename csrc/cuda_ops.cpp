@@ -45,8 +45,7 @@ Result from_stack(const StableIValue* stack) {
 template <typename Result, typename... Arguments>
 Result reference(const char* op, const Arguments&... arguments) {
   std::array<StableIValue, sizeof...(arguments)> stack{torch::stable::detail::from(arguments)...};
-  succeeded(
-      torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
+  succeeded(torch_call_dispatcher(op, "reference", stack.data(), TORCH_ABI_VERSION));
   return from_stack<Result>(stack.data());
 }
 
@@ -56,8 +55,7 @@ void run(const Tensor& like, const Launch& launch) {
   void* stream = nullptr;
 #ifndef SPECDEC_LIBRARY
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
-  succeeded(
-      aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
+  succeeded(aoti_torch_get_current_cuda_stream(like.get_device_index(), &stream));
 #endif
   const char* error = launch(stream);
   STD_TORCH_CHECK(error == nullptr, "specdec_fast: ", error);

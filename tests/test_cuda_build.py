@@ -3,7 +3,9 @@
 `python tests/test_cuda_build.py` writes the table anew after a change that is meant to change it.
 """
 
+import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -90,6 +92,46 @@ def test_the_library_asks_torch_for_its_stable_interface_only(build):
     dynamic = subprocess.run(["readelf", "-d", str(build[1])], capture_output=True, text=True, check=True).stdout
     named = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
     assert {"libtorch.so", "libtorch_cpu.so"} <= named, "symbols of torch are found through the libraries named here"
+
+
+WAITS = """
+#include "block.cuh"
+using namespace specdec::blocks;
+extern "C" __global__ void waits(const uint32_t* flag, int* out) {
+  while (READ(flag) == 0) {
+  }
+  publish();
+  *out = 1;
+}
+"""
+
+
+@pytest.mark.parametrize("read, kept", [("read_awaited", True), ("read_shared", False)])
+def test_a_wait_for_another_block_is_in_the_machine_code(build, tmp_path, read, kept):
+    """ptxas left out the loop of rule block's teams, whose loads were weak: they went on before there was anything."""
+    folder = importlib.util.find_spec("triton")
+    tool = Path(folder.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump" if folder else None
+    if tool is None or not tool.exists():
+        pytest.skip("needs a disassembler: triton, which brings one, is not installed")
+    source, binary = tmp_path / "waits.cu", tmp_path / "waits.cubin"
+    source.write_text(WAITS)
+    command = [
+        NVCC,
+        "-std=c++17",
+        "-O3",
+        "-arch=sm_90",
+        "-cubin",
+        f"-DREAD={read}",
+        "-I",
+        str(ROOT / "kernels" / "cuda"),
+    ]
+    subprocess.run([*command, str(source), "-o", str(binary)], check=True, capture_output=True)
+    path = f"{tool.parent}{os.pathsep}{os.environ['PATH']}"
+    shown = subprocess.run(
+        [tool, "-sass", binary], check=True, capture_output=True, text=True, env={"PATH": path}
+    ).stdout
+    assert "waits" in shown
+    assert bool(re.search(r"\bLDG?\.E\.STRONG\.GPU", shown)) == kept
 
 
 def test_architectures_are_those_asked_for(monkeypatch):

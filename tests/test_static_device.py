@@ -5,6 +5,7 @@ import torch
 from tiny import build_model, drafters, make_noisy, prompts, taught, taught_prompts
 
 from specdec_fast import compiled, fast_generate, last_speculation
+from specdec_fast.attention import for_static_cache
 from specdec_fast.device_session import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -32,7 +33,7 @@ def test_rounds_are_captured_and_give_the_tokens_of_generate(pair, rows):
         assert torch.equal(got, expected)
     statistics = last_speculation()
     assert (statistics.forward, statistics.loop, statistics.loop_reason) == ("static", "device", "")
-    assert any(graph is not None for graph in compiled._kept[target][-1].graphs.values())
+    assert any(graph is not None for graph in compiled._kept[for_static_cache(target)[0]][-1].graphs.values())
 
 
 @pytest.mark.parametrize("rule", ["match", "token", "block"])

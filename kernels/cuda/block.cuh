@@ -197,4 +197,16 @@ SPECDEC_HOST_DEVICE T read_shared(const T* source) {
 #endif
 }
 
+// For a loop that waits for another block: ptxas takes a loop of weak loads, as read_shared() makes
+// them, for one that ends, and leaves it out.
+SPECDEC_HOST_DEVICE uint32_t read_awaited(const uint32_t* source) {
+#ifdef __CUDA_ARCH__
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(value) : "l"(source) : "memory");
+  return value;
+#else
+  return read_shared(source);
+#endif
+}
+
 }  // namespace specdec::blocks

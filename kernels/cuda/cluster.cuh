@@ -157,7 +157,7 @@ SPECDEC_COLD void wait_for_weights(const Sequence& sequence, int i, Desk& desk) 
   const uint32_t* judged = sequence.call.arrived + sequence.b * sequence.call.positions;
   single(desk.agreement, [&] {
     for (int j = 0; j < i; ++j) {
-      while (read_shared(judged + j) == 0) {
+      while (read_awaited(judged + j) == 0) {
       }
     }
     publish();

@@ -1,0 +1,192 @@
+"""First figures of a GPU in two minutes: whole generations by CUDA graphs, decode attention by split, small products.
+
+    python benchmarks/gpu_quick.py --minutes 3 --json FILE
+
+One prompt, and models as ``end_to_end.py`` builds them; nothing is compiled by inductor, which takes a quarter of a
+minute a shape. ``first_seconds`` is a first call, captures included; rates are those of the calls behind it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import end_to_end
+import small_pair
+import torch
+import typer
+from torch import Tensor
+from transformers import AutoConfig
+from widen import SHAPES, Shape
+
+from specdec_fast import fast_generate, last_speculation
+from specdec_fast.microbench.clock import copy_rate
+
+Entry = dict[str, Any]
+
+
+def in_a_graph(run: Callable[[], object], times: int, replays: int = 15) -> float:
+    """Microseconds of one run, replayed in a CUDA graph of several."""
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            run()
+    seconds = []
+    for _ in range(replays):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) * 1000 / times)
+    return statistics.median(seconds)
+
+
+def attention() -> Iterator[Entry]:
+    """Decode attention by columns a split, beside torch's over the valid part alone."""
+    from specdec_fast.triton_kernels import launch_attention
+
+    usual = launch_attention.SPLIT
+    try:
+        for heads, kv_heads, dim in ((32, 8, 128), (14, 2, 64)):
+            for capacity, start in ((512, 400), (4096, 3500)):
+                for queries in (1, 5):
+                    q = torch.randn(1, heads, queries, dim, device="cuda", dtype=torch.bfloat16)
+                    k, v = torch.randn(2, 1, kv_heads, capacity, dim, device="cuda", dtype=torch.bfloat16)
+                    at, entry = torch.tensor([start], device="cuda"), {"what": "attention"}
+                    entry |= {"shape": [heads, kv_heads, dim], "capacity": capacity, "start": start, "queries": queries}
+                    for split in (32, 64, 128, 256):
+                        launch_attention.SPLIT = split
+                        entry[f"us_split_{split}"] = in_a_graph(
+                            lambda q=q, k=k, v=v, at=at, scale=dim**-0.5: launch_attention.decode_attention(
+                                q, k, v, at, None, None, scale, 0.0
+                            ),
+                            20,
+                        )
+                    seen = k[:, :, :start], v[:, :, :start]
+                    entry["us_sdpa"] = in_a_graph(
+                        lambda q=q, seen=seen: torch.nn.functional.scaled_dot_product_attention(
+                            q, *seen, enable_gqa=True
+                        ),
+                        20,
+                    )
+                    yield entry
+    finally:
+        launch_attention.SPLIT = usual
+
+
+def products() -> Iterator[Entry]:
+    """Matrix products of a few rows, the weights of each from memory."""
+    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (2048, 2048), (8192, 2048), (128256, 2048), (4864, 896)):
+        weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, int(1.5e8 / (n * k))))]
+        entry: Entry = {"what": "product", "shape": [n, k]}
+        for rows in (1, 2, 5, 8):
+            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+
+            def run(x: Tensor = x, weights: list[Tensor] = weights) -> None:
+                for weight in weights:
+                    torch.nn.functional.linear(x, weight)
+
+            entry[f"us_rows_{rows}"] = in_a_graph(run, 1) / len(weights)
+        yield entry
+
+
+def timed(run: Callable[[], Tensor], tokens: int, repetitions: int = 2) -> tuple[Entry, Tensor]:
+    """Seconds of a first call, and tokens per second of the next ones."""
+
+    def once() -> tuple[float, Tensor]:
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        out = run()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin, out
+
+    first, out = once()
+    return {"first_seconds": first, "rates": [tokens / once()[0] for _ in range(repetitions)]}, out
+
+
+def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
+    """One target: Transformers' decoding and ours."""
+    device = torch.device("cuda")
+    shapes = end_to_end.shapes_at(name, Shape.of(AutoConfig.from_pretrained(work / "drafter")))
+    held = {role: end_to_end.wide(work / role, shapes[role], device) for role in small_pair.ROLES}
+    target, tokenizer = held["target"]
+    encoded = tokenizer(small_pair.prompts(1, 1200, tiny=False), return_tensors="pt", add_special_tokens=False)
+    inputs = {key: encoded[key].to(device) for key in ("input_ids", "attention_mask")}
+    bound = end_to_end.limit(
+        Shape.of(target.config), 1, inputs["input_ids"].shape[1] + tokens / 2, copy_rate(device, 20)
+    )
+    theirs: Entry = {**inputs, "max_new_tokens": 32, "do_sample": False}
+
+    def entry(system: str, method: str, found: Entry, **more: Any) -> Entry:
+        return {"what": "generation", "target": name, "system": system, "method": method, **found, **more}
+
+    found, expected = timed(lambda: target.generate(**theirs), 32, 1)
+    yield entry("transformers", "autoregressive", found)
+    mine = copy.deepcopy(held["drafter"][0])
+    yield entry("transformers", "assisted", timed(lambda: target.generate(**theirs, assistant_model=mine), 32, 1)[0])
+    greedy: Entry = {**inputs, "max_new_tokens": tokens, "do_sample": False, "compile": "static"}
+    found, plain = timed(lambda: fast_generate(target, **greedy, method="autoregressive"), tokens)
+    same: bool | None = bool(torch.equal(plain[:, : expected.shape[1]], expected))
+    yield entry("specdec_fast", "autoregressive", found, limit=bound, identical=same)
+    for role, method in (("drafter", "model"), ("other", "tli")):
+        own = {"assistant_model": held[role][0], "tokenizer": tokenizer, "assistant_tokenizer": held[role][1]}
+        for gamma in (2, 3, None):
+            for temperature in (0.0, 1.0):
+                law = {"do_sample": True, "temperature": 1.0, "top_k": 0} if temperature else {}
+                given = {**greedy, **law, **own, "method": method, "num_assistant_tokens": gamma}
+                found, out = timed(lambda given=given: fast_generate(target, **given), tokens)
+                said = last_speculation()
+                assert said is not None
+                counts = {
+                    count: getattr(said, count) for count in ("rounds", "drafted", "accepted", "loop", "loop_reason")
+                }
+                same = None if temperature else bool(torch.equal(out, plain))
+                yield entry(
+                    "specdec_fast", method, found, gamma=gamma, temperature=temperature, identical=same, **counts
+                )
+
+
+def main(
+    work: Annotated[Path, typer.Option(help="where the small pair is kept, or trained")] = Path("build/gpu/small_pair"),
+    minutes: Annotated[float, typer.Option(help="begin no further target after this time")] = math.inf,
+    training: Annotated[float, typer.Option(help="seconds for the small target; a drafter gets half")] = 56.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the entries here")] = None,
+) -> None:
+    """Attention, products, then a target after the other."""
+    ends = time.monotonic() + 60 * minutes
+    for line in small_pair.prepare(work, torch.device("cuda"), training, tiny=False):
+        print(line, flush=True)
+    entries: list[Entry] = []
+
+    def take(found: Iterator[Entry]) -> None:
+        for one in found:
+            entries.append(one)
+            print(json.dumps(one), flush=True)
+            if json_file is not None:
+                json_file.write_text("[\n " + ",\n ".join(map(json.dumps, entries)) + "\n]\n")
+
+    take(attention())
+    take(products())
+    for name in SHAPES:
+        if time.monotonic() < ends:
+            take(generations(name, work))
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    typer.run(main)
