@@ -266,19 +266,24 @@ def transformers(model, input_ids, **arguments):
 
 def test_assisted_generation_of_transformers_is_found():
     """Its sampled decoding with a drafter of another tokenizer draws from a wrong law."""
-    arguments = {name: value for name, value in parties().items() if name != "method"}
-    arguments["assistant_model"] = copy.deepcopy(arguments["assistant_model"])  # it prunes the head for good
-    report = audit_sampling(
-        target(),
-        PROMPTS[:1],
-        generate=transformers,
-        sampling=PLAIN,
-        arguments=arguments,
-        samples=300,
-        batch=1,
-        tokens=3,
-    )
-    assert report.verdict == "fault", report.reason
+    found = []
+    for _ in range(4):  # how wrong it is hangs on an order that is another one in every pair: chi-squares of 35 to 200
+        arguments = {name: value for name, value in parties().items() if name != "method"}
+        arguments["assistant_model"] = copy.deepcopy(arguments["assistant_model"])  # it prunes the head for good
+        report = audit_sampling(
+            target(),
+            PROMPTS[:1],
+            generate=transformers,
+            sampling=PLAIN,
+            arguments=arguments,
+            samples=300,
+            batch=1,
+            tokens=3,
+        )
+        found.append((report.verdict, report.reason))
+        if report.verdict == "fault":
+            return
+    pytest.fail(str(found))
 
 
 # Greedy --------------------------------------------------------------------------------------------------------------

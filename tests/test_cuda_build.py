@@ -131,7 +131,9 @@ def test_a_wait_for_another_block_is_in_the_machine_code(build, tmp_path, read, 
         [tool, "-sass", binary], check=True, capture_output=True, text=True, env={"PATH": path}
     ).stdout
     assert "waits" in shown
-    assert bool(re.search(r"\bLDG?\.E\.STRONG\.GPU", shown)) == kept
+    found = bool(re.search(r"\bLDG?\.E\.STRONG\.GPU", shown))
+    same = toolchain.release(NVCC) == json.loads(TABLE.read_text())["nvcc"]  # others may keep a weak loop too
+    assert found if kept else not found or not same
 
 
 def test_architectures_are_those_asked_for(monkeypatch):
