@@ -26,7 +26,7 @@ CPU = FAST[0]
 
 
 def arguments(op, name="default"):
-    """Positional arguments of an op's schema; Triton's where it runs."""
+    """Positional arguments of an op's schema; Triton's on a GPU where there is one."""
     device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
     return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in _arguments(op, name))
 
