@@ -75,7 +75,7 @@ suite() {
     if [ "$SPECDEC_FAST_DEVICE" = cpu ]; then
         tests=(tests/test_ops_maps.py -k views)
     else
-        for file in tests/test_cuda_device.py tests/test_triton*.py tests/test_ops_*.py tests/test_attention*.py \
+        for file in tests/test_cuda_device.py tests/test_triton*.py tests/test_ops_*.py tests/test_attention*.py tests/test_fused*.py \
             tests/test_static*.py tests/test_dispatch.py; do
             [ -e "$file" ] && tests+=("$file")
         done

@@ -1,4 +1,4 @@
-"""First figures of a GPU in two minutes: whole generations by CUDA graphs, decode attention by split, small products.
+"""First figures of a GPU in minutes: whole generations by CUDA graphs, decode attention by split, products, passes.
 
     python benchmarks/gpu_quick.py --minutes 3 --json FILE
 
@@ -27,9 +27,23 @@ from transformers import AutoConfig
 from widen import SHAPES, Shape
 
 from specdec_fast import fast_generate, last_speculation
+from specdec_fast.attention import NAME, twin
+from specdec_fast.fused_layers import fuse_layers
 from specdec_fast.microbench.clock import copy_rate
+from specdec_fast.static_cache import capacity_for
+from specdec_fast.static_runner import StaticRunner, empty_cache
 
 Entry = dict[str, Any]
+# Block, depth, stages and warps of a product's tiles
+TILES = (
+    (16, 256, 4, 4),
+    (16, 256, 4, 2),
+    (16, 128, 6, 4),
+    (16, 512, 3, 4),
+    (32, 256, 3, 4),
+    (32, 128, 5, 4),
+    (64, 128, 4, 4),
+)
 
 
 def in_a_graph(run: Callable[[], object], times: int, replays: int = 15) -> float:
@@ -89,7 +103,10 @@ def attention() -> Iterator[Entry]:
 
 
 def products() -> Iterator[Entry]:
-    """Matrix products of a few rows, the weights of each from memory."""
+    """Matrix products of a few rows, the weights of each from memory: torch's, and ours by tiles."""
+    from specdec_fast.triton_kernels import launch_layers
+
+    usual = launch_layers.tiles_for
     for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (2048, 2048), (8192, 2048), (128256, 2048), (4864, 896)):
         weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, int(1.5e8 / (n * k))))]
         entry: Entry = {"what": "product", "shape": [n, k]}
@@ -101,6 +118,37 @@ def products() -> Iterator[Entry]:
                     torch.nn.functional.linear(x, weight)
 
             entry[f"us_rows_{rows}"] = in_a_graph(run, 1) / len(weights)
+        x = torch.randn(4, k, device="cuda", dtype=torch.bfloat16)
+        for tiles in TILES if n < 100_000 else ():
+            try:
+                launch_layers.tiles_for = lambda *_, tiles=tiles: launch_layers.Tiles(*tiles)
+
+                def ours(x: Tensor = x, weights: list[Tensor] = weights) -> None:
+                    for weight in weights:
+                        launch_layers.layer_product(x, None, 0.0, [weight], [None], None, False)
+
+                entry["us_tiles_" + "_".join(map(str, tiles))] = in_a_graph(ours, 1) / len(weights)
+            finally:
+                launch_layers.tiles_for = usual
+        yield entry
+
+
+def passes(name: str, work: Path, columns: int = 400) -> Iterator[Entry]:
+    """One pass of a target over a static cache: plain layers and fused ones, by lanes."""
+    device = torch.device("cuda")
+    small = Shape.of(AutoConfig.from_pretrained(work / "drafter"))
+    model, _ = end_to_end.wide(work / "target", end_to_end.shapes_at(name, small)["target"], device)
+    made = twin(model, NAME)
+    runner = StaticRunner(made, empty_cache(made, 1, capacity_for(columns + 8)), 1)
+    start, scores = torch.tensor([columns], device=device), []
+    for fused in (False, True):
+        entry: Entry = {"what": "pass", "target": name, "fused": fuse_layers(made) if fused else 0}
+        for lanes in (1, 4, 8):
+            tokens = torch.arange(1, lanes + 1, device=device).view(1, lanes)
+            entry[f"us_lanes_{lanes}"] = in_a_graph(lambda tokens=tokens: runner.score(tokens, start), 1)
+        scores.append(runner.score(tokens, start).float())
+        if fused:
+            entry["difference"] = float((scores[1] - scores[0]).abs().max() / scores[0].std())
         yield entry
 
 
@@ -166,7 +214,7 @@ def main(
     training: Annotated[float, typer.Option(help="seconds for the small target; a drafter gets half")] = 56.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the entries here")] = None,
 ) -> None:
-    """Attention, products, then a target after the other."""
+    """Attention, products, passes, then a target after the other."""
     ends = time.monotonic() + 60 * minutes
     for line in small_pair.prepare(work, torch.device("cuda"), training, tiny=False):
         print(line, flush=True)
@@ -181,6 +229,8 @@ def main(
 
     take(attention())
     take(products())
+    for name in SHAPES:
+        take(passes(name, work))
     for name in SHAPES:
         if time.monotonic() < ends:
             take(generations(name, work))

@@ -22,14 +22,13 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from specdec_fast import dispatch
+from specdec_fast import dispatch, fused_layers
 from specdec_fast.attention_ops import MOST_DIM, decode_attention, seen_columns
 
-__all__ = ["NAME", "attend", "for_static_cache", "fuse_norms", "mask", "places", "twin", "why_no_kernel", "why_no_twin"]
+__all__ = ["NAME", "attend", "for_static_cache", "mask", "places", "twin", "why_no_kernel", "why_no_twin"]
 
 NAME = "specdec_fast"
 HALVES = (torch.bfloat16, torch.float16)
-NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # x / rms(x) * weight, each the same code
 MOST_QUERIES = 64  # of a pass that counts as decoding
 
 
@@ -220,34 +219,11 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
         made: PreTrainedModel = _around(model, memo)
         made.set_attn_implementation(implementation)
         if model.device.type == "cuda" and model.dtype in HALVES:
-            fuse_norms(made)
+            fused_layers.fuse_norms(made)
+            if model.dtype == torch.bfloat16 and dispatch.fuses_layers():
+                fused_layers.fuse_layers(made)
         kept[implementation] = state, made
     return kept[implementation][1]
-
-
-def fuse_norms(model: PreTrainedModel) -> int:
-    """Lets the RMS norms of a :func:`twin` run as torch's one operation, in the place of eight; how many there were.
-
-    In half precision alone: the scale is multiplied before rounding there, not behind it, which is one rounding less.
-    """
-    count = 0
-    for module in model.modules():
-        kind: Any = type(module)
-        if kind.__name__ in NORMS:
-            module.__class__ = _fused(kind)
-            count += 1
-    return count
-
-
-@functools.cache
-def _fused(kind: Any) -> Any:
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        normed: Tensor = nn.functional.rms_norm(
-            hidden_states, self.weight.shape, self.weight, float(self.variance_epsilon)
-        )
-        return normed
-
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def _around(module: Any, memo: dict[int, Any]) -> Any:

@@ -21,9 +21,11 @@ __all__ = [
     "BACKENDS",
     "CAPABILITIES",
     "DEFAULT",
+    "LAYERS_VARIABLE",
     "OPS",
     "VARIABLE",
     "check_default",
+    "fuses_layers",
     "overload",
     "runs_natively",
     "setting_problem",
@@ -37,6 +39,7 @@ OPS = ("sample", "verify", "softmax", "project", "range_sums", "decode_attention
 CAPABILITIES = ("plain", "avx2", "avx512")
 VARIABLE = "SPECDEC_FAST_BACKEND"
 CAPABILITY_VARIABLE = "SPECDEC_FAST_CPU_CAPABILITY"
+LAYERS_VARIABLE = "SPECDEC_FAST_LAYERS"
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
 _WRITTEN = {"cpu": OPS[:-1], "cuda": OPS[:-1]}  # the ops of a backend that has not all of them
@@ -126,11 +129,22 @@ def check_default(device: str) -> None:
         _overload_name(op, device, DEFAULT)
 
 
+def fuses_layers() -> bool:
+    """Whether decoder layers are to run as few operations on a GPU: ``SPECDEC_FAST_LAYERS=fused``.
+
+    Not by default, until these operations have been timed on one.
+    """
+    return os.environ.get(LAYERS_VARIABLE) == "fused"
+
+
 def setting_problem() -> str | None:
-    """What is wrong with ``SPECDEC_FAST_BACKEND`` or ``SPECDEC_FAST_CPU_CAPABILITY``; None where nothing is."""
+    """What is wrong with an environment variable that chooses kernels; None where nothing is."""
     asked = os.environ.get(CAPABILITY_VARIABLE)
     if asked and asked not in CAPABILITIES:
         return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}, not {asked!r}"
+    asked = os.environ.get(LAYERS_VARIABLE)
+    if asked and asked not in ("plain", "fused"):
+        return f"{LAYERS_VARIABLE} must be plain or fused, not {asked!r}"
     if DEFAULT == "auto":
         return None
     if DEFAULT not in BACKENDS:

@@ -13,7 +13,7 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdec_fast.triton_kernels import attention, filters, finish, judge, maps, sample
+from specdec_fast.triton_kernels import attention, filters, finish, judge, layers, maps, sample
 
 TYPES = {
     "*bf16": "logits draft_logits",
@@ -41,7 +41,7 @@ FULL = [*BARE, sample.measure_kernel, sample.softmax_kernel, maps.project_kernel
 
 def compiled(kernel, capability, left_out=(), **changed):
     signature = {n: "constexpr" if n in left_out else TYPES.get(n, "constexpr") for n in kernel.arg_names}
-    signature |= {n: kind for n, kind in changed.items() if str(kind)[0] == "*"}
+    signature |= {n: kind for n, kind in changed.items() if str(kind)[0] == "*" or kind in ("i32", "fp32")}
     values = {"RULE": 2, **CONSTANTS, **dict.fromkeys(left_out), **changed}
     constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
     target = GPUTarget("cuda", capability, 32)
@@ -60,6 +60,17 @@ for capability, element, dim in ((80, "*bf16", 64), (90, "*fp32", 16), (100, "*f
     shape = dict(ROWS=16, COLUMNS=16, DIM=dim, SPLITS=16, SOFTCAPPED=capability > 80, WIDEN=False)
     states = dict.fromkeys(("query", "key", "value", "out"), element) | {"masses": "*fp32"}
     compiled(attention.attend_kernel, capability, () if capability > 80 else ("hidden", "window"), **states, **shape)
+shape = dict(ROWS=16, WIDEN=False, DEPTH=256) | dict.fromkeys("rows inner count count_1 count_2".split(), "i32")
+shape |= dict.fromkeys("x_row residual_row out_row".split(), "i32") | {"epsilon": "fp32"}
+states = dict.fromkeys("x norm weight weight_1 weight_2 residual bias bias_1 bias_2 out".split(), "*bf16")
+told = dict(PARTS=3, GATED=False, EVEN=False, BLOCK=32)
+compiled(layers.product_kernel, 90, ("residual", "residual_row"), **shape | states | told)
+told = dict(PARTS=1, GATED=True, EVEN=True, BLOCK=16)
+compiled(layers.product_kernel, 80, ("norm", "bias", "bias_1", "weight_2", "bias_2"), **shape | states | told)
+states = dict.fromkeys("fused cosine sine query_norm key_norm keys values query".split(), "*bf16")
+shape = dict(columns="*i64", kv_heads="i32", epsilon="fp32", DIM=128)
+compiled(layers.place_kernel, 90, **shape | states)
+compiled(layers.place_kernel, 100, ("query_norm", "key_norm"), **shape | states)
 compiled(attention.merge_kernel, 90, SPLITS=16, PLACES=16, DIM=128, out="*bf16", masses="*fp32")
 """
 

@@ -1,0 +1,127 @@
+"""The entry points of a layer's kernels for tensors: tiles by the weights' shapes alone, and grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+from torch import Tensor
+
+from specdec_fast.triton_kernels.layers import place_kernel, product_kernel
+
+__all__ = ["Tiles", "layer_heads", "layer_product"]
+
+ROWS = 16  # of a tile of positions: the smallest that tensor cores take
+
+
+class Tiles(NamedTuple):
+    """How a product is cut: columns of the output a program, entries of a sum a step, steps on the way, warps."""
+
+    block: int
+    depth: int
+    stages: int
+    warps: int
+
+
+def tiles_for(outputs: int, inner: int, gated: bool) -> Tiles:
+    """Many programs where there are few outputs, and some ten kilobytes of weights on the way to each."""
+    block = 32 if outputs >= 8192 and not gated else 16
+    depth = min(256, max(triton.next_power_of_2(inner), 16))
+    return Tiles(block, depth, 3 if gated or block == 32 else 4, 4)
+
+
+def layer_product(
+    x: Tensor,
+    norm: Tensor | None,
+    epsilon: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    gated: bool,
+) -> Tensor:
+    _needs_gpu(x)
+    rows, inner = x.shape
+    counts = [w.shape[0] for w in weights]
+    outputs = counts[0] if gated else sum(counts)
+    out = x.new_empty((rows, outputs))
+    tiles = tiles_for(outputs, inner, gated)
+    spare: list[Tensor | None] = [None] * (3 - len(weights))
+    programs = sum(triton.cdiv(n, tiles.block) for n in (counts[:1] if gated else counts))
+    for at in range(0, rows, ROWS):
+        part = slice(at, at + ROWS)
+        product_kernel[(programs,)](
+            x[part],
+            x.stride(0),
+            norm,
+            epsilon,
+            *weights,
+            *spare,
+            *biases,
+            *spare,
+            None if residual is None else residual[part],
+            0 if residual is None else residual.stride(0),
+            out[part],
+            out.stride(0),
+            min(rows - at, ROWS),
+            inner,
+            *counts,
+            *[0] * len(spare),
+            GATED=gated,
+            PARTS=1 if gated else len(weights),
+            EVEN=inner % tiles.depth == 0 and not any(n % tiles.block for n in counts),
+            WIDEN=triton.knobs.runtime.interpret,
+            ROWS=ROWS,
+            BLOCK=tiles.block,
+            DEPTH=tiles.depth,
+            num_warps=tiles.warps,
+            num_stages=tiles.stages,
+        )
+    return out
+
+
+def layer_heads(
+    fused: Tensor,
+    cosine: Tensor,
+    sine: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    epsilon: float,
+    columns: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    heads: int,
+) -> Tensor:
+    _needs_gpu(fused)
+    rows, queries = columns.shape
+    kv_heads, _, dim = keys.shape[1:]
+    query = fused.new_empty((rows, heads, queries, dim))
+    place_kernel[(heads + 2 * kv_heads, rows * queries)](
+        fused,
+        cosine,
+        sine,
+        query_norm,
+        key_norm,
+        epsilon,
+        columns,
+        keys,
+        *keys.stride()[:3],
+        values,
+        *values.stride()[:3],
+        query,
+        heads,
+        kv_heads,
+        queries,
+        dim,
+        DIM=triton.next_power_of_2(dim),
+        num_warps=1,
+    )
+    return query
+
+
+def _needs_gpu(tensor: Tensor) -> None:
+    if tensor.device.type != "cuda" and not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"Triton kernels need tensors on a GPU, not on {tensor.device}; "
+            "TRITON_INTERPRET=1, set before Triton is imported, runs them anywhere, slowly"
+        )

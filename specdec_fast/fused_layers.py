@@ -1,0 +1,192 @@
+"""Modules of a twin (:func:`specdec_fast.attention.twin`) that run as few operations on a GPU.
+
+A pass at a few positions launches some thirty small kernels a layer, each of which takes a microsecond or two to come
+and go. :func:`fuse_norms` makes one operation of an RMS norm, :func:`fuse_layers` makes six of a whole layer
+(:mod:`specdec_fast.layer_ops`), in passes of fixed shape at up to :data:`MOST_ROWS` positions; others run as before.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from specdec_fast.layer_ops import layer_heads, layer_product
+from specdec_fast.static_cache import StaticLayer
+
+__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "why_not_fused"]
+
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # x / rms(x) * weight, each the same code
+LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+MOST_ROWS = 16  # positions of all rows together: what one tile of a product holds
+
+
+def fuse_norms(model: PreTrainedModel) -> int:
+    """Lets the RMS norms of a twin run as torch's one operation, in the place of eight; how many there were.
+
+    In half precision alone: the scale is multiplied before rounding there, not behind it, which is one rounding less.
+    """
+    count = 0
+    for module in model.modules():
+        kind: Any = type(module)
+        if kind.__name__ in NORMS:
+            module.__class__ = _one_norm(kind)
+            count += 1
+    return count
+
+
+@functools.cache
+def _one_norm(kind: Any) -> Any:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = nn.functional.rms_norm(
+            hidden_states, self.weight.shape, self.weight, float(self.variance_epsilon)
+        )
+        return normed
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def fuse_layers(model: PreTrainedModel, backend: str = "triton") -> int:
+    """Lets the decoder layers of a twin run as six operations each; how many there were that can.
+
+    Rounding is that of :mod:`specdec_fast.layer_ops`, less often than the layer's own. Not for float16: what a norm
+    divides by is only known behind the product, and its range ends before that.
+
+    Args:
+        backend: of those operations.
+    """
+    count = 0
+    for module in model.modules():
+        kind: Any = type(module)
+        if kind.__name__ in LAYERS and why_not_fused(module) is None:
+            module.__class__ = _few_operations(kind, backend)
+            count += 1
+    return count
+
+
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Why a decoder layer of a known kind must run as it is; None where it need not."""
+    if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
+        return "it has hooks"
+    attention: Any = layer.self_attn
+    mlp: Any = layer.mlp
+    linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+    linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+    if any(type(linear) is not nn.Linear or not linear.weight.is_contiguous() for linear in linears):
+        return "its weights are no plain matrices"
+    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return f"its gate is {type(mlp.act_fn).__name__}"
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
+    if any(type(norm).__name__ not in NORMS for norm in norms):
+        return "its norms are of another kind"
+    return None
+
+
+@functools.cache
+def _few_operations(kind: Any, backend: str) -> Any:
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **others: Any,
+    ) -> Tensor:
+        stored = _stored(self, hidden_states, past_key_values)
+        turns = position_embeddings
+        if stored is None or turns is None or turns[0].shape[-1] != self.self_attn.head_dim:
+            plain: Tensor = kind.forward(
+                self,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **others,
+            )
+            return plain
+        return _layer(self, hidden_states, attention_mask, turns, stored, backend, others)
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def _stored(layer: Any, hidden: Tensor, cache: Any) -> StaticLayer | None:
+    """Where a pass of fixed shape writes; None for any other pass, and for one at too many positions."""
+    if cache is None or hidden.shape[0] * hidden.shape[1] > MOST_ROWS:
+        return None
+    stored = cache.layers[layer.self_attn.layer_idx]
+    if not isinstance(stored, StaticLayer) or not stored.place.fixed or not stored.is_initialized:
+        return None
+    return stored
+
+
+def _layer(
+    layer: Any,
+    hidden: Tensor,
+    mask: Tensor | None,
+    turns: tuple[Tensor, Tensor],
+    stored: StaticLayer,
+    backend: str,
+    others: dict[str, Any],
+) -> Tensor:
+    attention, mlp = layer.self_attn, layer.mlp
+    rows, lanes, width = hidden.shape
+    count, dim, place = rows * lanes, int(attention.head_dim), stored.place
+    heads = attention.q_proj.out_features // dim
+    assert stored.keys is not None and stored.values is not None
+    stream = hidden.reshape(count, width)
+    fused = _product(backend, stream, [attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
+    cosine, sine = (turn.expand(rows, lanes, dim).reshape(count, dim) for turn in turns)
+    query = layer_heads(
+        fused,
+        cosine,
+        sine,
+        place.columns(lanes) if place.lanes is None else place.lanes,
+        stored.keys,
+        stored.values,
+        heads,
+        **_head_norms(attention),
+        backend=backend,
+    )
+    attend = ALL_ATTENTION_FUNCTIONS[attention.config._attn_implementation]
+    seen, _ = attend(
+        attention, query, stored.keys, stored.values, mask, dropout=0.0, scaling=attention.scaling, **others
+    )
+    stream = _product(backend, seen.reshape(count, heads * dim), [attention.o_proj], residual=stream)
+    gated = _product(backend, stream, [mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
+    return _product(backend, gated, [mlp.down_proj], residual=stream).view(rows, lanes, width)
+
+
+def _product(
+    backend: str,
+    x: Tensor,
+    linears: list[nn.Linear],
+    norm: Any = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    return layer_product(
+        x,
+        [linear.weight for linear in linears],
+        [linear.bias for linear in linears],
+        norm=None if norm is None else norm.weight,
+        epsilon=0.0 if norm is None else float(norm.variance_epsilon),
+        residual=residual,
+        gated=gated,
+        backend=backend,
+    )
+
+
+def _head_norms(attention: Any) -> dict[str, Any]:
+    query = getattr(attention, "q_norm", None)
+    if query is None:
+        return {}
+    epsilon = float(query.variance_epsilon)
+    return {"query_norm": query.weight, "key_norm": attention.k_norm.weight, "epsilon": epsilon}

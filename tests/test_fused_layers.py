@@ -1,0 +1,270 @@
+"""Layers of few operations: against plain layers over a static cache, kernels against torch, what is refused."""
+
+import pytest
+import torch
+from tiny import build_model
+from torch.nn.functional import rms_norm, silu
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from specdec_fast import attention, fused_layers
+from specdec_fast.fused_layers import fuse_layers, fuse_norms, why_not_fused
+from specdec_fast.layer_ops import layer_heads, layer_product
+from specdec_fast.static_runner import StaticRunner, empty_cache
+
+CLOSE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ARCHITECTURES = ("llama", "qwen2", "qwen2_windows", "mistral", "qwen3")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def backend(request):
+    if request.param == "triton":
+        launch = pytest.importorskip("specdec_fast.triton_kernels.launch_layers", reason="no Triton kernels here")
+        assert launch.triton.knobs.runtime.interpret or DEVICE == "cuda"
+    with torch.device(DEVICE):
+        yield request.param
+
+
+def built(architecture):
+    if architecture != "qwen3":
+        found = build_model(architecture)
+    else:
+        sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16)
+        found = Qwen3ForCausalLM(Qwen3Config(vocab_size=61, num_key_value_heads=2, pad_token_id=0, **sizes)).eval()
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "norm" in name or "bias" in name:
+                parameter.add_(torch.rand(parameter.shape) - 0.5)
+    return found.to(DEVICE)
+
+
+@torch.no_grad()
+def passes(made, head=None):
+    """Logits of passes of one and of four lanes over a ragged static cache, the second rolled back and run again."""
+    ids = torch.randint(1, 60, (2, 11), generator=torch.Generator().manual_seed(1), device="cpu").to(DEVICE)
+    visible = torch.tensor([[True] * 5, [False, False, True, True, True]])
+    runner = StaticRunner(made, empty_cache(made, 2, 32), 2, visible=visible.to(DEVICE))
+    runner.feed([0, 1], ids[:, :5], [5, 5], [1, 1])
+    found = [runner.score(ids[:, 5:6], torch.tensor([5, 5], device=DEVICE))]
+    found.append(runner.score(ids[:, 6:10], torch.tensor([6, 6], device=DEVICE)))
+    found.append(runner.score(ids[:, 7:11], torch.tensor([7, 6], device=DEVICE)))
+    return found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fused_layers_compute_what_plain_ones_do(backend, architecture):
+    original = built(architecture)
+    expected = passes(attention.twin(original, "sdpa"))
+    made = attention.twin(original, attention.NAME)
+    assert fuse_layers(made, backend) == 2
+    for got, right in zip(passes(made), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+
+
+def test_the_operations_are_what_runs(backend, monkeypatch):
+    """Short passes of fixed shape run them, a prompt and passes at many positions do not."""
+    seen = []
+
+    def watched(*arguments, **options):
+        seen.append(arguments[0].shape[0])
+        return layer_product(*arguments, **options)
+
+    monkeypatch.setattr(fused_layers, "layer_product", watched)
+    made = attention.twin(built("llama"), attention.NAME)
+    fuse_layers(made, backend)
+    passes(made)
+    assert seen == [*[2] * 8, *[8] * 16]
+    monkeypatch.setattr(fused_layers, "MOST_ROWS", 7)
+    seen.clear()
+    passes(made)
+    assert seen == [2] * 8
+
+
+@torch.no_grad()
+def test_in_bfloat16_the_difference_is_rounding(backend):
+    original = built("llama").to(torch.bfloat16)
+    made = attention.twin(original, attention.NAME)
+    before = passes(attention.twin(original, "sdpa"))
+    fuse_layers(made, backend)
+    for got, right in zip(passes(made), before, strict=True):
+        assert 0 < (got - right).float().abs().max() < 0.15 * right.float().std()
+
+
+@torch.no_grad()
+def test_what_a_position_gets_does_not_depend_on_the_others():
+    pytest.importorskip("specdec_fast.triton_kernels.launch_layers", reason="no Triton kernels here")
+    x, norm = torch.randn(9, 40, device=DEVICE).bfloat16(), torch.rand(40, device=DEVICE).bfloat16()
+    weights = [torch.randn(n, 40, device=DEVICE).bfloat16() for n in (24, 8, 8)]
+    whole = layer_product(x, weights, norm=norm, epsilon=1e-5, backend="triton")
+    for rows in (1, 4, 8):
+        changed = x[:rows] + torch.arange(rows, device=DEVICE).bfloat16().flip(0)[:, None]  # all but the last one
+        got = layer_product(changed, weights, norm=norm, epsilon=1e-5, backend="triton")
+        assert torch.equal(got[-1], whole[rows - 1])
+
+
+@torch.no_grad()
+def test_a_twin_alone_is_changed():
+    original = built("llama").to(torch.bfloat16)
+    ids = torch.arange(3, 15, device=DEVICE).view(1, -1)
+    before = original(ids).logits
+    kinds = [type(module) for module in original.modules()]
+    made = attention.twin(original, attention.NAME)
+    assert fuse_norms(made) == 2 * original.config.num_hidden_layers + 1
+    assert fuse_layers(made) == original.config.num_hidden_layers
+    assert [type(module) for module in original.modules()] == kinds
+    assert torch.equal(original(ids).logits, before)
+    difference = (made(ids).logits - before).float()
+    assert 0 < difference.abs().max() < 0.1 * before.float().std()
+    weights = [next(m for m in one.modules() if "RMSNorm" in type(m).__name__).weight for one in (original, made)]
+    assert weights[0] is weights[1]
+
+
+SHAPES = [(1, 16, (16,)), (3, 40, (24, 8, 8)), (16, 300, (33,)), (5, 64, (20, 4, 12)), (2, 512, (64,))]
+
+
+def product_case(rows, inner, counts, dtype, gated=False, residual=True, norm=True, bias=True):
+    counts = (counts[0], counts[0]) if gated else counts
+    outputs = counts[0] if gated else sum(counts)
+    draw = lambda *shape: torch.randn(shape).to(dtype)  # noqa: E731
+    return {
+        "x": 3 * draw(rows, inner + 3)[:, :inner],
+        "weights": [draw(n, inner) * inner**-0.5 for n in counts],
+        "biases": [draw(n) if bias else None for n in counts],
+        "norm": draw(inner) if norm else None,
+        "epsilon": 1e-2,
+        "residual": draw(rows, outputs + 5)[:, :outputs] if residual else None,
+        "gated": gated,
+    }
+
+
+def plain_product(x, weights, biases, norm, epsilon, residual, gated):
+    x, residual = x.double(), None if residual is None else residual.double()
+    if norm is not None:
+        x = rms_norm(x, norm.shape, norm.double(), epsilon)
+    parts = [x @ w.double().T + (0 if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
+    result = silu(parts[0]) * parts[1] if gated else torch.cat(parts, 1)
+    return result if residual is None else result + residual
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_products_are_those_of_torch(backend, shape, gated, dtype):
+    for options in ({}, {"residual": False, "norm": False}, {"bias": False}):
+        case = product_case(*shape, dtype, gated, **options)
+        got = layer_product(**case, backend=backend)
+        assert got.dtype == dtype
+        assert got.is_contiguous()
+        close = CLOSE[dtype] * 4
+        torch.testing.assert_close(got.double(), plain_product(**case), rtol=close, atol=close)
+
+
+def heads_case(dtype=torch.float32, rows=2, lanes=3, heads=4, kv_heads=2, dim=12, norms=True):
+    angle = torch.rand(rows * lanes, dim // 2).repeat(1, 2) * 6
+    keys, values = torch.randn(2, rows, kv_heads, 9, dim).to(dtype)
+    return {
+        "fused": torch.randn(rows * lanes, (heads + 2 * kv_heads) * dim).to(dtype),
+        "cosine": angle.cos().to(dtype),
+        "sine": angle.sin().to(dtype),
+        "columns": torch.tensor([[0, 1, 2], [6, 7, 8]]),
+        "keys": keys,
+        "values": values,
+        "heads": heads,
+        "query_norm": torch.rand(dim).to(dtype) if norms else None,
+        "key_norm": torch.rand(dim).to(dtype) if norms else None,
+        "epsilon": 1e-3,
+    }
+
+
+def turned(head, case, norm):
+    """By complex numbers: entry j with entry j + d / 2."""
+    head = head.double()
+    if norm is not None:
+        head = rms_norm(head, norm.shape, norm.double(), case["epsilon"])
+    half = head.shape[-1] // 2
+    number = torch.complex(head[..., :half], head[..., half:])
+    cosine, sine = (case[name].double().view(2, 3, 1, -1)[..., :half] for name in ("cosine", "sine"))
+    number = number * torch.complex(cosine, sine)
+    return torch.cat([number.real, number.imag], -1).transpose(1, 2)
+
+
+def heads_expected(case):
+    query, key, value = case["fused"].view(2, 3, 8, 12).split([4, 2, 2], 2)
+    keys, values = case["keys"].double(), case["values"].double()
+    for row, columns in enumerate(case["columns"]):
+        keys[row, :, columns] = turned(key, case, case["key_norm"])[row]
+        values[row, :, columns] = value[row].double().transpose(0, 1)
+    return turned(query, case, case["query_norm"]), keys, values
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_heads_are_turned_and_written(backend, dtype, norms):
+    case = heads_case(dtype, norms=norms)
+    expected = heads_expected(case)
+    query = layer_heads(**case, backend=backend)
+    for got, right in zip((query, case["keys"], case["values"]), expected, strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=CLOSE[dtype], atol=CLOSE[dtype])
+
+
+@pytest.mark.parametrize("fault", ["other column", "sine turned round", "heads swapped", "norm left out"])
+def test_planted_faults_of_heads_are_noticed(backend, fault):
+    case = heads_case()
+    expected = heads_expected(case)
+    if fault == "other column":
+        case["columns"] = case["columns"] - 1 + (case["columns"] == 0).long()
+    elif fault == "sine turned round":
+        case["sine"] = -case["sine"]
+    elif fault == "heads swapped":
+        case["fused"] = case["fused"].view(6, 8, 12)[:, [1, 0, 2, 3, 4, 5, 6, 7]].reshape(6, 96)
+    else:
+        case["query_norm"] = None
+    query = layer_heads(**case, backend=backend)
+    with pytest.raises(AssertionError):
+        for got, right in zip((query, case["keys"], case["values"]), expected, strict=True):
+            torch.testing.assert_close(got.double(), right, rtol=1e-3, atol=1e-3)
+
+
+def test_no_rows_compute_nothing(backend):
+    case = product_case(2, 16, (16,), torch.float32)
+    case["x"], case["residual"] = case["x"][:0], case["residual"][:0]
+    assert layer_product(**case, backend=backend).shape == (0, 16)
+
+
+def test_the_operators_are_sound(backend):
+    case = product_case(2, 16, (16, 4, 4), torch.float32)
+    given = (case["x"], case["norm"], 0.1, case["weights"], case["biases"], case["residual"], False)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(getattr(torch.ops.specdec_fast.layer_product, backend), given, test_utils=checks)
+    case = heads_case()
+    names = ["fused", "cosine", "sine", "query_norm", "key_norm", "epsilon", "columns", "keys", "values", "heads"]
+    given = tuple(case[name] for name in names)
+    torch.library.opcheck(getattr(torch.ops.specdec_fast.layer_heads, backend), given, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda layer: layer.mlp.register_forward_hook(lambda *_: None), "hooks"),
+        (lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()), "gate"),
+        (lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)), "matrices"),
+        (lambda layer: setattr(layer, "input_layernorm", torch.nn.LayerNorm(32)), "norms"),
+    ],
+)
+def test_other_layers_run_as_they_are(change, reason):
+    original = built("llama")
+    assert why_not_fused(original.model.layers[0]) is None
+    change(original.model.layers[0])
+    assert reason in why_not_fused(original.model.layers[0])
+    assert fuse_layers(attention.twin(original, attention.NAME)) == 1
+
+
+def test_a_setting_that_is_neither_is_refused(monkeypatch):
+    from specdec_fast.dispatch import check_default, fuses_layers
+
+    assert not fuses_layers()
+    monkeypatch.setenv("SPECDEC_FAST_LAYERS", "fused")
+    assert fuses_layers()
+    monkeypatch.setenv("SPECDEC_FAST_LAYERS", "quick")
+    with pytest.raises(ValueError, match="SPECDEC_FAST_LAYERS must be plain or fused, not 'quick'"):
+        check_default("cpu")
