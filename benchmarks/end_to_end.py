@@ -30,6 +30,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from widen import SHAPES, Shape, widen
 
 from specdec_fast import bench
+from specdec_fast.dispatch import fuses_layers
 from specdec_fast.microbench.clock import copy_rate
 
 TINY_SHAPE = Shape(192, 2, 6, 2, 64, 512, 600)
@@ -101,7 +102,7 @@ def measure(
         chosen = texts[first : first + cell.batch]
         encoded = pair["tokenizer"](chosen, return_tensors="pt", padding=True, add_special_tokens=False)
         batches.append({name: encoded[name].to(device) for name in ("input_ids", "attention_mask")})
-    batches = batches[: max(1, 4 // cell.batch)]
+    batches = batches[: max(1, 2 // cell.batch)]
     options: dict[str, Any] = {
         "temperature": cell.temperature,
         "batch": cell.batch,
@@ -118,6 +119,7 @@ def measure(
     bound = limit(Shape.of(pair["target"].config), cell.batch, columns, rate)
     for row in rows:
         row |= {"target": cell.target, "pair": cell.pair, "copy_gigabytes_per_second": rate}
+        row |= {"compile": compile, "layers": "fused" if fuses_layers() else "plain"}
         row["share_of_limit"] = row["tokens_per_second"] / bound if row["method"] == "autoregressive" else None
         row["acceptance_is"] = "that of the small pair the models are widened from"
     return rows
@@ -132,7 +134,7 @@ def run(
     left = [cell for cell in cells(names, [1] if tiny else [1, 4, 8]) if cell not in have]
     rate = copy_rate(device, 5 if tiny else 20, 2**20 if tiny else None)
     texts = small_pair.prompts(16, 200 if tiny else 1200, tiny=tiny)
-    tokens, repetitions = (6, 1) if tiny else (128, 3)
+    tokens, repetitions = (6, 1) if tiny else (96, 2)
     held: tuple[str, dict[str, tuple[LlamaForCausalLM, Any]]] = ("", {})
     for number, cell in enumerate(left):
         if time.monotonic() > ends:
@@ -155,7 +157,9 @@ def main(
     device: Annotated[str, typer.Option(help="cuda; cpu tries the steps in small")] = "cuda",
     work: Annotated[Path, typer.Option(help="where the small pair is kept")] = Path("build/gpu"),
     minutes: Annotated[float, typer.Option(help="begin no further cell after this time")] = math.inf,
-    compile: Annotated[str, typer.Option(help="as fast_generate takes it")] = "inductor",
+    compile: Annotated[
+        str, typer.Option(help="as fast_generate takes it; inductor takes a quarter of a minute a shape")
+    ] = "static",
     training: Annotated[float, typer.Option(help="seconds for the small target; a drafter gets half")] = 90.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the rows here, and go on from them")] = None,
 ) -> None:

@@ -5,7 +5,9 @@
 #     benchmarks/gpu.sh test OUT       the tests that need a GPU; small shapes under compute-sanitizer
 #     benchmarks/gpu.sh kernels OUT    first measurements, then the microbenchmarks
 #     benchmarks/gpu.sh e2e OUT        whole generations on models of real shapes
-#     benchmarks/gpu.sh quick OUT      of each a little, without inductor: what three minutes allow
+#     benchmarks/gpu.sh quick OUT      of each a little, without inductor: what four minutes allow
+#
+# SPECDEC_FAST_LAYERS=fused runs decoder layers as few operations in e2e and quick (quick times single passes both ways).
 #
 # Each writes small JSON and text files into OUT, at most 9 in all, and prints a summary. Repeat a step until it says
 # that nothing is left. Needs Python with torch and transformers (PYTHON names it), nothing of the network, nothing
@@ -16,7 +18,7 @@
 set -uo pipefail
 
 usage() {
-    sed -n '2,10s/^# \{0,1\}//p' "$0"
+    sed -n '2,12s/^# \{0,1\}//p' "$0"
     exit 2
 }
 [ $# -eq 2 ] || usage
@@ -75,8 +77,8 @@ suite() {
     if [ "$SPECDEC_FAST_DEVICE" = cpu ]; then
         tests=(tests/test_ops_maps.py -k views)
     else
-        for file in tests/test_cuda_device.py tests/test_triton*.py tests/test_ops_*.py tests/test_attention*.py tests/test_fused*.py \
-            tests/test_static*.py tests/test_dispatch.py; do
+        for file in tests/test_cuda_device.py tests/test_triton*.py tests/test_ops_*.py tests/test_attention*.py \
+            tests/test_fused*.py tests/test_static*.py tests/test_dispatch.py; do
             [ -e "$file" ] && tests+=("$file")
         done
     fi

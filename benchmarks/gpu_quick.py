@@ -133,6 +133,7 @@ def products() -> Iterator[Entry]:
         yield entry
 
 
+@torch.no_grad()
 def passes(name: str, work: Path, columns: int = 400) -> Iterator[Entry]:
     """One pass of a target over a static cache: plain layers and fused ones, by lanes."""
     device = torch.device("cuda")
