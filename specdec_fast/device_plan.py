@@ -33,6 +33,7 @@ from specdec_fast.vocab import Vocabulary, intersection
 __all__ = ["Call", "drafter_part", "mode_of", "open_session", "resident_outlook", "why_not_resident"]
 
 METHODS = ("autoregressive", "model", "tli", "projection")
+PREPARED = 8  # draft tokens of the largest round that is captured for a prepared pair
 
 
 def mode_of(options: Options, model: PreTrainedModel, disabled: bool, config: Any) -> str:
@@ -152,6 +153,8 @@ def resident_outlook(
     known = warmup.observed(*pair, (plan.method, "device", session.state.ids.shape[0], call.do_sample))
     if options.seed is not None:
         return Outlook(constant), known
+    if warmup.preparing():
+        session.make(PREPARED)
     return known.counted(session.costs() if horizon >= warmup.WORTH_IT else constant), known
 
 

@@ -399,6 +399,17 @@ class Session:
         self._report = None
         return statistics.median(seconds[1:])
 
+    def make(self, most: int) -> None:
+        """Captures rounds of every bucket up to so many draft tokens, so that no call has to wait for that.
+
+        To be asked before :meth:`start`. Not where passes are compiled besides, which takes minutes for all of them.
+        """
+        if self._how.captured and not self._how.compiled:
+            for gamma in BUCKETS:
+                if gamma <= most and (*self._key, gamma) not in self._pair.graphs:
+                    self.launch(gamma).read()
+            self._report, self._unread = None, 1
+
     def costs(self) -> Costs:
         """What a round's parts cost, measured once a pair, shape and rule: γ = 0, and a line through two others."""
         if self._key not in self._pair.costs:

@@ -27,7 +27,7 @@ from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
 
-__all__ = ["measure", "measuring", "outlook_for"]
+__all__ = ["measure", "measuring", "outlook_for", "preparing"]
 
 CONTEXT = 48  # tokens of a prompt that are read
 SIZES = (6, 3, 10, 2, 16, 4, 8)  # positions of a pass beside that of one, the most telling first
@@ -96,6 +96,11 @@ def measuring(repetitions: int) -> Iterator[list[Observed]]:
         yield _thread.asked.found
     finally:
         _thread.asked = None
+
+
+def preparing() -> bool:
+    """Whether calls of this thread are made to prepare a pair (:func:`measuring`)."""
+    return getattr(_thread, "asked", None) is not None
 
 
 @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 from tiny import PAD, build_model, drafters, make_noisy, model, prompts, taught, taught_prompts
 
 from specdec_fast import Prepared, costs, fast_generate, last_speculation, prepare, warmup
+from specdec_fast.compiled import Compilation
+from specdec_fast.device_session import Session
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,22 @@ def test_tables_of_every_method_that_auto_may_take_are_made(monkeypatch):
     prepared = prepare(target, assistant_model=drafter, do_sample=True, repetitions=1, **both)
     assert sorted(built) == ["projection", "tli"]
     assert prepared.speculation[True].method in built
+
+
+def test_rounds_of_every_size_are_captured(monkeypatch):
+    """As on a GPU, but that rounds run as they are."""
+    launched, launch = [], Session.launch
+    monkeypatch.setattr(Compilation, "of", lambda *_: Compilation(captured=True))
+    monkeypatch.setattr(Session, "launch", lambda self, gamma: launched.append(gamma) or launch(self, gamma))
+    target, drafter = pair()
+    call = {"assistant_model": drafter, "compile": "static", "do_sample": False, "max_new_tokens": 70}
+    fast_generate(target, **prompts(), **call)
+    assert launched[:8] == [0] * 4 + [1] * 4  # those that are timed, and later what the call needs
+    launched.clear()
+    prepared = prepare(target, repetitions=1, inputs=prompts()["input_ids"], **call)
+    assert launched[:9] == [0, 1, 2, 3, 4, 5, 6, 8, 0]
+    expected = fast_generate(target, **prompts(), **call | {"compile": "off"})
+    assert torch.equal(prepared.generate(**prompts()), expected)
 
 
 def test_settings_are_every_calls_and_can_be_overridden():
