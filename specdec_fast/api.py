@@ -26,7 +26,7 @@ from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
-from specdec_fast.lean import lean_model
+from specdec_fast.lean import lean_model, why_not_lean
 from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
 from specdec_fast.masks import text_positions
 from specdec_fast.options import Options
@@ -284,6 +284,10 @@ class _Loop:
         plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
+        kind = str(config.cache_implementation or "")
+        if "offloaded" in kind or kind == "quantized":
+            own = "the loop keeps a cache that it can roll back, in the model's precision and on its device"
+            warnings.warn(f"cache_implementation={kind!r} is not used: {own}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
         _check_ids(input_ids, model)
         seeds = row_seeds(options.seed, batch)
@@ -326,6 +330,8 @@ class _Loop:
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
         )
+        if mode == "native" and lean is None:
+            statistics.loop_reason = f"passes are the model's own: {why_not_lean(model, rounded=False)}"
         opened = open_session(model, mode, config.compile_config, batch, call, statistics)
         try:
             resident = opened if isinstance(opened, Session) else None

@@ -105,7 +105,8 @@ def open_session(
     """
     if mode not in ("static", "inductor"):
         if mode == "native" and config is not None:
-            statistics.loop_reason = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
+            said = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
+            statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
         return None
     model, switched = for_static_cache(model)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""

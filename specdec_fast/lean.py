@@ -30,7 +30,7 @@ from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean_ops import MOST, Choices, Choosing, Drafted, Judged, Judging, KeptModel, Laws, Session, Told
 from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
 
-__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level"]
+__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level", "why_not_lean"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
@@ -393,7 +393,7 @@ def level(lists: list[list[int]], length: int) -> list[int]:
     return [entry for line in lists for entry in (line + [0] * length)[:length]]
 
 
-_Kept = dict[bool, tuple[list[Any], LeanModel | None]]
+_Kept = dict[bool, tuple[list[Any], LeanModel | str]]
 _kept: weakref.WeakKeyDictionary[PreTrainedModel, _Kept] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -405,15 +405,31 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
         rounded: weights of 8 bits, for a drafter.
 
     Returns:
-        None where the native code is missing, the model is elsewhere than on the CPU, something hooks into its modules,
-        or it is built so that the lean form does not give its logits.
+        None where :func:`why_not_lean` says why there is none.
     """
+    found = _form(model, rounded)
+    return None if isinstance(found, str) else found
+
+
+def why_not_lean(model: PreTrainedModel, *, rounded: bool = True) -> str | None:
+    """Why a model has no lean form; None where it has one.
+
+    The native code is missing, the model is elsewhere than on the CPU, something hooks into its modules, or it is built
+    so that the lean form does not give its logits.
+    """
+    found = _form(model, rounded)
+    return found if isinstance(found, str) else None
+
+
+def _form(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
     # Hooks and devices may come and go between calls
     hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with _lock:
         if hooked or model.device.type != "cpu" or not _native():
             _kept.pop(model, None)
-            return None
+            if hooked:
+                return f"something hooks into the modules of {type(model).__name__}"
+            return "the model is not on a CPU" if model.device.type != "cpu" else "the native pass is not built"
         state = _state(model, rounded)
         forms = _kept.setdefault(model, {})
         if rounded not in forms or not _equal(forms[rounded][0], state):
@@ -452,12 +468,12 @@ def _equal(one: list[Any], other: list[Any]) -> bool:
 
 
 @torch.no_grad()
-def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | None:
-    config = model.config.get_text_config(decoder=True)
+def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
+    config, name = model.config.get_text_config(decoder=True), type(model).__name__
     if {parameter.dtype for parameter in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
-        return None
+        return f"the weights of {name} are neither float32 nor bfloat16"
     if rounded and model.num_parameters() > LARGEST:
-        return None
+        return f"{name} has more than {LARGEST} parameters to be copied"
     try:
         lean = LeanModel(model, rounded=rounded)
         tokens = (torch.arange(1, 13) * 997).remainder(config.vocab_size).unsqueeze(0)
@@ -470,6 +486,8 @@ def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | None:
         own = torch.cat(parts, 1)
         whole = model(input_ids=tokens, use_cache=False).logits.float()
     except (AttributeError, TypeError, RuntimeError, ValueError):
-        return None
+        return f"{name} is not built like Llama"
     tolerance = ROUNDED if rounded else EXACT[model.dtype]
-    return lean if bool((own - whole).square().mean().sqrt() <= tolerance * whole.std()) else None
+    if not (own - whole).square().mean().sqrt() <= tolerance * whole.std():
+        return f"the native pass gives other logits than {name}"
+    return lean

@@ -9,8 +9,8 @@ import torch
 from tiny import model as tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from specdec_fast import native
-from specdec_fast.lean import CAPABILITIES, lean_model
+from specdec_fast import fast_generate, last_speculation, native
+from specdec_fast.lean import CAPABILITIES, lean_model, why_not_lean
 from specdec_fast.runner import Runner
 
 pytestmark = pytest.mark.skipif(not native.load_ops(), reason="needs the native ops")
@@ -179,6 +179,24 @@ def test_other_structures_run_as_they_are():
         .__class__(logits=type(scaled).forward(scaled, *args, **kwargs).logits.flip(-1))
     )
     assert lean_model(scaled) is None
+
+
+def test_the_statistics_say_why_passes_are_the_models_own():
+    ids = torch.tensor([[5, 9, 3]])
+    plain = {"max_new_tokens": 3, "do_sample": False, "method": "autoregressive"}
+    hooked = made(FAMILIES["llama"])
+    hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: None)
+    name = type(tiny_model("gpt2")).__name__
+    for model, why in (
+        (tiny_model("gpt2"), f"passes are the model's own: {name} is not built like Llama"),
+        (hooked, f"passes are the model's own: something hooks into the modules of {type(hooked).__name__}"),
+        (made(FAMILIES["llama"]), ""),
+    ):
+        fast_generate(model, ids, **plain)
+        assert last_speculation().loop_reason == why
+        assert (why_not_lean(model, rounded=False) is None) == (lean_model(model, rounded=False) is not None)
+    fast_generate(tiny_model("gpt2"), ids, **plain, compile="off")
+    assert last_speculation().loop_reason == ""  # as it was asked for
 
 
 def test_what_is_out_of_range_is_an_error_and_no_crash():

@@ -375,3 +375,15 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused_where_they_d
 def test_knobs_without_a_drafter_are_not_passed_over_in_silence():
     with pytest.warns(UserWarning, match="num_assistant_tokens has no effect without a drafter"):
         fast_generate(model(), **prompts(), num_assistant_tokens=3, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("kind", ["offloaded", "offloaded_static"])
+def test_a_cache_that_is_not_used_is_said(kind):
+    target, inputs = model(), prompts()
+    plain = fast_generate(target, **inputs, max_new_tokens=4, method="autoregressive")
+    with pytest.warns(UserWarning, match=f"cache_implementation='{kind}' is not used"):
+        kept = fast_generate(target, **inputs, max_new_tokens=4, method="autoregressive", cache_implementation=kind)
+    assert torch.equal(kept, plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fast_generate(target, **inputs, max_new_tokens=4, method="autoregressive", cache_implementation="static")
