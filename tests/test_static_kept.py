@@ -24,11 +24,13 @@ from transformers import CompileConfig
 from specdec_fast import (
     api,
     compiled,
+    device_plan,
     device_session,
     fast_generate,
     last_speculation,
     prepare,
 )
+from specdec_fast.costs import Costs
 from specdec_fast.static_runner import StaticRunner
 
 STATIC = {"compile": "static"}
@@ -218,3 +220,14 @@ def test_a_round_is_captured_with_branches_where_that_can_be(monkeypatch, method
     assert tried == ([*first, None] if fails != "nothing" else first or [None])
     assert (made is None) == (fails == "everything") == bool(session[-1].why_not_captured)
     assert session[-1]._writer.branch is tried[-1]
+
+
+def test_a_long_prompt_is_read_before_the_first_round_and_charged_to_no_draft(monkeypatch):
+    """The adaptive lookahead begins at once behind it: a drafter that the account made read it first would not."""
+    monkeypatch.setattr(device_plan, "constant_costs", lambda *_: Costs((1.0,), step=0.05, start=0.0, read=0.05))
+    ids = torch.randint(1, 60, (1, 400), generator=torch.Generator().manual_seed(0))
+    own = {"assistant_model": noisy("llama"), "compile": "static", "seed": 1}
+    fast_generate(model(), ids, max_new_tokens=40, do_sample=False, **own)
+    done = last_speculation()
+    assert done.loop == "device"
+    assert done.drafted > 10
