@@ -36,6 +36,24 @@ def place_of(order: Tensor, token: int) -> int:
     return int(found[0]) if len(found) else 1 << 20
 
 
+def tried(law: Tensor, guess: Tensor, generator: torch.Generator) -> int:
+    """Which draw of ``guess [K]`` without replacement is accepted for ``law [K]``, part of one; a large number: none.
+
+    Each is tried against what the ones before it have left of the law, as rule token tries a single one.
+    """
+    left, own, total = law.clone(), guess.clone(), 1.0
+    for place in range(max(COUNTS)):
+        token = int(torch.multinomial(own, 1, generator=generator))
+        if torch.rand((), generator=generator) * own[token] < left[token] / total:
+            return place
+        taken = total * own
+        total -= float(torch.minimum(left, taken).sum())
+        left = (left - taken).clamp(min=0)
+        own[token] = 0
+        own /= own.sum()
+    return 1 << 20
+
+
 @torch.inference_mode()
 def main(
     target: Annotated[str, typer.Option(help="the target's folder")],
@@ -61,7 +79,7 @@ def main(
     )
     generator = torch.Generator().manual_seed(0)
     for temperature in (0, 1):
-        likeliest, raced, masses = [], [], []
+        likeliest, raced, drawn, masses = [], [], [], []
         for number, prompt in enumerate(json.loads(prompts.read_text("utf-8"))):
             chat = [{"role": "user", "content": prompt}]
             ids = names.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
@@ -78,7 +96,9 @@ def main(
                 likeliest.append(place_of(order, int(text[end])))
                 law = scores[end - 1].softmax(-1)
                 masses.append([law[order[:count]].sum() for count in COUNTS])
+                common = law[shared.target_ids].double()
                 for _ in range(RACES if temperature else 0):
+                    drawn.append(tried(common, guess.double().softmax(-1), generator))
                     u = torch.rand(scores.shape[1], generator=generator).clamp(1e-9, 1 - 1e-7)
                     noise = -(-u.log()).log()
                     winner = int((scores[end - 1] + noise).argmax())
@@ -90,6 +110,7 @@ def main(
             mean = torch.tensor(masses).mean(0).tolist()
             print("  the target's mass on them    ", [round(part, 3) for part in mean])
             print("  the winner among the first   ", within(torch.tensor(raced)))
+            print("  drawn and tried one by one   ", within(torch.tensor(drawn)))
 
 
 if __name__ == "__main__":

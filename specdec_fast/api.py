@@ -284,10 +284,10 @@ class _Loop:
         plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
             warnings.warn(f"decoding without a drafter: {plan.reason}", UserWarning, stacklevel=2)
-        kind = str(config.cache_implementation or "")
-        if "offloaded" in kind or kind == "quantized":
+        wanted = str(config.cache_implementation or "")
+        if "offloaded" in wanted or wanted == "quantized":
             own = "the loop keeps a cache that it can roll back, in the model's precision and on its device"
-            warnings.warn(f"cache_implementation={kind!r} is not used: {own}", UserWarning, stacklevel=2)
+            warnings.warn(f"cache_implementation={wanted!r} is not used: {own}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
         _check_ids(input_ids, model)
         seeds = row_seeds(options.seed, batch)

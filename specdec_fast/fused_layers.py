@@ -61,7 +61,8 @@ def fuse_layers(model: PreTrainedModel, backend: str = "triton") -> int:
     count = 0
     for module in model.modules():
         kind: Any = type(module)
-        if kind.__name__ in LAYERS and why_not_fused(module) is None:
+        known = kind.__name__ in LAYERS and kind.__module__.startswith("transformers.models.")
+        if known and why_not_fused(module) is None:
             module.__class__ = _few_operations(kind, backend)
             count += 1
     return count
@@ -75,7 +76,7 @@ def why_not_fused(layer: nn.Module) -> str | None:
     mlp: Any = layer.mlp
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-    if any(type(linear) is not nn.Linear or not linear.weight.is_contiguous() for linear in linears):
+    if not all(map(_plain, linears)):
         return "its weights are no plain matrices"
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return f"its gate is {type(mlp.act_fn).__name__}"
@@ -84,6 +85,13 @@ def why_not_fused(layer: nn.Module) -> str | None:
     if any(type(norm).__name__ not in NORMS for norm in norms):
         return "its norms are of another kind"
     return None
+
+
+def _plain(linear: nn.Module) -> bool:
+    """Whether it is a product with numbers as they lie in memory: quantized and spread ones may hide in the weight."""
+    if type(linear) is not nn.Linear:
+        return False
+    return type(linear.weight.data) is Tensor and linear.weight.is_contiguous()
 
 
 @functools.cache

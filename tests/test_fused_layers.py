@@ -242,6 +242,10 @@ def test_the_operators_are_sound(backend):
     torch.library.opcheck(getattr(torch.ops.specdec_fast.layer_heads, backend), given, test_utils=checks)
 
 
+class Hidden(torch.Tensor):
+    """As a quantized weight is one: another type of tensor in a plain module."""
+
+
 @pytest.mark.parametrize(
     "change, reason",
     [
@@ -249,6 +253,10 @@ def test_the_operators_are_sound(backend):
         (lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()), "gate"),
         (lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)), "matrices"),
         (lambda layer: setattr(layer, "input_layernorm", torch.nn.LayerNorm(32)), "norms"),
+        (
+            lambda layer: setattr(layer.mlp.up_proj, "weight", torch.nn.Parameter(Hidden(torch.ones(48, 32)))),
+            "matrices",
+        ),
     ],
 )
 def test_other_layers_run_as_they_are(change, reason):
