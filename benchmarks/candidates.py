@@ -4,8 +4,9 @@
 
 The target writes to each prompt; at every place the drafter reads the same text in its own tokens. Printed are, for
 1, 2, 3, 4, 6 and 8 candidates: at temperature 0 how often the argmax is among the drafter's likeliest; at temperature 1
-the target's mass on the drafter's likeliest, and how often the winner of a race (docs/trees.md) is among the first of
-the drafter's race with the same numbers, over eight races a place. No clock has a part in it.
+the target's mass on the drafter's likeliest, how often the winner of a race (docs/trees.md) is among the first of the
+drafter's race with the same numbers, and how often one of so many draws without replacement is accepted if each is
+tried against what the ones before it have left, over eight of both a place. No clock has a part in it.
 """
 
 from __future__ import annotations
