@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -221,7 +222,10 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
         if model.device.type == "cuda" and model.dtype in HALVES:
             fused_layers.fuse_norms(made)
             if model.dtype == torch.bfloat16 and dispatch.fuses_layers():
-                fused_layers.fuse_layers(made)
+                if reason := fused_layers.why_no_kernels("cuda"):
+                    warnings.warn(f"layers run as they are, which only costs speed: {reason}", stacklevel=2)
+                else:
+                    fused_layers.fuse_layers(made)
         kept[implementation] = state, made
     return kept[implementation][1]
 

@@ -10,14 +10,16 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from specdec_fast import dispatch
 from specdec_fast.layer_ops import layer_heads, layer_product
 from specdec_fast.static_cache import StaticLayer
 
-__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "why_not_fused"]
+__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "why_no_kernels", "why_not_fused"]
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # x / rms(x) * weight, each the same code
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -47,6 +49,35 @@ def _one_norm(kind: Any) -> Any:
         return normed
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+@functools.cache
+def why_no_kernels(device: str) -> str | None:
+    """Why the operations of a layer do not run on a kind of device; None where they do. Tried once."""
+    if reason := dispatch.why_not("layer_product", "triton"):
+        return reason
+    try:
+        generator = torch.Generator(device).manual_seed(0)
+        x, norm, rest, *weights = (
+            torch.randn(shape, device=device, generator=generator).bfloat16()
+            for shape in ((5, 160), (160,), (5, 80), (48, 160), (16, 160), (16, 160))
+        )
+        cosine, sine = torch.rand(2, 5, 16, device=device, generator=generator).bfloat16()
+        head: dict[str, Any] = {"query_norm": norm[:16], "key_norm": norm[16:32], "epsilon": 1e-5}
+        columns = torch.arange(3, 8, device=device).view(1, 5)
+        found = []
+        for backend in ("triton", "reference"):
+            fused = layer_product(x, weights, norm=norm, epsilon=1e-5, residual=rest, backend=backend)
+            opened = layer_product(x, weights[1:], gated=True, backend=backend)
+            keys, values = torch.zeros(2, 1, 1, 9, 16, device=device, dtype=x.dtype)
+            query = layer_heads(fused, cosine, sine, columns, keys, values, 3, **head, backend=backend)
+            found.append([fused, opened, query, keys, values])
+        for got, right in zip(*found, strict=True):
+            if not (got - right).abs().amax() <= 0.02 * (1 + right.abs().amax()):
+                return "the kernels of layers give other values than their reference"
+    except Exception as error:  # what a compiler or driver can throw has no common base
+        return f"the kernels of layers fail ({type(error).__name__}: {error})"
+    return None
 
 
 def fuse_layers(model: PreTrainedModel, backend: str = "triton") -> int:

@@ -276,3 +276,22 @@ def test_a_setting_that_is_neither_is_refused(monkeypatch):
     monkeypatch.setenv("SPECDEC_FAST_LAYERS", "quick")
     with pytest.raises(ValueError, match="SPECDEC_FAST_LAYERS must be plain or fused, not 'quick'"):
         check_default("cpu")
+
+
+def test_kernels_are_tried_before_a_layer_is_given_to_them(monkeypatch):
+    pytest.importorskip("specdec_fast.triton_kernels.launch_layers", reason="no Triton kernels here")
+    tried = fused_layers.why_no_kernels.__wrapped__
+    assert tried(DEVICE) is None
+    monkeypatch.setattr(fused_layers, "layer_heads", lambda *given, **named: layer_heads(*given, **named) + 1)
+    assert tried(DEVICE) is None  # both are wrong alike
+    calls = []
+
+    def wrong(*given, **named):
+        calls.append(named["backend"])
+        return layer_product(*given, **named) * (1.5 if named["backend"] == "triton" else 1)
+
+    monkeypatch.setattr(fused_layers, "layer_product", wrong)
+    assert "other values" in tried(DEVICE)
+    monkeypatch.setattr(fused_layers, "layer_product", lambda *given, **named: 1 / 0)
+    assert "fail (ZeroDivisionError" in tried(DEVICE)
+    assert calls
