@@ -214,14 +214,16 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     if reason := why_no_twin(model):
         raise ValueError(f"attn_implementation={implementation!r} is not possible for this model: {reason}")
     kept = _twins.setdefault(model, {})
-    state = (id(model.config), [(id(module), module.training) for module in model.modules()])
+    fused = implementation == NAME and model.dtype == torch.bfloat16 and dispatch.fuses_layers()
+    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
+    state = (id(model.config), modules, model.dtype, model.device.type, fused)
     if implementation not in kept or kept[implementation][0] != state:
         memo: dict[int, Any] = {}
         made: PreTrainedModel = _around(model, memo)
         made.set_attn_implementation(implementation)
         if model.device.type == "cuda" and model.dtype in HALVES:
             fused_layers.fuse_norms(made)
-            if model.dtype == torch.bfloat16 and dispatch.fuses_layers():
+            if fused:
                 if reason := fused_layers.why_no_kernels("cuda"):
                     warnings.warn(f"layers run as they are, which only costs speed: {reason}", stacklevel=2)
                 else:

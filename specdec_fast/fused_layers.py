@@ -57,27 +57,38 @@ def why_no_kernels(device: str) -> str | None:
     if reason := dispatch.why_not("layer_product", "triton"):
         return reason
     try:
-        generator = torch.Generator(device).manual_seed(0)
-        x, norm, rest, *weights = (
-            torch.randn(shape, device=device, generator=generator).bfloat16()
-            for shape in ((5, 160), (160,), (5, 80), (48, 160), (16, 160), (16, 160))
-        )
-        cosine, sine = torch.rand(2, 5, 16, device=device, generator=generator).bfloat16()
-        head: dict[str, Any] = {"query_norm": norm[:16], "key_norm": norm[16:32], "epsilon": 1e-5}
-        columns = torch.arange(3, 8, device=device).view(1, 5)
-        found = []
-        for backend in ("triton", "reference"):
-            fused = layer_product(x, weights, norm=norm, epsilon=1e-5, residual=rest, backend=backend)
-            opened = layer_product(x, weights[1:], gated=True, backend=backend)
-            keys, values = torch.zeros(2, 1, 1, 9, 16, device=device, dtype=x.dtype)
-            query = layer_heads(fused, cosine, sine, columns, keys, values, 3, **head, backend=backend)
-            found.append([fused, opened, query, keys, values])
-        for got, right in zip(*found, strict=True):
+        for got, right in zip(_trial(device, "triton"), _trial(device, "reference"), strict=True):
             if not (got - right).abs().amax() <= 0.02 * (1 + right.abs().amax()):
                 return "the kernels of layers give other values than their reference"
     except Exception as error:  # what a compiler or driver can throw has no common base
         return f"the kernels of layers fail ({type(error).__name__}: {error})"
     return None
+
+
+def _trial(device: str, backend: str) -> list[Tensor]:
+    """Results of a small layer's operations: widths that fill tiles, as models have them, and some that do not."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).bfloat16()
+
+    found = [layer_product(drawn(5, 256), [drawn(8192, 256) / 16], backend=backend)]
+    columns = torch.arange(3, 8, device=device).view(1, 5)
+    for inner, dim in ((512, 64), (160, 16)):
+        x, norm, epsilon = drawn(5, inner), drawn(inner), 1e-5
+        weights = [drawn(n * dim, inner) * inner**-0.5 for n in (3, 1, 1)]
+        biases = [drawn(n * dim) for n in (3, 1, 1)]
+        fused = layer_product(x, weights, biases, norm=norm, epsilon=epsilon, backend=backend)
+        keys, values = torch.zeros(2, 1, 1, 9, dim, device=device, dtype=x.dtype)
+        found += [fused, keys, values]
+        cosine, sine, query_norm, key_norm = drawn(5, dim), drawn(5, dim), drawn(dim), drawn(dim)
+        for norms in ({}, {"query_norm": query_norm, "key_norm": key_norm, "epsilon": epsilon}):
+            given: dict[str, Any] = {**norms, "backend": backend}
+            found.append(layer_heads(fused, cosine, sine, columns, keys, values, 3, **given))
+        found.append(layer_product(x, weights[1:], norm=norm, epsilon=epsilon, gated=True, backend=backend))
+        out = drawn(inner, 3 * dim) * dim**-0.5
+        found.append(layer_product(fused[:, : 3 * dim], [out], residual=x, backend=backend))
+    return found
 
 
 def fuse_layers(model: PreTrainedModel, backend: str = "triton") -> int:
@@ -103,17 +114,26 @@ def why_not_fused(layer: nn.Module) -> str | None:
     """Why a decoder layer of a known kind must run as it is; None where it need not."""
     if any(module._forward_hooks or module._forward_pre_hooks for module in layer.modules()):
         return "it has hooks"
+    kind: Any = type(layer)
+    family = kind.__name__.removesuffix("DecoderLayer")
     attention: Any = layer.self_attn
     mlp: Any = layer.mlp
+    for part, name in ((attention, f"{family}Attention"), (mlp, f"{family}MLP")):
+        if (type(part).__module__, type(part).__name__) != (kind.__module__, name):
+            return f"its {name} is {type(part).__name__}"
+    if attention.config._attn_implementation not in ALL_ATTENTION_FUNCTIONS:
+        return f"its attention is {attention.config._attn_implementation}"
     linears = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     linears += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
     if not all(map(_plain, linears)):
         return "its weights are no plain matrices"
+    if any(len({linear.bias is None for linear in some}) > 1 for some in (linears[:3], linears[4:6])):
+        return "some of its weights have a bias and some have none"
     if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return f"its gate is {type(mlp.act_fn).__name__}"
     norms = [layer.input_layernorm, layer.post_attention_layernorm]
     norms += [norm for norm in (getattr(attention, name, None) for name in ("q_norm", "k_norm")) if norm is not None]
-    if any(type(norm).__name__ not in NORMS for norm in norms):
+    if any(type(norm).__name__ not in NORMS or type(norm).__module__ != kind.__module__ for norm in norms):
         return "its norms are of another kind"
     return None
 
@@ -159,6 +179,8 @@ def _few_operations(kind: Any, backend: str) -> Any:
 def _stored(layer: Any, hidden: Tensor, cache: Any) -> StaticLayer | None:
     """Where a pass of fixed shape writes; None for any other pass, and for one at too many positions."""
     if cache is None or hidden.shape[0] * hidden.shape[1] > MOST_ROWS:
+        return None
+    if layer.self_attn.layer_idx >= len(cache.layers):
         return None
     stored = cache.layers[layer.self_attn.layer_idx]
     if not isinstance(stored, StaticLayer) or not stored.place.fixed or not stored.is_initialized:

@@ -40,17 +40,22 @@ def layer_product(
     What a row gets does not depend on the others.
 
     Args:
-        x: ``[M, K]``, its rows contiguous.
+        x: ``[M, K]``.
         weights: one to three of ``[N_i, K]``, contiguous, of the same type; two of one shape where ``gated``.
-        biases: ``[N_i]`` or None each; None: none.
+        biases: ``[N_i]`` each; None, or a list of them: none.
         norm: ``[K]``, of an RMS norm.
-        residual: ``[M, N]``, rows contiguous.
+        residual: ``[M, N]``.
         backend: ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: some of several weights have a bias and others none.
 
     Returns:
         ``[M, N]`` in the type of ``x``; ``N`` is the sum of all ``N_i``, or ``N_1`` where ``gated``.
     """
     held: list[Tensor | None] = [None] * len(weights) if biases is None else list(biases)
+    if len({bias is None for bias in held}) > 1:
+        raise ValueError("biases must be there for all weights or for none: add zeros where one is missing")
     return _operator("layer_product", backend)(x, norm, epsilon, list(weights), held, residual, gated)
 
 
@@ -74,8 +79,8 @@ def layer_heads(
 
     Args:
         fused: ``[B * n, (H + 2 KVH) d]``: each position's queries, keys and values.
-        cosine, sine: ``[B * n, d]``, contiguous.
-        columns: ``[B, n]`` int64, where each position is written; written to.
+        cosine, sine: ``[B * n, d]``.
+        columns: ``[B, n]`` int64, where each position is written.
         keys, values: ``[B, KVH, C, d]``, with contiguous entries; written to.
         heads: H.
         query_norm, key_norm: ``[d]``, of heads that are normalised first.
@@ -163,7 +168,16 @@ _library = torch.library.Library("specdec_fast", "FRAGMENT")
 
 
 def _triton(op: str) -> Callable[..., Tensor]:
-    return lambda *arguments: triton_kernel(op)(*arguments)
+    def run(*arguments: Any) -> Tensor:
+        try:
+            result: Tensor = triton_kernel(op)(*arguments)
+        except Exception as error:  # Triton's own are no RuntimeError, by which what cannot run is known elsewhere
+            if "triton" not in type(error).__module__:
+                raise
+            raise RuntimeError(f"{op} does not run on this GPU: {error}") from error
+        return result
+
+    return run
 
 
 for _op, _reference, _fake in (("layer_product", _product, _product_shape), ("layer_heads", _heads, _heads_shape)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import build_model
 from torch.nn.functional import rms_norm, silu
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from specdec_fast import attention, fused_layers
 from specdec_fast.fused_layers import fuse_layers, fuse_norms, why_not_fused
@@ -119,7 +119,14 @@ def test_a_twin_alone_is_changed():
     assert weights[0] is weights[1]
 
 
-SHAPES = [(1, 16, (16,)), (3, 40, (24, 8, 8)), (16, 300, (33,)), (5, 64, (20, 4, 12)), (2, 512, (64,))]
+SHAPES = [
+    (1, 16, (16,)),
+    (4, 32, (16, 24)),
+    (3, 40, (24, 8, 8)),
+    (16, 300, (33,)),
+    (5, 64, (20, 4, 12)),
+    (2, 512, (64,)),
+]
 
 
 def product_case(rows, inner, counts, dtype, gated=False, residual=True, norm=True, bias=True):
@@ -188,6 +195,31 @@ def turned(head, case, norm):
     return torch.cat([number.real, number.imag], -1).transpose(1, 2)
 
 
+def test_views_are_read_where_they_lie(backend):
+    """Not every view has its entries side by side: turned ones, and rows or columns that are one number repeated."""
+    case = product_case(3, 24, (16,), torch.float32)
+    expected = plain_product(**case)
+    for name in ("x", "residual"):
+        case[name] = case[name].T.contiguous().T
+    case["weights"] = [case["weights"][0].T.contiguous().T]
+    torch.testing.assert_close(layer_product(**case, backend=backend).double(), expected, rtol=1e-4, atol=1e-4)
+    case = heads_case()
+    case["columns"] = torch.arange(24).view(2, 12)[:, 1:4].clamp(max=8)
+    for name in ("cosine", "sine"):
+        case[name] = case[name][:1].expand(6, -1)
+    wanted = heads_expected({**case, "keys": case["keys"].clone(), "values": case["values"].clone()})
+    query = layer_heads(**case, backend=backend)
+    torch.testing.assert_close(query.double(), wanted[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(case["keys"][0].double(), wanted[1][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_bias_for_some_weights_alone_is_refused(backend):
+    case = product_case(2, 16, (16, 4, 4), torch.float32)
+    case["biases"][1] = None
+    with pytest.raises(ValueError, match="biases must be there for all weights or for none"):
+        layer_product(**case, backend=backend)
+
+
 def heads_expected(case):
     query, key, value = case["fused"].view(2, 3, 8, 12).split([4, 2, 2], 2)
     keys, values = case["keys"].double(), case["values"].double()
@@ -251,6 +283,9 @@ class Hidden(torch.Tensor):
     [
         (lambda layer: layer.mlp.register_forward_hook(lambda *_: None), "hooks"),
         (lambda layer: setattr(layer.mlp, "act_fn", torch.nn.GELU()), "gate"),
+        (lambda layer: setattr(layer.self_attn.k_proj, "bias", torch.nn.Parameter(torch.ones(16))), "bias"),
+        (lambda layer: setattr(layer.mlp, "__class__", type("LlamaMLP", (type(layer.mlp),), {})), "LlamaMLP"),
+        (lambda layer: setattr(layer.self_attn.config, "_attn_implementation", "eager"), "eager"),
         (lambda layer: setattr(layer.self_attn, "q_proj", torch.nn.Sequential(layer.self_attn.q_proj)), "matrices"),
         (lambda layer: setattr(layer, "input_layernorm", torch.nn.LayerNorm(32)), "norms"),
         (
@@ -264,7 +299,8 @@ def test_other_layers_run_as_they_are(change, reason):
     assert why_not_fused(original.model.layers[0]) is None
     change(original.model.layers[0])
     assert reason in why_not_fused(original.model.layers[0])
-    assert fuse_layers(attention.twin(original, attention.NAME)) == 1
+    if reason != "eager":  # which all layers share
+        assert fuse_layers(attention.twin(original, attention.NAME)) == 1
 
 
 def test_a_setting_that_is_neither_is_refused(monkeypatch):
@@ -295,3 +331,21 @@ def test_kernels_are_tried_before_a_layer_is_given_to_them(monkeypatch):
     monkeypatch.setattr(fused_layers, "layer_product", lambda *given, **named: 1 / 0)
     assert "fail (ZeroDivisionError" in tried(DEVICE)
     assert calls
+
+
+def test_a_twin_is_made_again_where_a_hook_was_put_on_the_model():
+    original = built("llama")
+    first = attention.twin(original, attention.NAME)
+    assert attention.twin(original, attention.NAME) is first
+    handle = original.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+    assert attention.twin(original, attention.NAME) is not first
+    handle.remove()
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_is_left_to_the_plain_layer(backend):
+    original = built("llama")
+    made = attention.twin(original, attention.NAME)
+    fuse_layers(made, backend)
+    ids = torch.arange(3, 9, device=DEVICE).view(1, -1)
+    torch.testing.assert_close(made(ids, past_key_values=DynamicCache()).logits, original(ids).logits)

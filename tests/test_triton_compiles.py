@@ -65,6 +65,7 @@ shape |= dict.fromkeys("x_row residual_row out_row".split(), "i32") | {"epsilon"
 states = dict.fromkeys("x norm weight weight_1 weight_2 residual bias bias_1 bias_2 out".split(), "*bf16")
 told = dict(PARTS=3, GATED=False, EVEN=False, BLOCK=32)
 compiled(layers.product_kernel, 90, ("residual", "residual_row"), **shape | states | told)
+compiled(layers.product_kernel, 90, ("residual", "residual_row", "bias", "bias_1", "bias_2"), **shape | states | told)
 told = dict(PARTS=1, GATED=True, EVEN=True, BLOCK=16)
 compiled(layers.product_kernel, 80, ("norm", "bias", "bias_1", "weight_2", "bias_2"), **shape | states | told)
 states = dict.fromkeys("fused cosine sine query_norm key_norm keys values query".split(), "*bf16")

@@ -41,6 +41,8 @@ def layer_product(
     gated: bool,
 ) -> Tensor:
     _needs_gpu(x)
+    x, residual = _in_rows(x), None if residual is None else _in_rows(residual)
+    weights = [weight.contiguous() for weight in weights]
     rows, inner = x.shape
     counts = [w.shape[0] for w in weights]
     outputs = counts[0] if gated else sum(counts)
@@ -93,6 +95,7 @@ def layer_heads(
     heads: int,
 ) -> Tensor:
     _needs_gpu(fused)
+    fused, cosine, sine, columns = (t.contiguous() for t in (fused, cosine, sine, columns))
     rows, queries = columns.shape
     kv_heads, _, dim = keys.shape[1:]
     query = fused.new_empty((rows, heads, queries, dim))
@@ -117,6 +120,10 @@ def layer_heads(
         num_warps=1,
     )
     return query
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _needs_gpu(tensor: Tensor) -> None:

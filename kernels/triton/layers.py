@@ -28,10 +28,10 @@ def product_kernel(
     x_row,  # strides
     norm,  # [K] or None: x is normalised by its root mean square and multiplied by this
     epsilon,
-    weight,  # [N, K], up to three of them, rows contiguous
+    weight,  # [N, K], up to three of them, contiguous
     weight_1,  # or None
     weight_2,
-    bias,  # [N] or None
+    bias,  # [N], all of them or none
     bias_1,
     bias_2,
     residual,  # [M, N] or None: added
@@ -54,6 +54,13 @@ def product_kernel(
     """A program computes BLOCK columns of the output."""
     program = tl.program_id(0)
     shift = 0
+    if PARTS == 2:
+        first = tl.cdiv(count, BLOCK)
+        if program >= first:
+            weight, bias = weight_1, bias_1
+            program -= first
+            shift = count
+            count = count_1
     if PARTS == 3:
         first = tl.cdiv(count, BLOCK)
         second = first + tl.cdiv(count_1, BLOCK)
