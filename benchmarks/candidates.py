@@ -78,7 +78,7 @@ def main(
         target_size=model.config.vocab_size,
         drafter_size=own.config.vocab_size,
     )
-    generator = torch.Generator().manual_seed(0)
+    generator, tries = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     for temperature in (0, 1):
         likeliest, raced, drawn, masses = [], [], [], []
         for number, prompt in enumerate(json.loads(prompts.read_text("utf-8"))):
@@ -99,7 +99,7 @@ def main(
                 masses.append([law[order[:count]].sum() for count in COUNTS])
                 common = law[shared.target_ids].double()
                 for _ in range(RACES if temperature else 0):
-                    drawn.append(tried(common, guess.double().softmax(-1), generator))
+                    drawn.append(tried(common, guess.double().softmax(-1), tries))
                     u = torch.rand(scores.shape[1], generator=generator).clamp(1e-9, 1 - 1e-7)
                     noise = -(-u.log()).log()
                     winner = int((scores[end - 1] + noise).argmax())

@@ -12,9 +12,11 @@ import copy
 import gc
 import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +30,8 @@ from widen import SHAPES, Shape
 
 from specdec_fast import fast_generate, last_speculation
 from specdec_fast.attention import NAME, twin
-from specdec_fast.fused_layers import fuse_layers
+from specdec_fast.dispatch import LAYERS_VARIABLE, fuses_layers
+from specdec_fast.fused_layers import fuse_layers, why_no_kernels
 from specdec_fast.microbench.clock import copy_rate
 from specdec_fast.static_cache import capacity_for
 from specdec_fast.static_runner import StaticRunner, empty_cache
@@ -118,8 +121,9 @@ def products() -> Iterator[Entry]:
                     torch.nn.functional.linear(x, weight)
 
             entry[f"us_rows_{rows}"] = in_a_graph(run, 1) / len(weights)
-        x = torch.randn(4, k, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(5, k, device="cuda", dtype=torch.bfloat16)
         for tiles in TILES if n < 100_000 else ():
+            name = "us_tiles_" + "_".join(map(str, tiles))
             try:
                 launch_layers.tiles_for = lambda *_, tiles=tiles: launch_layers.Tiles(*tiles)
 
@@ -127,7 +131,9 @@ def products() -> Iterator[Entry]:
                     for weight in weights:
                         launch_layers.layer_product(x, None, 0.0, [weight], [None], None, False)
 
-                entry["us_tiles_" + "_".join(map(str, tiles))] = in_a_graph(ours, 1) / len(weights)
+                entry[name] = in_a_graph(ours, 1) / len(weights)
+            except Exception as error:  # tiles that this GPU has no room for: the next ones are wanted all the same
+                entry[name] = f"{type(error).__name__}: {error}"[:120]
             finally:
                 launch_layers.tiles_for = usual
         yield entry
@@ -139,15 +145,23 @@ def passes(name: str, work: Path, columns: int = 400) -> Iterator[Entry]:
     device = torch.device("cuda")
     small = Shape.of(AutoConfig.from_pretrained(work / "drafter"))
     model, _ = end_to_end.wide(work / "target", end_to_end.shapes_at(name, small)["target"], device)
-    made = twin(model, NAME)
+    asked = os.environ.pop(LAYERS_VARIABLE, None)  # a twin would come with fused layers
+    try:
+        made = twin(model, NAME)
+    finally:
+        if asked is not None:
+            os.environ[LAYERS_VARIABLE] = asked
     runner = StaticRunner(made, empty_cache(made, 1, capacity_for(columns + 8)), 1)
-    start, scores = torch.tensor([columns], device=device), []
+    start, scores, words = torch.tensor([columns], device=device), [], small.vocab  # behind them is padding
     for fused in (False, True):
         entry: Entry = {"what": "pass", "target": name, "fused": fuse_layers(made) if fused else 0}
+        if fused and (reason := why_no_kernels("cuda")):
+            yield {**entry, "error": reason}
+            return
         for lanes in (1, 4, 8):
             tokens = torch.arange(1, lanes + 1, device=device).view(1, lanes)
             entry[f"us_lanes_{lanes}"] = in_a_graph(lambda tokens=tokens: runner.score(tokens, start), 1)
-        scores.append(runner.score(tokens, start).float())
+        scores.append(runner.score(tokens, start)[..., :words].float())
         if fused:
             entry["difference"] = float((scores[1] - scores[0]).abs().max() / scores[0].std())
         yield entry
@@ -180,8 +194,18 @@ def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
     )
     theirs: Entry = {**inputs, "max_new_tokens": 32, "do_sample": False}
 
+    layers = "fused" if fuses_layers() and not why_no_kernels("cuda") else "plain"
+
     def entry(system: str, method: str, found: Entry, **more: Any) -> Entry:
-        return {"what": "generation", "target": name, "system": system, "method": method, **found, **more}
+        return {
+            "what": "generation",
+            "layers": layers,
+            "target": name,
+            "system": system,
+            "method": method,
+            **found,
+            **more,
+        }
 
     found, expected = timed(lambda: target.generate(**theirs), 32, 1)
     yield entry("transformers", "autoregressive", found)
@@ -215,7 +239,7 @@ def main(
     training: Annotated[float, typer.Option(help="seconds for the small target; a drafter gets half")] = 56.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the entries here")] = None,
 ) -> None:
-    """Attention, products, passes, then a target after the other."""
+    """A target after the other, then attention, passes and products."""
     ends = time.monotonic() + 60 * minutes
     for line in small_pair.prepare(work, torch.device("cuda"), training, tiny=False):
         print(line, flush=True)
@@ -228,13 +252,14 @@ def main(
             if json_file is not None:
                 json_file.write_text("[\n " + ",\n ".join(map(json.dumps, entries)) + "\n]\n")
 
-    take(attention())
-    take(products())
-    for name in SHAPES:
-        take(passes(name, work))
-    for name in SHAPES:
+    # What has run on a GPU before comes first: a kernel that fails may end the process
+    steps = [partial(generations, name, work) for name in SHAPES]
+    for step in [*steps, attention, *(partial(passes, name, work) for name in SHAPES), products]:
         if time.monotonic() < ends:
-            take(generations(name, work))
+            try:
+                take(step())
+            except Exception as error:
+                take(iter([{"what": "error", "step": str(step), "error": f"{type(error).__name__}: {error}"[:300]}]))
             gc.collect()
             torch.cuda.empty_cache()
 

@@ -160,6 +160,12 @@ def label(args: argparse.Namespace) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
+def rest_of(weights: Tensor) -> Tensor:
+    """What `[N, K]` weights of laws leave of one, `[N, 1]`; nothing where that is the rounding of their type."""
+    rest = 1 - weights.sum(-1, keepdim=True)
+    return torch.where(rest > 1e-3, rest, 0.0)
+
+
 class SparseLoss(torch.autograd.Function):
     """(1 − s)·cross entropy + s·total variation of softmax(hidden @ weightᵀ) to laws known in part, summed over places.
 
@@ -180,7 +186,7 @@ class SparseLoss(torch.autograd.Function):
             law = torch.zeros_like(q).scatter_add_(1, i, w)  # laws may name a token twice
             known = w.sum(-1, keepdim=True)
             unnamed = (q * (law == 0)).sum(-1, keepdim=True).clamp_(min=1e-6)
-            rest, named = (1 - known).clamp_(min=0), 1 - unnamed
+            rest, named = rest_of(w), 1 - unnamed
             total -= (rest * unnamed.log()).sum()
             # Acceptance, the sum of min(p, q), grows with q where q < p alone: its gradient is q·(below − Q), Q being
             # what q has there.
@@ -249,8 +255,9 @@ def check(model: LlamaForCausalLM, held_out: list[Batch]) -> str:
     for batch in held_out:
         for hidden, ids, weights in zip(*(x.split(256) for x in learnt(model, batch)), strict=True):
             log_q = (hidden @ model.lm_head.weight.T).log_softmax(-1, dtype=torch.float32)
-            sums[0] -= (weights * log_q.gather(1, ids)).sum()
             law = torch.zeros_like(log_q).scatter_add_(1, ids, weights)
+            unnamed = (log_q.exp() * (law == 0)).sum(-1, keepdim=True).clamp_(min=1e-6)
+            sums[0] -= (weights * log_q.gather(1, ids)).sum() + (rest_of(weights) * unnamed.log()).sum()
             sums[1] += torch.minimum(log_q.exp(), law).sum()
             sums[2] += (log_q.argmax(-1) == law.argmax(-1)).sum()
             sums[3] += len(hidden)
