@@ -51,10 +51,15 @@ def test_every_step_runs_and_leaves_few_small_files(tmp_path):
     assert {path for path in ROOT.iterdir()} == untouched
 
 
-def test_cells_that_are_done_are_not_measured_again(tmp_path):
-    done = [vars(cell) for cell in end_to_end.cells(["tiny"], [1])]
+def test_cells_that_are_done_are_not_measured_again(tmp_path, capsys):
+    cells = end_to_end.cells(["tiny"], [1])
+    done = [{**vars(cell), "compile": "off", "layers": "plain"} for cell in cells]
     rest = end_to_end.run(tmp_path, torch.device("cpu"), done, float("inf"), tiny=True, compile="off")
     assert list(rest) == []
+    assert "left" not in capsys.readouterr().out
+    otherwise = [{**row, "layers": "fused"} for row in done]
+    assert list(end_to_end.run(tmp_path, torch.device("cpu"), otherwise, 0.0, tiny=True, compile="off")) == []
+    assert f"{len(cells)} cells are left" in capsys.readouterr().out
 
 
 def test_the_bandwidth_limit_counts_weights_and_the_valid_cache():
