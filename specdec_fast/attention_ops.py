@@ -7,10 +7,12 @@ backends are those of :mod:`specdec_fast.ops`: Triton kernels on a GPU, the refe
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from specdec_fast.dispatch import overload, triton_kernel
+from specdec_fast.dispatch import overload, run_triton
 
 __all__ = ["decode_attention", "seen_columns"]
 
@@ -141,7 +143,7 @@ _library = torch.library.Library("specdec_fast", "FRAGMENT")
 for _name, _kernel in (
     ("decode_attention", _reference),
     ("decode_attention.reference", _reference),
-    ("decode_attention.triton", lambda *arguments: triton_kernel("decode_attention")(*arguments)),
+    ("decode_attention.triton", partial(run_triton, "decode_attention")),
 ):
     _library.define(_name + _SCHEMA)
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")

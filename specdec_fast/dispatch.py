@@ -10,6 +10,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ __all__ = [
     "check_default",
     "fuses_layers",
     "overload",
+    "run_triton",
     "runs_natively",
     "setting_problem",
     "status",
@@ -156,6 +158,22 @@ def setting_problem() -> str | None:
 def triton_kernel(op: str) -> Callable[..., Any]:
     """The function that launches the Triton kernels of an op; its arguments are those of the op's schema."""
     return getattr(importlib.import_module(TRITON_MODULE), op)
+
+
+def run_triton(op: str, *arguments: Any) -> Any:
+    """Launches the Triton kernels of an op on the device of its first argument, whichever is the current one.
+
+    Raises:
+        RuntimeError: Triton cannot compile or launch a kernel there; its own errors are of no kind that callers know.
+    """
+    device = arguments[0].device
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        try:
+            return triton_kernel(op)(*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith("triton"):
+                raise
+            raise RuntimeError(f"{op} does not run on {device}: {error}") from error
 
 
 def status() -> dict[str, dict[str, Any]]:

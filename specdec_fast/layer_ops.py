@@ -9,13 +9,14 @@ the kernel rounds: sums in float32, results in the type of the input.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from specdec_fast.dispatch import triton_kernel
+from specdec_fast.dispatch import run_triton
 
 __all__ = ["layer_heads", "layer_product"]
 
@@ -167,21 +168,8 @@ _SCHEMAS = {
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
 
 
-def _triton(op: str) -> Callable[..., Tensor]:
-    def run(*arguments: Any) -> Tensor:
-        try:
-            result: Tensor = triton_kernel(op)(*arguments)
-        except Exception as error:  # Triton's own are no RuntimeError, by which what cannot run is known elsewhere
-            if "triton" not in type(error).__module__:
-                raise
-            raise RuntimeError(f"{op} does not run on this GPU: {error}") from error
-        return result
-
-    return run
-
-
 for _op, _reference, _fake in (("layer_product", _product, _product_shape), ("layer_heads", _heads, _heads_shape)):
-    for _backend, _kernel in (("reference", _reference), ("triton", _triton(_op))):
+    for _backend, _kernel in (("reference", _reference), ("triton", partial(run_triton, _op))):
         _library.define(f"{_op}.{_backend}{_SCHEMAS[_op]}")
         _library.impl(f"{_op}.{_backend}", _kernel, "CompositeExplicitAutograd")
         _library.impl(f"{_op}.{_backend}", _fake, "Meta")

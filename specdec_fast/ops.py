@@ -33,14 +33,14 @@ dispatcher (reference where no kernel is registered), ``.reference`` is the refe
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from specdec_fast import native, reference_ops
-from specdec_fast.dispatch import overload, status, triton_kernel
+from specdec_fast.dispatch import overload, run_triton, status
 from specdec_fast.randomness import Purpose
 
 __all__ = [
@@ -438,10 +438,6 @@ def _fake_range_sums(q: Tensor, order: Tensor | None, low: Tensor, high: Tensor)
     return q.new_empty(low.shape, dtype=torch.float64)
 
 
-def _triton(op: str) -> Callable[..., Any]:
-    return lambda *arguments: triton_kernel(op)(*arguments)
-
-
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
 for _op, _schema in _SCHEMAS.items():
     _library.define(_op + _schema)
@@ -449,7 +445,7 @@ for _op, _schema in _SCHEMAS.items():
     _library.define(f"{_op}.reference{_schema}")
     _library.impl(f"{_op}.reference", getattr(reference_ops, _op), "CompositeExplicitAutograd")
     _library.define(f"{_op}.triton{_schema}")
-    _library.impl(f"{_op}.triton", _triton(_op), "CompositeExplicitAutograd")
+    _library.impl(f"{_op}.triton", partial(run_triton, _op), "CompositeExplicitAutograd")
     for _name in (_op, f"{_op}.reference", f"{_op}.triton"):
         _library.impl(_name, globals()[f"_fake_{_op}"], "Meta")
 _library.define("cpu_capability() -> int")

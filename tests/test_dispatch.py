@@ -296,3 +296,19 @@ def test_triton_without_a_gpu_says_what_would_run_it(monkeypatch):
     assert "TRITON_INTERPRET=1" in (dispatch.why_not("sample", "triton") or "")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert dispatch.why_not("sample", "triton") is None
+
+
+def test_what_triton_raises_is_an_error_that_callers_know(monkeypatch):
+    """Its own errors are no RuntimeError; what is wrong with an argument stays what it is."""
+    raised = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+
+    def kernel(*_):
+        raise raised("shared memory")
+
+    monkeypatch.setattr(dispatch, "triton_kernel", lambda op: kernel)
+    query, start = torch.zeros(1, 2, 1, 16), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(RuntimeError, match="decode_attention does not run on cpu: shared memory"):
+        torch.ops.specdec_fast.decode_attention.triton(query, query, query, start, None, None, 1.0, 0.0)
+    raised = ValueError
+    with pytest.raises(ValueError, match="shared memory"):
+        torch.ops.specdec_fast.decode_attention.triton(query, query, query, start, None, None, 1.0, 0.0)
