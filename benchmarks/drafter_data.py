@@ -68,7 +68,7 @@ def load_shards(folders: list[Path], known: set[Path] | None = None) -> Iterator
 
 @dataclass
 class Tokens:
-    """A stream of drafter tokens `[N]` and, for each, what is known of its law: `[N, K]` ids and weights, 1 at most."""
+    """A stream of drafter tokens `[N]` and, for each, the sparse law it was drawn from: `[N, K]` ids and weights."""
 
     ids: np.ndarray
     law_ids: np.ndarray
@@ -96,7 +96,7 @@ class Translation:
         self.first = np.array([p[0] for p in self.pieces])
         self.single = np.array([len(p) == 1 for p in self.pieces])
 
-    def __call__(self, item: Sample) -> Tokens:
+    def __call__(self, item: Sample, prompt_weight: float) -> Tokens:
         """Each target token becomes its pieces.
 
         The law of a first piece is the target's law summed over the tokens that begin with that piece;
@@ -111,7 +111,7 @@ class Translation:
         top_ids = item.top_ids.copy()
         top_ids[missed, -1] = answer[missed]
         probs[missed, -1] = np.maximum(0, 1 - probs[missed, :-1].sum(1))
-        probs /= np.maximum(probs.sum(1, keepdims=True), 1)
+        probs /= probs.sum(1, keepdims=True)
 
         ids: list[int] = []
         law_ids: list[np.ndarray] = []
@@ -120,7 +120,7 @@ class Translation:
             for piece in self.pieces[token]:
                 ids.append(piece)
                 law_ids.append(np.full(k, piece))
-                law_weights.append(np.zeros(k))
+                law_weights.append(np.full(k, prompt_weight / k))
         first = self.first[top_ids]
         for i, token in enumerate(answer):
             pieces = self.pieces[token]
@@ -130,7 +130,7 @@ class Translation:
             for j in range(1, len(pieces)):
                 paths = [self.pieces[t] for t in top_ids[i]]
                 fits = [len(p) > j and p[:j] == pieces[:j] for p in paths]
-                weights = np.where(fits, probs[i], 0)  # what it is next, given that these pieces were
+                weights = np.where(fits, probs[i], 0)
                 ids.append(pieces[j])
                 law_ids.append(np.array([p[j] if f else 0 for p, f in zip(paths, fits, strict=True)]))
                 law_weights.append(weights / max(weights.sum(), 1e-9))

@@ -160,19 +160,11 @@ def label(args: argparse.Namespace) -> None:
 # --- training ------------------------------------------------------------------------------------
 
 
-def rest_of(weights: Tensor) -> Tensor:
-    """What `[N, K]` weights of laws leave of one, `[N, 1]`; nothing where that is the rounding of their type."""
-    rest = 1 - weights.sum(-1, keepdim=True)
-    return torch.where(rest > 1e-3, rest, 0.0)
-
-
 class SparseLoss(torch.autograd.Function):
-    """(1 − s)·cross entropy + s·total variation of softmax(hidden @ weightᵀ) to laws known in part, summed over places.
+    """(1 − s)·cross entropy + s·total variation of softmax(hidden @ weightᵀ) to sparse laws, summed over places.
 
-    Hidden `[N, H]`, weight `[V, H]`, ids and weights of the laws `[N, K]`, share s. What the weights of a law leave of
-    one lies on tokens that are not named, nobody knows where: in the cross entropy these count as one, and in the total
-    variation not at all. The gradient is made on the way, a few rows at a time: only its bfloat16 form is ever
-    `[N, V]`. The cross entropy alone is the value, whatever s is.
+    Hidden `[N, H]`, weight `[V, H]`, ids and weights of the laws `[N, K]`, share s. The gradient is made on the way, a
+    few rows at a time: only its bfloat16 form is ever `[N, V]`. The cross entropy alone is the value, whatever s is.
     """
 
     @staticmethod
@@ -182,18 +174,17 @@ class SparseLoss(torch.autograd.Function):
         for h, i, w, out in zip(*(x.split(64) for x in (hidden, ids, weights, grad)), strict=True):
             log_q = (h @ weight.T).log_softmax(-1, dtype=torch.float32)
             total -= (w * log_q.gather(1, i)).sum()
-            q = log_q.exp_()
-            law = torch.zeros_like(q).scatter_add_(1, i, w)  # laws may name a token twice
-            known = w.sum(-1, keepdim=True)
-            unnamed = (q * (law == 0)).sum(-1, keepdim=True).clamp_(min=1e-6)
-            rest, named = rest_of(w), 1 - unnamed
-            total -= (rest * unnamed.log()).sum()
-            # Acceptance, the sum of min(p, q), grows with q where q < p alone: its gradient is q·(below − Q), Q being
-            # what q has there.
-            below = (q < law).float().mul_(q).mul_(share)
-            factor = torch.where(law > 0, known + rest, known - rest * named / unnamed).mul_(1 - share)
-            q.mul_(factor.add_(below.sum(-1, keepdim=True))).sub_(below)
-            out.copy_(q.sub_(law.mul_(1 - share)))
+            q, mass = log_q.exp_(), w.sum(-1, keepdim=True)
+            if share:
+                # Acceptance, the sum of min(p, q), grows with q where q < p alone: its gradient is q·(below − Q),
+                # Q being what q has there. Laws may name a token twice.
+                law = torch.zeros_like(q).scatter_add_(1, i, w)
+                below = (q < law).float().mul_(q).mul_(share)
+                mass = mass * (1 - share) + below.sum(-1, keepdim=True)
+                q.mul_(mass).sub_(below)
+                out.copy_(q.scatter_add_(1, i, w * (share - 1)))
+            else:
+                out.copy_(q.mul_(mass).scatter_add_(1, i, -w))
         ctx.save_for_backward(grad @ weight, grad.T @ hidden)
         return total
 
@@ -243,9 +234,9 @@ def learnt(model: LlamaForCausalLM, batch: Batch) -> tuple[Tensor, Tensor, Tenso
 
 
 def loss_of(model: LlamaForCausalLM, batch: Batch, share: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Summed loss, `share` of it the total variation, and how many places a batch has."""
+    """Summed loss, `share` of it the total variation, and summed weight of a batch."""
     hidden, ids, weights = learnt(model, batch)
-    return SparseLoss.apply(hidden, model.lm_head.weight, ids, weights, share), torch.tensor(float(len(hidden)))
+    return SparseLoss.apply(hidden, model.lm_head.weight, ids, weights, share), weights.sum()
 
 
 @torch.no_grad()
@@ -255,9 +246,8 @@ def check(model: LlamaForCausalLM, held_out: list[Batch]) -> str:
     for batch in held_out:
         for hidden, ids, weights in zip(*(x.split(256) for x in learnt(model, batch)), strict=True):
             log_q = (hidden @ model.lm_head.weight.T).log_softmax(-1, dtype=torch.float32)
+            sums[0] -= (weights * log_q.gather(1, ids)).sum()
             law = torch.zeros_like(log_q).scatter_add_(1, ids, weights)
-            unnamed = (log_q.exp() * (law == 0)).sum(-1, keepdim=True).clamp_(min=1e-6)
-            sums[0] -= (weights * log_q.gather(1, ids)).sum() + (rest_of(weights) * unnamed.log()).sum()
             sums[1] += torch.minimum(log_q.exp(), law).sum()
             sums[2] += (log_q.argmax(-1) == law.argmax(-1)).sum()
             sums[3] += len(hidden)
@@ -277,8 +267,8 @@ def train(args: argparse.Namespace) -> None:
 
     def load() -> None:
         for i, item in enumerate(load_shards([args.samples], known)):
-            (samples if i % 50 else held_out).append(translation(item))
-        texts.extend(translation(item) for item in load_shards([args.labelled], known))
+            (samples if i % 50 else held_out).append(translation(item, args.prompt_weight))
+        texts.extend(translation(item, 0.0) for item in load_shards([args.labelled], known))
 
     load()
     plain: list[Tokens] = []
@@ -478,6 +468,7 @@ def main() -> None:
     p.add_argument("--warmup", type=int, default=50)
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--text-share", type=float, default=0.6, help="of other text than samples; falls to 0")
+    p.add_argument("--prompt-weight", type=float, default=0.0, help="of the prompts' tokens in the loss")
     p.add_argument("--variation", type=float, default=0.0, help="share of the total variation in the loss at the end")
     p.add_argument("--log", type=int, default=40)
 
