@@ -1,12 +1,14 @@
 """Layers of few operations: against plain layers over a static cache, kernels against torch, what is refused."""
 
+import copy
+
 import pytest
 import torch
-from tiny import build_model
+from tiny import build_model, model, noisy, prompts
 from torch.nn.functional import rms_norm, silu
 from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
-from specdec_fast import attention, fused_layers
+from specdec_fast import attention, device_plan, fast_generate, fused_layers, last_speculation
 from specdec_fast.fused_layers import fuse_layers, fuse_norms, why_not_fused
 from specdec_fast.layer_ops import layer_heads, layer_product
 from specdec_fast.static_runner import StaticRunner, empty_cache
@@ -349,3 +351,39 @@ def test_a_cache_that_grows_is_left_to_the_plain_layer(backend):
     fuse_layers(made, backend)
     ids = torch.arange(3, 9, device=DEVICE).view(1, -1)
     torch.testing.assert_close(made(ids, past_key_values=DynamicCache()).logits, original(ids).logits)
+
+
+def asked():
+    return {name: value.to(DEVICE) for name, value in prompts(2, padded=True).items()}
+
+
+def generated(monkeypatch, target, backend, **options):
+    """What ``fast_generate`` gives with the target's and the drafter's layers fused, in rounds on the device."""
+
+    def fused(one):
+        made = attention.twin(one, attention.NAME)
+        assert fuse_layers(made, backend)
+        return made, "fused"
+
+    monkeypatch.setattr(device_plan, "for_static_cache", fused)
+    result = fast_generate(target, **asked(), **options)
+    assert last_speculation().loop == "device"
+    return result
+
+
+def test_generation_is_that_of_plain_layers(backend, monkeypatch):
+    """Greedy text is that of ``generate``; sampled tokens of a seed are those of plain layers, so their law is too."""
+    target, drafter = (copy.deepcopy(one).to(DEVICE) for one in (model("llama"), noisy("llama")))
+    pair = {"assistant_model": drafter, "num_assistant_tokens": 3, "compile": "static", "max_new_tokens": 5}
+    greedy, sampled = pair | {"do_sample": False}, pair | {"do_sample": True, "top_k": 0, "seed": 3}
+    expected = target.generate(**asked(), max_new_tokens=5, do_sample=False)
+    plain = fast_generate(target, **asked(), **sampled)
+    assert torch.equal(generated(monkeypatch, target, backend, **greedy), expected)
+    assert torch.equal(generated(monkeypatch, target, backend, **sampled), plain)
+
+    def without_half(*given, gated=False, **named):
+        return layer_product(*given, gated=gated, **named) * (0.1 if gated else 1.0)
+
+    monkeypatch.setattr(fused_layers, "layer_product", without_half)
+    assert not torch.equal(generated(monkeypatch, target, backend, **greedy), expected)
+    assert not torch.equal(generated(monkeypatch, target, backend, **sampled), plain)
