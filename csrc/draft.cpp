@@ -22,6 +22,7 @@
 
 #include "../kernels/cuda/philox.cuh"
 #include "arguments.h"
+#include "memory.h"
 #include "rows.h"
 #include "share.h"
 #include "texts.h"
@@ -157,8 +158,8 @@ class Chooser {
 // All rows' drafts
 class Draft {
  public:
-  Draft(const Session& session, const int64_t* ids)
-      : session_(session), model_(*session.model), ids_(ids) {}
+  Draft(const Session& session, const int64_t* ids, Memory* memory)
+      : session_(session), model_(*session.model), ids_(ids), memory_(memory) {}
 
   // Feeds each row the tokens it lacks, then draws and feeds until every draft is as long as it
   // gets.
@@ -174,6 +175,7 @@ class Draft {
         logits = session_.scores.data();
       }
       forward(team, fed, logits);
+      mend(team, going, step, logits);
       chooser.choose(going, step, logits);
       const auto over = [step](const Writer* writer) { return step + 1 >= writer->count; };
       going.erase(std::remove_if(going.begin(), going.end(), over), going.end());
@@ -206,13 +208,32 @@ class Draft {
 
   void forward(Team& team, const Texts& fed, float* logits) {
     const auto begin = Clock::now();
-    session_.run(team, fed.lanes(), fed.tokens.data(), fed.last, logits);
+    float* ends = nullptr;
+    if (memory_) {
+      session_.ends.reserve(static_cast<int64_t>(fed.last.size()) * model_.hidden);
+      ends = session_.ends.data();
+    }
+    session_.run(team, fed.lanes(), fed.tokens.data(), fed.last, logits, ends);
     passes_ += Clock::now() - begin;
+  }
+
+  // Lets the memory mend the logits that writers draw from.
+  void mend(Team& team, const std::vector<Writer*>& writers, int64_t step, float* logits) {
+    if (!memory_) return;
+    std::vector<Memory::Place> places;
+    for (size_t i = 0; i < writers.size(); ++i) {
+      const int64_t at = static_cast<int64_t>(i);
+      places.push_back({writers[i]->row, writers[i]->start + step,
+                        session_.ends + at * model_.hidden, logits + at * model_.width()});
+    }
+    memory_->mend(*session_.kernels, share_of(team), places);
+    for (const Memory::Place& place : places) memory_->name(place.row, place.note, step - 1);
   }
 
   const Session& session_;
   const Llama& model_;
   const int64_t* ids_;
+  Memory* memory_;
   bool strange_ = false;
   Clock::duration passes_{0};
 };
@@ -227,6 +248,7 @@ struct Wanted {
   double least = 0.0;
   Filters filters;
   const int64_t* ids = nullptr;  // of each logit, null: its place
+  std::shared_ptr<Memory> memory;
   // Where scores [rows, most, width] and their logsumexp [rows, most] go, unless greedy
   float* scores = nullptr;
   double* logsumexp = nullptr;
@@ -263,7 +285,8 @@ std::vector<int64_t> drafted(const Session& session, Wanted given) {
                        levels ? drawn + height * most : nullptr, stop});
     stop += levels ? levels + given.steps[r] : 0;
   }
-  Draft draft(session, given.ids);
+  if (given.memory) remember(*given.memory, session, given.rows);
+  Draft draft(session, given.ids, given.memory.get());
   Team::gather([&](Team& team) {
     Chooser chooser(team, given.filters, Ending{given.least, levels}, width);
     draft.write(team, chooser, writers, std::move(texts));
@@ -287,7 +310,7 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
     std::vector<int64_t> rows, std::vector<int64_t> columns, std::vector<int64_t> hidden,
     std::vector<int64_t> steps, const MaybeTensor& choices, std::vector<int64_t> seed,
     std::vector<int64_t> start, double temperature, int64_t top_k, double top_p, double min_p,
-    double least, int64_t levels, std::vector<double> stops) {
+    double least, int64_t levels, std::vector<double> stops, int64_t memory) {
   const std::shared_ptr<const Session> session = llama_session(number);
   Wanted given{std::move(tokens),
                std::move(lengths),
@@ -302,6 +325,7 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
                least};
   given.filters = {static_cast<float>(temperature), static_cast<int32_t>(top_k),
                    static_cast<float>(top_p), static_cast<float>(min_p)};
+  given.memory = memory_of(memory);
   const int64_t width = session->model->width();
   if (choices) {
     STD_TORCH_CHECK(choices->scalar_type() == ScalarType::Long && choices->is_contiguous() &&
@@ -323,12 +347,12 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
 }
 
 // The same from numbers as they lie in memory: session, rows, tokens of all texts, levels, top-k,
-// and the addresses of choices, scores and sums; then lengths, rows, columns, hidden, steps, seed
+// the addresses of choices, scores and sums, and the memory; then lengths, rows, columns, hidden, steps, seed
 // and start of every row, and the tokens. Temperature, top-p, min-p, the least confidence and the
 // stops are real. The report takes the numbers' place.
 int64_t draft_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1];
-  Board board(numbers + 8, numbers + count);
+  Board board(numbers + 9, numbers + count);
   Wanted given;
   for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.steps,
                      &given.seed, &given.start})
@@ -345,6 +369,7 @@ int64_t draft_entry(int64_t* numbers, const double* reals, int64_t count) noexce
   given.ids = reinterpret_cast<const int64_t*>(numbers[5]);
   given.scores = reinterpret_cast<float*>(numbers[6]);
   given.logsumexp = reinterpret_cast<double*>(numbers[7]);
+  given.memory = memory_of(numbers[8]);
   const std::vector<int64_t> report = drafted(*llama_session(numbers[0]), std::move(given));
   std::copy(report.begin(), report.end(), numbers);
   return 0;

@@ -15,12 +15,11 @@
 #include <array>
 #include <cstdint>
 #include <cstring>
-#include <map>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "llama_model.h"
+#include "shelf.h"
 
 namespace {
 
@@ -98,7 +97,7 @@ void Llama::embed(int64_t token, float* out) const {
 
 void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
                 const std::vector<Stored>& caches, const float* turns,
-                const std::vector<int64_t>& asked, float* logits) const {
+                const std::vector<int64_t>& asked, float* logits, float* ends) const {
   const int64_t m = lanes.count, last = static_cast<int64_t>(asked.size()), dim = shape.dim;
   const int64_t mixed = shape.heads * dim, width = mixed + 2 * shape.kv_heads * dim;
   const Form form = matrices[0].form;
@@ -130,6 +129,7 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
     pass.normalise(x + asked[i] * hidden, norms + 2 * layers * hidden, normal + i * hidden, 1,
                    hidden);
   }
+  if (ends) std::memcpy(ends, normal.data(), last * hidden * sizeof(float));
   pass.apply({&matrices.back()}, inputs.of(form, normal.data(), last, hidden), logits, last);
 }
 
@@ -137,40 +137,8 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
 
 namespace {
 
-// Models and sessions by number: an argument of some hundred tensors would cost more than a small
-// model's pass
-template <class Thing>
-class Shelf {
- public:
-  // Never destroyed: tensors must not outlive torch's own state.
-  static Shelf& all() {
-    static Shelf* const shelf = new Shelf;
-    return *shelf;
-  }
-
-  int64_t put(std::shared_ptr<const Thing> thing) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    things_[++last_] = std::move(thing);
-    return last_;
-  }
-
-  std::shared_ptr<const Thing> get(int64_t number) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    const auto found = things_.find(number);
-    STD_TORCH_CHECK(found != things_.end(), "llama: nothing has the number ", number);
-    return found->second;
-  }
-
-  void drop(int64_t number) {
-    const std::lock_guard<std::mutex> guard(mutex_);
-    things_.erase(number);
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<int64_t, std::shared_ptr<const Thing>> things_;
-  int64_t last_ = 0;
-};
+using Models = specdec::Shelf<const Llama>;
+using Sessions = specdec::Shelf<const Session>;
 
 int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
                     std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
@@ -219,17 +187,17 @@ int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
   for (const auto* part : {&weights, &scales, &offsets})
     model->kept.insert(model->kept.end(), part->begin(), part->end());
   model->kept.insert(model->kept.end(), {embedding, norms, head_norms});
-  return Shelf<Llama>::all().put(std::move(model));
+  return Models::all().put(std::move(model));
 }
 
-void llama_forget(int64_t number) { Shelf<Llama>::all().drop(number); }
+void llama_forget(int64_t number) { Models::all().drop(number); }
 
 const PassKernels& kernels_of(int64_t capability);
 
 int64_t llama_open(int64_t number, const Tensor& rotations, std::vector<Tensor> keys,
                    std::vector<Tensor> values, int64_t capability) {
   auto session = std::make_shared<Session>();
-  session->model = Shelf<Llama>::all().get(number);
+  session->model = Models::all().get(number);
   session->kernels = &kernels_of(capability);
   const Llama& model = *session->model;
   const Shape& shape = model.shape;
@@ -259,10 +227,10 @@ int64_t llama_open(int64_t number, const Tensor& rotations, std::vector<Tensor> 
   session->kept = {rotations};
   for (const auto* part : {&keys, &values})
     session->kept.insert(session->kept.end(), part->begin(), part->end());
-  return Shelf<Session>::all().put(std::move(session));
+  return Sessions::all().put(std::move(session));
 }
 
-void llama_close(int64_t number) { Shelf<Session>::all().drop(number); }
+void llama_close(int64_t number) { Sessions::all().drop(number); }
 
 constexpr const char* kNames[] = {"plain", "avx2", "avx512", "dot"};
 
@@ -277,7 +245,7 @@ int64_t llama_capability() {
 namespace specdec {
 
 std::shared_ptr<const Session> llama_session(int64_t number) {
-  return Shelf<Session>::all().get(number);
+  return Shelf<const Session>::all().get(number);
 }
 
 }  // namespace specdec
@@ -296,7 +264,7 @@ const PassKernels& kernels_of(int64_t capability) {
 Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns,
                      std::vector<int64_t> rows, std::vector<int64_t> hidden,
                      std::vector<int64_t> wanted) {
-  const std::shared_ptr<const Session> session = Shelf<Session>::all().get(number);
+  const std::shared_ptr<const Session> session = Sessions::all().get(number);
   const Llama& model = *session->model;
   const int64_t height = static_cast<int64_t>(rows.size());
   check(tokens, ScalarType::Long, "tokens");

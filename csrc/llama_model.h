@@ -28,10 +28,11 @@ struct Llama {
   // Entries of a row of logits
   int64_t width() const { return matrices.back().rows; }
 
-  // Logits of the asked lanes: [asked, width]
+  // Logits of the asked lanes: [asked, width]; and their final hidden states [asked, hidden], where
+  // these are wanted
   void run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
            const std::vector<Stored>& caches, const float* turns, const std::vector<int64_t>& asked,
-           float* logits) const;
+           float* logits, float* ends) const;
 
  private:
   void embed(int64_t token, float* out) const;
@@ -46,16 +47,17 @@ struct Session {
   int64_t rows, columns;         // there is room for
   const float* turns;            // cosine and sine of every position [positions, 2, dim]
   mutable Buffer<float> scores;  // logits that nobody but the rule of a pass wants
+  mutable Buffer<float> ends;    // hidden states that nobody but a memory wants
 
   // Whether a row and column are inside.
   bool holds(int64_t row, int64_t column) const {
     return row >= 0 && row < rows && column >= 0 && column < columns;
   }
 
-  // Logits of the asked lanes: [asked, width]
+  // Logits of the asked lanes: [asked, width], and their hidden states as above
   void run(Team& team, const Lanes& lanes, const int64_t* token, const std::vector<int64_t>& asked,
-           float* logits) const {
-    model->run(team, *kernels, lanes, token, caches, turns, asked, logits);
+           float* logits, float* ends = nullptr) const {
+    model->run(team, *kernels, lanes, token, caches, turns, asked, logits, ends);
   }
 };
 

@@ -59,6 +59,9 @@ struct PassKernels {
   // out [dim] of n parts of one query's attention, each relative to its own peak
   void (*merge)(const float* const* parts, const float* peaks, const float* masses, int64_t n,
                 int64_t dim, float* out);
+  // y[i] += sum_j weights[j] * parts[j][begin + i] for i below n, parts in bfloat16
+  void (*mix)(float* y, const uint16_t* const* parts, const float* weights, int64_t count,
+              int64_t begin, int64_t n);
   // To bfloat16, to nearest, ties to even
   void (*narrow)(const float* x, uint16_t* y, int64_t n);
 };

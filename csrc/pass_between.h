@@ -47,6 +47,19 @@ void add_to(float* x, const float* more, int64_t n) {
   for (; i < n; ++i) x[i] += more[i];
 }
 
+void mix(float* y, const uint16_t* const* parts, const float* weights, int64_t count,
+         int64_t begin, int64_t n) {
+  int64_t i = 0;
+  for (; i + kWide <= n; i += kWide) {
+    Floats sum = floats(y + i);
+    for (int64_t j = 0; j < count; ++j) sum += load(parts[j] + begin + i) * weights[j];
+    __builtin_memcpy(y + i, &sum, sizeof sum);
+  }
+  for (; i < n; ++i) {
+    for (int64_t j = 0; j < count; ++j) y[i] += widen(parts[j][begin + i]) * weights[j];
+  }
+}
+
 inline Floats gated(Floats opened, Floats up) {
   return opened / (exponential(-opened) + 1.0f) * up;
 }

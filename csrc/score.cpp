@@ -62,7 +62,21 @@ struct Drafts {
   const int32_t* index = nullptr;
   Filters filters;
   int64_t rule = kMatch;
+  std::shared_ptr<Memory> memory;  // of what the drafts were drawn from
 };
+
+// Tells the memory what the target says at the places that stay.
+void tell(const Session& session, const Drafts& given, const std::vector<int64_t>& accepted,
+          int64_t positions, const Share& share) {
+  const int64_t width = session.model->width();
+  std::vector<Memory::Said> said;
+  for (size_t r = 0; r < given.rows.size(); ++r) {
+    const float* logits = session.scores.data() + static_cast<int64_t>(r) * positions * width;
+    for (int64_t i = 0; i <= std::min(given.counts[r], accepted[r]); ++i)
+      said.push_back({given.rows[r], i - 1, given.start[r] + i, logits + i * width});
+  }
+  given.memory->hear(*session.kernels, share, said, width);
+}
 
 // Feeds each row one token and its draft, and judges the drafts. Returns the number accepted and
 // the next token of every row, -1 where the target's scores are no law; and nanoseconds: of the
@@ -135,6 +149,7 @@ std::vector<int64_t> judged(const Session& session, const Drafts& given) {
     session.run(team, texts.lanes(), texts.tokens.data(), asked, logits);
     through = Clock::now();
     judge(call, output, share_of(team));
+    if (given.memory) tell(session, given, report, positions, share_of(team));
   });
   const auto nanoseconds = [](Clock::duration time) {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
@@ -154,7 +169,8 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
                                  const MaybeTensor& scores, const MaybeTensor& logsumexp,
                                  const MaybeTensor& index, std::vector<int64_t> seed,
                                  std::vector<int64_t> start, double temperature, int64_t top_k,
-                                 double top_p, double min_p, int64_t rule) {
+                                 double top_p, double min_p, int64_t rule,
+                                 int64_t memory) {
   Drafts given{std::move(first),   std::move(counts), std::move(rows),
                std::move(columns), std::move(hidden), std::move(seed),
                std::move(start),   std::move(drafts), std::move(drawn)};
@@ -179,16 +195,17 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
   given.filters = {static_cast<float>(temperature), static_cast<int32_t>(top_k),
                    static_cast<float>(top_p), static_cast<float>(min_p)};
   given.rule = rule;
+  given.memory = memory_of(memory);
   return judged(*llama_session(number), given);
 }
 
 // The same from numbers as they lie in memory: session, rows, longest draft, rule and top-k; of the
-// scores their address, that of their sums and of the index, room and entries; then first, counts,
+// scores their address, that of their sums and of the index, room and entries; the memory; then first, counts,
 // rows, columns, hidden, seed and start of every row, the drafts, and what they were drawn as.
 // Temperature, top-p and min-p are real. The report takes the numbers' place.
 int64_t judge_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1], longest = numbers[2];
-  Board board(numbers + 10, numbers + count);
+  Board board(numbers + 11, numbers + count);
   Drafts given{board.next(height), board.next(height),          board.next(height),
                board.next(height), board.next(height),          board.next(height),
                board.next(height), board.next(height * longest)};
@@ -201,6 +218,7 @@ int64_t judge_entry(int64_t* numbers, const double* reals, int64_t count) noexce
   given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[4]),
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};
   given.rule = numbers[3];
+  given.memory = memory_of(numbers[10]);
   const std::vector<int64_t> report = judged(*llama_session(numbers[0]), given);
   std::copy(report.begin(), report.end(), numbers);
   return 0;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "llama_model.h"
+#include "memory.h"
 
 namespace specdec {
 
@@ -52,6 +53,17 @@ inline Texts texts_of(const Session& session, std::vector<int64_t> tokens,
   STD_TORCH_CHECK(known, "llama: a token is out of range, or one too many");
   texts.tokens = std::move(tokens);
   return texts;
+}
+
+// A memory takes note of a drafter's new drafts of some rows.
+inline void remember(Memory& memory, const Session& session, const std::vector<int64_t>& rows) {
+  STD_TORCH_CHECK(
+      memory.hidden() == session.model->hidden && memory.entries() == session.model->width(),
+      "llama: a memory of another model");
+  for (const int64_t row : rows) {
+    STD_TORCH_CHECK(memory.holds(row), "llama: a row that a memory has no room for");
+    memory.begin(row);
+  }
 }
 
 // Lists behind one another in memory

@@ -96,6 +96,7 @@ struct Node {
   int64_t entry, id, parent, depth, level;
   double chance;  // that the target comes by
   int64_t place = -1;
+  int64_t note = -1;  // the memory's, of what was drawn behind it
 };
 
 struct Wanted {
@@ -107,6 +108,7 @@ struct Wanted {
   Filters filters;
   const int64_t* ids = nullptr;    // the drafter's of each entry, null: its place
   const int32_t* index = nullptr;  // the target's, the same
+  std::shared_ptr<Memory> memory;
 };
 
 class Tree {
@@ -178,6 +180,20 @@ class Tree {
     }
   }
 
+  // The memory's note of what was drawn behind a node, -1 for the text
+  void note(int64_t node, int64_t number) {
+    (node < 0 ? root_note_ : nodes_[node].note) = number;
+  }
+
+  // Tells the memory which nodes its notes are of.
+  void name(Memory& memory) const {
+    if (root_note_ >= 0) memory.name(growth_.row, root_note_, -1);
+    for (size_t i = 0; i < nodes_.size(); ++i) {
+      if (nodes_[i].note >= 0)
+        memory.name(growth_.row, nodes_[i].note, static_cast<int64_t>(i));
+    }
+  }
+
   // Passes that wrote it
   int64_t passes() const { return passes_; }
 
@@ -194,7 +210,7 @@ class Tree {
   const Wanted& wanted_;
   std::vector<Node> nodes_;
   std::vector<int64_t> frontier_;
-  int64_t planted_ = 0, passes_ = 1;
+  int64_t planted_ = 0, passes_ = 1, root_note_ = -1;
 };
 
 class Gardener {
@@ -206,11 +222,13 @@ class Gardener {
     const int64_t width = session_.model->width();
     session_.scores.reserve(static_cast<int64_t>(trees.size()) * width);
     pass([&] {
-      session_.run(team_, texts.lanes(), texts.tokens.data(), texts.last, session_.scores.data());
+      session_.run(team_, texts.lanes(), texts.tokens.data(), texts.last, session_.scores.data(),
+                   ends(static_cast<int64_t>(trees.size())));
     });
     std::vector<std::pair<Tree*, int64_t>> asked;
     for (Tree& tree : trees) asked.push_back({&tree, -1});
     for (int64_t depth = 1;; ++depth) {
+      mend(asked, depth);
       look(asked, depth);
       Grove grove;
       asked.clear();
@@ -228,8 +246,10 @@ class Gardener {
       std::vector<int64_t> all(asked.size());
       for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
       session_.scores.reserve(grove.size() * width);
-      pass(
-          [&] { session_.run(team_, grove.lanes(), grove.tokens(), all, session_.scores.data()); });
+      pass([&] {
+        session_.run(team_, grove.lanes(), grove.tokens(), all, session_.scores.data(),
+                     ends(grove.size()));
+      });
     }
   }
 
@@ -244,6 +264,28 @@ class Gardener {
     const auto begin = Clock::now();
     body();
     passes_ += Clock::now() - begin;
+  }
+
+  // Where the hidden states of a pass go, null where nobody wants them
+  float* ends(int64_t lanes) {
+    if (!wanted_.memory) return nullptr;
+    session_.ends.reserve(lanes * session_.model->hidden);
+    return session_.ends.data();
+  }
+
+  // Lets the memory mend the logits of some nodes.
+  void mend(const std::vector<std::pair<Tree*, int64_t>>& asked, int64_t depth) {
+    if (!wanted_.memory) return;
+    std::vector<Memory::Place> places;
+    for (size_t i = 0; i < asked.size(); ++i) {
+      const Growth& growth = asked[i].first->growth();
+      const int64_t at = static_cast<int64_t>(i);
+      places.push_back({growth.row, growth.start + depth - 1,
+                        session_.ends + at * session_.model->hidden,
+                        session_.scores + at * session_.model->width()});
+    }
+    wanted_.memory->mend(*session_.kernels, share_, places);
+    for (size_t i = 0; i < asked.size(); ++i) asked[i].first->note(asked[i].second, places[i].note);
   }
 
   // Adds to each tree what may come behind its node, by the logits of that.
@@ -309,6 +351,7 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
   const std::vector<int64_t> lengths = given.lengths;
   const Texts texts = texts_of(session, std::move(given.tokens), lengths, given.rows, given.columns,
                                given.hidden, more);
+  if (given.memory) remember(*given.memory, session, given.rows);
   std::vector<Tree> trees;
   const double* at = given.told.data();
   for (int64_t r = 0; r < height; ++r) {
@@ -328,6 +371,7 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
   });
   STD_TORCH_CHECK(!strange, "llama_branch: a token was drawn that the model cannot read");
   for (int64_t r = 0; r < height; ++r) {
+    if (given.memory) trees[r].name(*given.memory);
     const std::vector<Node>& nodes = trees[r].nodes();
     report[r] = static_cast<int64_t>(nodes.size());
     report[height + r] = trees[r].passes();
@@ -348,6 +392,7 @@ struct Judged {
   std::vector<int64_t> first, counts, rows, columns, hidden, seed, start;
   std::vector<int64_t> tokens, parents;  // [rows, most]
   Filters filters;
+  std::shared_ptr<Memory> memory;  // of what the trees were drawn from
 };
 
 class Climber {
@@ -451,6 +496,7 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
     through = Clock::now();
     const Share share = share_of(team);
     const Climber climber(session, given, most, share);
+    std::vector<Memory::Said> said;
     for (int64_t r = 0; r < height; ++r) {
       std::vector<int64_t> passed, columns;
       report[height + r] = climber.climb(r, logits + begins[r] * width, passed);
@@ -460,7 +506,13 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
         columns.push_back(given.columns[r] + 1 + passed[i]);
       }
       close_ranks(session, given.rows[r], given.columns[r] + 1, columns);
+      const float* own = logits + begins[r] * width;
+      said.push_back({given.rows[r], -1, given.start[r], own});
+      for (size_t i = 0; i < passed.size(); ++i)
+        said.push_back({given.rows[r], passed[i], given.start[r] + static_cast<int64_t>(i) + 1,
+                        own + (passed[i] + 1) * width});
     }
+    if (given.memory) given.memory->hear(*session.kernels, share, said, width);
   });
   report[2 * height + height * most] = nanoseconds(through - begin);
   report.back() = nanoseconds(Clock::now() - through);
@@ -470,15 +522,15 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
 // --- how they are called
 // ---------------------------------------------------------------------------
 
-// Numbers: session, rows, tokens of all texts, levels, top-k, and the addresses of the drafter's
-// and the target's ids of each entry; lengths, rows, columns, hidden, levels and nodes at most,
+// Numbers: session, rows, tokens of all texts, levels, top-k, the addresses of the drafter's and
+// the target's ids of each entry, and the memory; lengths, rows, columns, hidden, levels and nodes at most,
 // seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least chance;
 // for every row what is told.
 std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals,
                             int64_t told_reals) {
-  STD_TORCH_CHECK(count >= 7, "llama_branch: too few numbers");
+  STD_TORCH_CHECK(count >= 8, "llama_branch: too few numbers");
   const int64_t height = numbers[1];
-  Board board(numbers + 7, numbers + count);
+  Board board(numbers + 8, numbers + count);
   Wanted given;
   for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.deepest,
                      &given.most, &given.seed, &given.start})
@@ -499,17 +551,18 @@ std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double*
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};
   given.ids = reinterpret_cast<const int64_t*>(numbers[5]);
   given.index = reinterpret_cast<const int32_t*>(numbers[6]);
+  given.memory = memory_of(numbers[7]);
   return branched(*llama_session(numbers[0]), std::move(given));
 }
 
-// Numbers: session, rows, nodes of the largest tree, top-k; first, counts, rows, columns, hidden,
+// Numbers: session, rows, nodes of the largest tree, top-k, the memory; first, counts, rows, columns, hidden,
 // seed and start of every row, tokens and parents. Reals: temperature, top-p and min-p.
 std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals,
                            int64_t told_reals) {
-  STD_TORCH_CHECK(count >= 4 && (told_reals < 0 || told_reals == 3),
+  STD_TORCH_CHECK(count >= 5 && (told_reals < 0 || told_reals == 3),
                   "llama_climb: numbers are too few, or reals not three");
   const int64_t height = numbers[1];
-  Board board(numbers + 4, numbers + count);
+  Board board(numbers + 5, numbers + count);
   Judged given;
   for (auto* list : {&given.first, &given.counts, &given.rows, &given.columns, &given.hidden,
                      &given.seed, &given.start})
@@ -521,6 +574,7 @@ std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* 
   board.close();
   given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[3]),
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};
+  given.memory = memory_of(numbers[4]);
   return climbed(*llama_session(numbers[0]), std::move(given));
 }
 

@@ -146,9 +146,14 @@ class Engine:
             accepted, token, drafts = judged.accepted, judged.token, proposal.on_host()
         else:
             logits = self._score(active, proposal)
+            memories = proposal.memories()
             raw = logits.clone() if self.record.logits is not None else None
+            own = logits.clone() if memories and self.processors else logits
             scores = self._processed(active, proposal, logits) if self.processors else logits
             accepted, token, drafts = _verdict_on_host(self.rule.verify(scores, proposal, draws), proposal)
+            for places, memory in memories:
+                lists = [[line[p] for p in places] for line in (active, draws.keys[1], accepted)]
+                memory.hear(lists[0], lists[1], lists[2], own[places])
         self.statistics.verify_seconds += time.perf_counter() - begin
         count = proposal.count
         for r, row in enumerate(active):
@@ -282,7 +287,7 @@ class Engine:
             if proposal.told is None:
                 return None
             told = zip(proposal.told.tokens, proposal.count, strict=True)
-            tree = Tree.of_chains([line[:count] for line, count in told])
+            tree = Tree.of_chains([line[:count] for line, count in told], proposal.told.memory)
         count = [len(tokens) for tokens in tree.tokens]
         if not self._follows(rows, count):
             return None

@@ -27,14 +27,26 @@ from transformers.cache_utils import DynamicCache
 
 from specdec_fast import native
 from specdec_fast.cache import RaggedCache, ragged_layers
-from specdec_fast.lean_ops import MOST, Choices, Choosing, Drafted, Judged, Judging, KeptModel, Laws, Session, Told
-from specdec_fast.lean_weights import linears, matrix, packed, plain, unpacked
+from specdec_fast.lean_ops import (
+    MOST,
+    Choices,
+    Choosing,
+    Drafted,
+    Judged,
+    Judging,
+    KeptModel,
+    Laws,
+    Session,
+    Told,
+)
+from specdec_fast.lean_weights import equal, linears, matrix, packed, plain, state, unpacked
+from specdec_fast.memory import Memory
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level", "why_not_lean"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
-SAMPLES = 64  # of each matrix, to see whether it has been changed
+NEWEST = "specdec_fast::llama_memory"  # of the operations here
 MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is faster
 # where the machine multiplies bfloat16 in vectors, and where it has tiles for it besides
 MOST_HALVES, MOST_BESIDE_TILES = 256, 64
@@ -100,6 +112,14 @@ class LeanModel:
         matrices = [matrix(linear, rounded) for linear in [*maps, model.get_output_embeddings()]]
         self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
         self._width = model.get_output_embeddings().weight.shape[0]
+
+    def memory(self, rows: int, index: Tensor | None) -> Memory:
+        """A memory for drafts of so many rows.
+
+        Args:
+            index: ``[K]`` the target's id of each logit; None: its place.
+        """
+        return Memory(rows, self._embedding.shape[1], self._width, index)
 
     @property
     def bytes(self) -> int:
@@ -227,7 +247,8 @@ class LeanModel:
             if laws is not None and laws.room is not None:
                 (scores, sums), (_, room, entries) = laws.room.at, laws.shape
             index = 0 if told.table is None else told.table.at
-            board = [session.number, rows, longest, rule, top_k, scores, sums, index, room, entries]
+            kept = 0 if told.memory is None else told.memory.number
+            board = [session.number, rows, longest, rule, top_k, scores, sums, index, room, entries, kept]
             for line in (first, count, places, start, hidden, seed, position, drafts, drawn):
                 board += line
             said = session.judge(board, [temperature, top_p, min_p], 2 * rows + 2)
@@ -235,8 +256,9 @@ class LeanModel:
             law = (None, None) if laws is None else (laws.scores.contiguous(), laws.logsumexp)
             narrow = None if told.table is None else told.table.narrow
             keys = narrow, seed, position
+            kept = 0 if told.memory is None else told.memory.number
             said = torch.ops.specdec_fast.llama_judge(
-                session.number, first, drafts, count, places, start, hidden, drawn, *law, *keys, *judging
+                session.number, first, drafts, count, places, start, hidden, drawn, *law, *keys, *judging, kept
             )
         return Judged(said[:rows], said[rows : 2 * rows], 1e-9 * said[-1])
 
@@ -271,6 +293,7 @@ class LeanModel:
         seed: list[int],
         position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,
+        memory: Memory | None = None,
     ) -> Drafted:
         """Feeds each row its text, then draws and feeds tokens without coming back in between.
 
@@ -287,6 +310,7 @@ class LeanModel:
             stops: where each row's draft ends early, as :meth:`specdec_fast.lookahead.Adaptive.stops` tells it: by
                 level of confidence, the acceptance of a token; and for a draft of 1, 2, .. tokens, what the product of
                 those of its tokens must exceed for it to go on. None: nowhere.
+            memory: mends the logits, by the rows' ``places``.
         """
         lengths = [len(text) for text in texts]
         end = max(first + n + most for first, n, most in zip(start, lengths, steps, strict=True))
@@ -299,12 +323,13 @@ class LeanModel:
         size = rows * (1 + most + (most if levels else 0)) + 1
         temperature, top_k, top_p, min_p, least = choosing
         laws, at, report = None, (0, 0), None
-        if max(7 * rows + len(tokens) + 8, size) <= MOST:
+        if max(7 * rows + len(tokens) + 9, size) <= MOST:
             if temperature:
                 room = session.room(rows * most, self._width)
                 laws, at = room.laws((rows, most, self._width)), room.at
             ids = 0 if choices is None else choices.at
-            board = [session.number, rows, len(tokens), levels, top_k, ids, *at]
+            kept = 0 if memory is None else memory.number
+            board = [session.number, rows, len(tokens), levels, top_k, ids, *at, kept]
             for line in (lengths, places, start, hidden, steps, seed, position, tokens):
                 board += line
             report = session.draft(board, [temperature, top_p, min_p, least, *numbers], size)
@@ -324,6 +349,7 @@ class LeanModel:
                 *choosing,
                 levels,
                 numbers,
+                0 if memory is None else memory.number,
             )
             laws = Laws(*written) if written else None
         lines = [report[first : first + most] for first in range(rows, size - 1, most)]
@@ -430,41 +456,17 @@ def _form(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
             if hooked:
                 return f"something hooks into the modules of {type(model).__name__}"
             return "the model is not on a CPU" if model.device.type != "cpu" else "the native pass is not built"
-        state = _state(model, rounded)
+        now = state(model, rounded)
         forms = _kept.setdefault(model, {})
-        if rounded not in forms or not _equal(forms[rounded][0], state):
-            forms[rounded] = (state, _made(model, rounded))
+        if rounded not in forms or not equal(forms[rounded][0], now):
+            forms[rounded] = (now, _made(model, rounded))
         return forms[rounded][1]
 
 
 def _native() -> bool:
     """Whether the native pass is there: a library built from older sources may lack it."""
-    return native.load_ops() and torch._C._dispatch_has_kernel_for_dispatch_key("specdec_fast::llama_model", "CPU")
-
-
-@torch.no_grad()
-def _state(model: PreTrainedModel, rounded: bool) -> list[Any]:
-    """What the lean form copies, and how the rest is put together.
-
-    Writing through ``.data`` leaves no trace in a version counter, so values are compared: norms, offsets and
-    frequencies whole, matrices at a few places (an exact form has no copies of them).
-    """
-    parameters = list(model.parameters())
-    small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *model.buffers()] if p.ndim < 2]
-    some = [torch.empty(0)] + [
-        p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if rounded and p.ndim >= 2
-    ]
-    names = ("scaling", "variance_epsilon", "attention_scaling")
-    settings = [
-        (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in model.modules()
-    ]
-    places = [(p.data_ptr(), p.dtype, p.shape) for p in parameters]
-    return [torch.cat(small), torch.cat(some), settings, places, str(model.config._attn_implementation)]
-
-
-def _equal(one: list[Any], other: list[Any]) -> bool:
-    pairs = zip(one, other, strict=True)
-    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    return native.load_ops() and has("specdec_fast::llama_model", "CPU") and has(NEWEST, "CompositeExplicitAutograd")
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast.cache import RaggedCache
+from specdec_fast.memory import Memory
 
 __all__ = [
     "MOST",
@@ -162,12 +163,14 @@ class Told(NamedTuple):
         drawn: ``[R][G]`` the entry of the scores that each was drawn as; None: they are the tokens.
         laws: they were drawn from; None: they were certain.
         table: the target id of each entry; None: it is one.
+        memory: to be told what the target says of them.
     """
 
     tokens: list[list[int]]
     drawn: list[list[int]] | None = None
     laws: Laws | None = None
     table: Index | None = None
+    memory: Memory | None = None
 
 
 class Judged(NamedTuple):
@@ -284,6 +287,9 @@ _library.define(
     "llama_open(int model, Tensor rotations, Tensor(a!)[] keys, Tensor(b!)[] values, int capability) -> int"
 )
 _library.define("llama_close(int session) -> ()")
+_library.define("llama_memory(int rows, int hidden, int entries, Tensor? index) -> int")
+_library.define("llama_memory_forget(int memory) -> ()")
+_library.define("llama_memory_hear(int memory, int[] rows, int[] nodes, int[] positions, Tensor logits) -> ()")
 _library.define(
     "llama_read(int session, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] tails) "
     "-> Tensor"
@@ -291,12 +297,12 @@ _library.define(
 _library.define(
     "llama_judge(int session, int[] first, int[] drafts, int[] counts, int[] rows, int[] columns, int[] hidden, "
     "int[] drawn, Tensor? scores, Tensor? logsumexp, Tensor? index, int[] seed, int[] start, float temperature, "
-    "int top_k, float top_p, float min_p, int rule) -> int[]"
+    "int top_k, float top_p, float min_p, int rule, int memory=0) -> int[]"
 )
 _library.define(
     "llama_draft(int session, int[] tokens, int[] lengths, int[] rows, int[] columns, int[] hidden, int[] steps, "
     "Tensor? choices, int[] seed, int[] start, float temperature, int top_k, float top_p, float min_p, float least, "
-    "int levels, float[] stops) -> (Tensor[] laws, int[] report)"
+    "int levels, float[] stops, int memory=0) -> (Tensor[] laws, int[] report)"
 )
 _library.define(
     "llama_forward(int session, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes) -> Tensor"

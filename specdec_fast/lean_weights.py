@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["linears", "matrix", "packed", "plain", "unpacked"]
+__all__ = ["equal", "linears", "matrix", "packed", "plain", "state", "unpacked"]
 
 ZERO = 128  # of a weight in 8 bits
+SAMPLES = 64  # of each matrix, to see whether it has been changed
 
 
 def linears(layer: Any) -> list[Any]:
@@ -53,3 +54,29 @@ def packed(weights: Tensor) -> Tensor:
 def unpacked(weights: Tensor) -> Tensor:
     """``[N, K]`` of :func:`packed`, with what it filled in."""
     return weights.transpose(1, 2).reshape(weights.shape[0] * 16, -1)
+
+
+@torch.no_grad()
+def state(model: nn.Module, rounded: bool) -> list[Any]:
+    """What the lean form copies, and how the rest is put together.
+
+    Writing through ``.data`` leaves no trace in a version counter, so values are compared: norms, offsets and
+    frequencies whole, matrices at a few places (an exact form has no copies of them).
+    """
+    parameters = list(model.parameters())
+    small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *model.buffers()] if p.ndim < 2]
+    some = [torch.empty(0)] + [
+        p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if rounded and p.ndim >= 2
+    ]
+    names = ("scaling", "variance_epsilon", "attention_scaling")
+    settings = [
+        (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in model.modules()
+    ]
+    places = [(p.data_ptr(), p.dtype, p.shape) for p in parameters]
+    return [torch.cat(small), torch.cat(some), settings, places, str(vars(model)["config"]._attn_implementation)]
+
+
+def equal(one: list[Any], other: list[Any]) -> bool:
+    """Whether two states are the same."""
+    pairs = zip(one, other, strict=True)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)

@@ -23,6 +23,8 @@ from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.drafters.projection import ProjectionDrafter, ProjectionWriter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
 from specdec_fast.drafters.slrs import SlrsDrafter
+from specdec_fast.lean import why_not_lean
+from specdec_fast.memory import footprint
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
 from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
@@ -42,6 +44,8 @@ __all__ = [
     "reason_of",
 ]
 
+_MENDED = {"model", "tli"}  # by a memory
+MOST_REMEMBERED = 256 << 20  # bytes that memories take where nobody has asked for them
 # Methods that say by what law they drew; what the others propose is certain
 LAW_KNOWN = ("model", "tli", "projection", "slrs", "slrs_literal")
 # Acceptance hoped for before a method was tried (docs/auto.md)
@@ -68,6 +72,7 @@ class Plan:
         others: methods that a row's running acceptance may change to.
         rows: those that draft; None: all.
         tree: nodes of each row's draft at most, where it may branch; 0: it is a chain.
+        remembers: whether what the target says mends what drafters draw from (:mod:`specdec_fast.memory`).
     """
 
     method: str
@@ -78,6 +83,7 @@ class Plan:
     others: tuple[str, ...] = ()
     rows: frozenset[int] | None = None
     tree: int = 0
+    remembers: bool = False
 
 
 def check_model(model: PreTrainedModel, argument: str) -> None:
@@ -168,6 +174,7 @@ def make_plan(
     missing = lacks_for_trees(model, options, choice, do_sample, in_order)
     if missing and options.draft_tree == "on":
         raise ValueError(f"draft_tree='on' needs {missing}: mend that, or use draft_tree='auto'")
+    _refuse_memory(options, choice)
     if choice.method != "autoregressive" and sampling.holds_a_cache(processors):
         choice = Choice("autoregressive", "a guidance processor runs a model of its own at every token")
     method = choice.method
@@ -188,6 +195,7 @@ def make_plan(
         choice.others,
         choice.rows,
         0 if missing else nodes_for(prompts.shape[0]),
+        _remembers(model, options, verification, prompts.shape[0], in_order, choice),
     )
 
 
@@ -307,6 +315,39 @@ def _verification(options: Options, method: str, do_sample: bool, in_order: bool
     return "match", "the target's own draws need no law of the drafter"
 
 
+def _refuse_memory(options: Options, choice: Choice) -> None:
+    """Raises where a memory was asked for and cannot be."""
+    if options.draft_memory != "on":
+        return
+    drafter = options.assistant_model
+    if drafter is None or not _MENDED & {choice.method, *choice.others}:
+        raise ValueError(
+            f"draft_memory='on' needs method 'model' or 'tli', and the method is {choice.method!r}: "
+            "name one of these, or use draft_memory='auto'"
+        )
+    if (why := why_not_lean(drafter)) is not None:
+        raise ValueError(f"draft_memory='on' needs a drafter that runs natively: {why}; use draft_memory='auto'")
+
+
+def _remembers(
+    model: PreTrainedModel, options: Options, verification: str, rows: int, in_order: bool, choice: Choice
+) -> bool:
+    """Whether drafters that draw have a memory where they can.
+
+    In order nobody tells it anything. Where nobody has asked for it: a seed gives the same tokens by every backend, of
+    which only the native operations have one, so there is none where these hang on the draft; and memory is bounded.
+    """
+    drafter = options.assistant_model
+    if drafter is None or in_order or options.draft_memory == "off" or not _MENDED & {choice.method, *choice.others}:
+        return False
+    widths = logit_width(drafter), logit_width(model)
+    if choice.method == "model" and widths[0] > widths[1]:  # some entries are no token of the target
+        return False
+    repeats = options.seed is not None or options.source is not None
+    affordable = rows * footprint(min(widths)) <= MOST_REMEMBERED
+    return options.draft_memory == "on" or (affordable and not (repeats and verification in ("token", "block")))
+
+
 def build_drafter(
     plan: Plan,
     model: PreTrainedModel,
@@ -345,8 +386,12 @@ def build_drafter(
     window = options.assistant_window
     how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
     races = plan.verification == "gumbel"
+    # An argmax seldom changes by what a memory knows, and its cost is not won back
+    remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
     if plan.method == "model":
-        same = ModelWriter(drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=races)
+        same = ModelWriter(
+            drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=races, remembers=remembers
+        )
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts = [
@@ -394,5 +439,6 @@ def build_drafter(
         **how,
         races=races,
         names=shared.target_ids,
+        remembers=remembers,
     )
     return CompactDrafter(writer, shared.target_ids, device, branching)

@@ -18,6 +18,7 @@ __all__ = ["METHODS", "VERIFICATIONS", "Options"]
 METHODS = ("auto", "autoregressive", "model", "tli", "projection", "slem", "slrs", "slrs_literal", "prompt_lookup")
 VERIFICATIONS = ("auto", "match", "gumbel", "token", "block")
 TREES = ("auto", "on", "off")
+MEMORIES = ("auto", "on", "off")
 COMPILES = ("auto", "off", "static", "inductor")
 DEFAULT_LOOKAHEAD = 5
 DEFAULT_NGRAM = 3
@@ -48,6 +49,7 @@ class Options:
     assistant_lookbehind: int | None = None
     assistant_window: int | None = None
     draft_tree: str = "auto"
+    draft_memory: str = "auto"
     compile: str = "auto"
     streamer: BaseStreamer | None = None
     source: UniformSource | None = None
@@ -56,6 +58,7 @@ class Options:
         _one_of("method", self.method, METHODS)
         _one_of("verification", self.verification, VERIFICATIONS)
         _one_of("draft_tree", self.draft_tree, TREES)
+        _one_of("draft_memory", self.draft_memory, MEMORIES)
         if isinstance(self.compile, CompileConfig):
             raise TypeError("compile takes a name: give a CompileConfig as compile_config, and compile='inductor'")
         _one_of("compile", self.compile, COMPILES)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from specdec_fast import reference
 from specdec_fast.lean_ops import Told
+from specdec_fast.memory import Memory
 from specdec_fast.token_map import TokenMap
 from specdec_fast.trees import Tree
 
@@ -239,6 +240,13 @@ class Proposal:
         self._law: DenseLaw | LazyLaw | None = law
         self._device = tokens.device
 
+    def memories(self) -> list[tuple[list[int], Memory]]:
+        """Who is to be told what the target says of these drafts: places of rows, and their memory."""
+        if self.told is not None:
+            return [] if self.told.memory is None else [(list(range(len(self.count))), self.told.memory)]
+        parts = self._law.parts if isinstance(self._law, JoinedLaw) else ()
+        return [([places[r] for r in own], memory) for places, part in parts for own, memory in part.memories()]
+
     @classmethod
     def of_told(cls, told: Told, count: list[int], device: torch.device) -> Proposal:
         """A proposal whose tensors are made where somebody asks for them.
@@ -263,7 +271,7 @@ class Proposal:
     def law(self) -> DenseLaw | LazyLaw:
         if self._law is None:
             assert self.told is not None
-            _, drawn, laws, index = self.told
+            _, drawn, laws, index, _ = self.told
             if laws is None:
                 self._law = PointMass(self.tokens)
             else:

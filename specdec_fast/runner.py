@@ -18,6 +18,7 @@ from specdec_fast.cache import RaggedCache, ragged_layers
 from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
 from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
+from specdec_fast.memory import Memory
 from specdec_fast.trees import Climbed, Climbing, Growing, Tree
 from specdec_fast.trial import distance, trial_ids
 
@@ -214,6 +215,7 @@ class Runner:
         growing: list[Growing],
         least: float,
         keys: tuple[list[int], list[int]],
+        memory: Memory | None = None,
     ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[int]]:
         """Feeds tokens to rows and drafts trees behind them in one operation: :func:`specdec_fast.trees.branch`.
 
@@ -224,7 +226,7 @@ class Runner:
         start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
         cache = self._units[0][1]
         written = trees.branch(
-            self._lean, texts, rows, start, hidden, cache, choosing, choices, index, growing, least, *keys
+            self._lean, texts, rows, start, hidden, cache, choosing, choices, index, growing, least, *keys, memory
         )
         for row, text in zip(rows, texts, strict=True):
             self.length[row] += len(text)
@@ -240,6 +242,7 @@ class Runner:
         seed: list[int],
         position: list[int],
         stops: list[tuple[list[float], list[float]]] | None = None,
+        memory: Memory | None = None,
     ) -> Drafted:
         """Feeds tokens to rows and drafts behind them in one operation: :meth:`LeanModel.draft`.
 
@@ -249,7 +252,7 @@ class Runner:
         texts = self._readable(texts)
         start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
         drafted = self._lean.draft(
-            texts, rows, start, hidden, self._units[0][1], steps, choosing, choices, seed, position, stops
+            texts, rows, start, hidden, self._units[0][1], steps, choosing, choices, seed, position, stops, memory
         )
         for row, text, count in zip(rows, texts, drafted.counts, strict=True):
             self.length[row] += len(text) + count - 1

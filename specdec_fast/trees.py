@@ -13,6 +13,7 @@ from typing import NamedTuple
 from specdec_fast.cache import RaggedCache
 from specdec_fast.lean import LeanModel, joined, level
 from specdec_fast.lean_ops import Choices, Choosing, Index
+from specdec_fast.memory import Memory
 
 __all__ = ["Climbed", "Climbing", "Growing", "Tree", "branch", "climb"]
 
@@ -34,17 +35,20 @@ class Tree(NamedTuple):
         parents: ``[R][N]`` places of what each stands behind; -1: the row's text.
         levels: ``[R][N]`` of the drafter's confidence in each.
         passes: ``[R]`` of the drafter's, one a level, that it took.
+        memory: to be told what the target says of the nodes.
     """
 
     tokens: list[list[int]]
     parents: list[list[int]]
     levels: list[list[int]]
     passes: list[int]
+    memory: Memory | None = None
 
     @classmethod
-    def of_chains(cls, drafts: list[list[int]]) -> Tree:
+    def of_chains(cls, drafts: list[list[int]], memory: Memory | None = None) -> Tree:
         """Trees that do not branch."""
-        return cls(drafts, [list(range(-1, len(line) - 1)) for line in drafts], [[] for _ in drafts], [0] * len(drafts))
+        parents = [list(range(-1, len(line) - 1)) for line in drafts]
+        return cls(drafts, parents, [[] for _ in drafts], [0] * len(drafts), memory)
 
     def chains(self) -> list[list[int]]:
         """Each row's way from first child to first child."""
@@ -115,7 +119,7 @@ def climb(
     rows, most = len(count), max(count)
     session = lean.session(cache, max(start) + most + 1)
     temperature, top_k, top_p, min_p = climbing
-    board = [session.number, rows, most, top_k]
+    board = [session.number, rows, most, top_k, 0 if tree.memory is None else tree.memory.number]
     for line in (first, count, places, start, hidden, seed, position):
         board += line
     board += level(tree.tokens, most) + level(tree.parents, most)
@@ -139,6 +143,7 @@ def branch(
     least: float,
     seed: list[int],
     position: list[int],
+    memory: Memory | None = None,
 ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[int]]:
     """Feeds each row its text, then drafts a tree behind it, level by level.
 
@@ -152,6 +157,7 @@ def branch(
         growing: of each row, how far.
         least: chance of a node that is kept.
         seed, position: ``[R]``, of the numbers' keys.
+        memory: mends the logits, by the rows' ``places``.
 
     Returns:
         of every row's nodes the logit, the parent's place (-1: the text) and the level of confidence; and how many
@@ -163,6 +169,7 @@ def branch(
     session, tokens = lean.session(cache, max(ends)), joined(texts)
     addresses = [0 if choices is None else choices.at, 0 if index is None else index.at]
     board = [session.number, rows, len(tokens), len(growing[0].sure), choosing.top_k, *addresses]
+    board.append(0 if memory is None else memory.number)
     for line in (lengths, places, start, hidden, [g.deepest for g in growing], [g.most for g in growing]):
         board += line
     board += seed + position + tokens

@@ -274,8 +274,8 @@ def test_arguments_that_do_not_fit_are_an_error(change):
 
 
 def fault_number_of_another_position(self, *arguments):
-    *front, position, stops = arguments
-    return DRAFT(self, *front, [place + 1 for place in position], stops)
+    *front, position, stops, memory = arguments
+    return DRAFT(self, *front, [place + 1 for place in position], stops, memory)
 
 
 def fault_number_of_the_first_step(self, *arguments):

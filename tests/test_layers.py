@@ -56,7 +56,7 @@ LAYERS = (
     {"lean_ops", "fused_layers"},
     {"walk"},
     {"static_cache", "layer_ops"},
-    {"cache", "trial", "lean_weights", "pretrained", "ngram", "intersection_mass"},
+    {"cache", "trial", "lean_weights", "memory", "pretrained", "ngram", "intersection_mass"},
     {"text"},
     {"spelling"},
     {"token_map"},

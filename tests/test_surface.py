@@ -29,6 +29,7 @@ ALLOWED = {
     "device_round": ARGMAX,
     "attention": "a softmax over columns of a cache",
     "masks": "positions of a mask",
+    "memory": "what the native operations are held to",
 }
 
 

@@ -216,7 +216,7 @@ def test_a_row_without_a_tree_beside_one_with():
     tree = Tree([[], [8, 9]], [[], [-1, -1]], [[], [0, 0]], [0, 1])
     said = joint.climb([0, 1], [3, 2], tree, SAMPLED, ([1, 2], [3, 4]))
     for row in (0, 1):
-        single = Tree(*(part[row : row + 1] for part in tree))
+        single = Tree(*(part[row : row + 1] for part in tree[:4]))
         own_said = alone.climb([row], [[3, 2][row]], single, SAMPLED, ([1 + row], [3 + row]))
         assert (own_said.passed[0], own_said.token[0]) == (said.passed[row], said.token[row])
     assert alone.length == joint.length
@@ -255,7 +255,7 @@ def test_what_is_wrong_with_a_tree_is_said(change):
     one.read([0], [[1, 2]], [1])
     session = one.caches[0][1].session
     given = {
-        "session": session.number, "rows": 1, "most": 1, "top_k": 0,
+        "session": session.number, "rows": 1, "most": 1, "top_k": 0, "memory": 0,
         "first": 7, "count": 1, "row": 0, "column": 2, "hidden": 0, "seed": 5, "start": 2, "token": 3, "parent": -1,
     }  # fmt: skip
     assert len(torch.ops.specdec_fast.llama_climb(list(given.values()), [0.0, 1.0, 0.0])) == 5

@@ -27,6 +27,7 @@ from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest, raced_token
 from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.lean_ops import Choices, Index, Laws, Told
+from specdec_fast.memory import Memory
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, padded
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
@@ -87,8 +88,13 @@ class ModelWriter:
         watcher: asked whether a row drafts on, in place of ``confidence``.
         window: how much it reads of a text, in its tokens; None: as much as it has positions for.
         races: draw with the numbers of the target's own races (rule *gumbel*), whose law nobody then asks for.
-        names: ``[K]`` int64 target ids of the choices, for that; None: their places.
+        names: ``[K]`` int64 target ids of the choices, for that and for the memory; None: their places.
+        remembers: mend the scores by what the target said at like places (``docs/memory.md``), where drafts are
+            written by native operations.
     """
+
+    memory: Memory | None = None
+    """To be told what the target says of the drafts, where it mends the scores they are drawn from."""
 
     def __init__(
         self,
@@ -102,6 +108,7 @@ class ModelWriter:
         window: int | None = None,
         races: bool = False,
         names: Tensor | None = None,
+        remembers: bool = False,
     ):
         self._races, self._names = races and warpers is not None, names
         self.contexts = contexts
@@ -115,6 +122,8 @@ class ModelWriter:
             else:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
         self._runner = Runner(model, len(contexts), head=head, lean=lean, window=window)
+        if remembers and lean is not None:
+            self.memory = lean.memory(len(contexts), names)
         self._choices = None if choices is None else choices.to(model.device)
         self._entries = None if choices is None else Choices(choices.cpu())
         self._picks = None if choices is None or head is not None else self._choices
@@ -165,7 +174,7 @@ class ModelWriter:
         able = [self._make_room(row, most) for row, most in zip(active, levels, strict=True)]
         growing = [branching.growing(row, most) for row, most in zip(active, able, strict=True)]
         places = [r for r, one in enumerate(growing) if one.deepest]
-        tree = Tree([[] for _ in active], [[] for _ in active], [[] for _ in active], [0] * len(active))
+        tree = Tree([[] for _ in active], [[] for _ in active], [[] for _ in active], [0] * len(active), self.memory)
         if not places:
             return tree
         rows = [active[r] for r in places]
@@ -174,7 +183,8 @@ class ModelWriter:
             return None
         keys = draws.rows(places).keys
         wanted = [growing[r] for r in places]
-        grown = self._runner.branch(rows, missing, choosing, self._entries, index, wanted, branching.least(rows), keys)
+        least = branching.least(rows)
+        grown = self._runner.branch(rows, missing, choosing, self._entries, index, wanted, least, keys, self.memory)
         ids = None if index is None else index.list
         for r, row, drawn, behind, sure, passes in zip(places, rows, *grown, strict=True):
             self._drafted[row] = []
@@ -235,7 +245,7 @@ class ModelWriter:
             return None
         watcher = self._watcher
         stops = None if watcher is None else [watcher.stops(row) for row in active]
-        drafted = self._runner.draft(active, missing, count, choosing, self._entries, *draws.keys, stops)
+        drafted = self._runner.draft(active, missing, count, choosing, self._entries, *draws.keys, stops, self.memory)
         if watcher is not None and drafted.levels is not None:
             for row, levels, length in zip(active, drafted.levels, drafted.counts, strict=True):
                 watcher.saw(row, levels[:length])
@@ -393,7 +403,7 @@ class CompactDrafter:
         if (entries := written.entries) is not None:
             ids = None if self._table is None else self._table.list
             lists = entries if ids is None else [[ids[k] if k >= 0 else -1 for k in line] for line in entries]
-            told = Told(lists, entries, written.laws, self._table)
+            told = Told(lists, entries, written.laws, self._table, self._writer.memory)
             return Proposal.of_told(told, written.count, self._device)
         drawn = written.drawn.to(self._device)
         tokens = drawn if self._index is None else torch.where(drawn < 0, -1, self._index[drawn.clamp(min=0)])
