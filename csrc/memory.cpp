@@ -22,7 +22,7 @@ namespace {
 // specdec_fast/memory.py has the same, and says what they are.
 constexpr int64_t kSlots = 64;
 constexpr size_t kMost = 8;
-constexpr float kSharpness = 12.0f, kRecent = 0.1f, kFading = 2.0f, kDoubt = 0.25f;
+constexpr float kSharpness = 12.0f, kRecent = 0.035f, kFading = 2.0f, kDoubt = 0.125f;
 
 constexpr int64_t kStretch = 4096;  // entries that a thread takes at once
 constexpr int64_t kNobody = -2;     // no node yet

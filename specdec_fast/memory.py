@@ -27,7 +27,7 @@ __all__ = ["DOUBT", "FADING", "MOST", "RECENT", "SHARPNESS", "SLOTS", "Memory", 
 
 # csrc/memory.cpp has the same
 SLOTS, MOST = 64, 8
-SHARPNESS, RECENT, FADING, DOUBT = 12.0, 0.1, 2.0, 0.25
+SHARPNESS, RECENT, FADING, DOUBT = 12.0, 0.035, 2.0, 0.125
 
 
 def footprint(entries: int) -> int:
