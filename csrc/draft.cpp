@@ -347,9 +347,9 @@ std::tuple<std::vector<Tensor>, std::vector<int64_t>> llama_draft(
 }
 
 // The same from numbers as they lie in memory: session, rows, tokens of all texts, levels, top-k,
-// the addresses of choices, scores and sums, and the memory; then lengths, rows, columns, hidden, steps, seed
-// and start of every row, and the tokens. Temperature, top-p, min-p, the least confidence and the
-// stops are real. The report takes the numbers' place.
+// the addresses of choices, scores and sums, and the memory; then lengths, rows, columns, hidden,
+// steps, seed and start of every row, and the tokens. Temperature, top-p, min-p, the least
+// confidence and the stops are real. The report takes the numbers' place.
 int64_t draft_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1];
   Board board(numbers + 9, numbers + count);

@@ -62,8 +62,7 @@ void Memory::begin(int64_t row) { rows_[row].waits = 0; }
 
 Memory::Waiting& Memory::wait(Row& row) const {
   if (row.waits == static_cast<int64_t>(row.waiting.size())) {
-    row.waiting.push_back(
-        {std::vector<float>(hidden_), std::vector<float>(entries_), 0, kNobody});
+    row.waiting.push_back({std::vector<float>(hidden_), std::vector<float>(entries_), 0, kNobody});
   }
   return row.waiting[row.waits++];
 }
@@ -88,11 +87,11 @@ void Memory::look(const Row& row, const std::vector<float>& hidden, Mixture& mix
                     &kept});
   }
   const size_t most = std::min(like.size(), kMost);
-  std::partial_sort(like.begin(), like.begin() + most, like.end(),
-                    [](const auto& one, const auto& two) {
-                      return one.first > two.first || (one.first == two.first &&
-                                                       one.second->position > two.second->position);
-                    });
+  std::partial_sort(
+      like.begin(), like.begin() + most, like.end(), [](const auto& one, const auto& two) {
+        return one.first > two.first ||
+               (one.first == two.first && one.second->position > two.second->position);
+      });
   float total = kDoubt;
   for (size_t i = 0; i < most; ++i) total += like[i].first;
   for (size_t i = 0; i < most; ++i) {
@@ -129,9 +128,7 @@ void Memory::mend(const PassKernels& kernels, const Share& share, std::vector<Pl
   });
 }
 
-void Memory::name(int64_t row, int64_t note, int64_t node) {
-  rows_[row].waiting[note].node = node;
-}
+void Memory::name(int64_t row, int64_t note, int64_t node) { rows_[row].waiting[note].node = node; }
 
 void Memory::hear(const PassKernels& kernels, const Share& share, const std::vector<Said>& said,
                   int64_t width) {
@@ -226,8 +223,7 @@ void llama_memory_hear(int64_t number, std::vector<int64_t> rows, std::vector<in
   const int64_t width = logits.size(1);
   std::vector<Memory::Said> said;
   for (int64_t i = 0; i < n; ++i) {
-    said.push_back(
-        {rows[i], nodes[i], positions[i], logits.const_data_ptr<float>() + i * width});
+    said.push_back({rows[i], nodes[i], positions[i], logits.const_data_ptr<float>() + i * width});
   }
   Team::gather([&](Team& team) { memory->hear(pass_kernels(), share_of(team), said, width); });
 }

@@ -47,8 +47,8 @@ void add_to(float* x, const float* more, int64_t n) {
   for (; i < n; ++i) x[i] += more[i];
 }
 
-void mix(float* y, const uint16_t* const* parts, const float* weights, int64_t count,
-         int64_t begin, int64_t n) {
+void mix(float* y, const uint16_t* const* parts, const float* weights, int64_t count, int64_t begin,
+         int64_t n) {
   int64_t i = 0;
   for (; i + kWide <= n; i += kWide) {
     Floats sum = floats(y + i);

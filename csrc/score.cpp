@@ -169,8 +169,7 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
                                  const MaybeTensor& scores, const MaybeTensor& logsumexp,
                                  const MaybeTensor& index, std::vector<int64_t> seed,
                                  std::vector<int64_t> start, double temperature, int64_t top_k,
-                                 double top_p, double min_p, int64_t rule,
-                                 int64_t memory) {
+                                 double top_p, double min_p, int64_t rule, int64_t memory) {
   Drafts given{std::move(first),   std::move(counts), std::move(rows),
                std::move(columns), std::move(hidden), std::move(seed),
                std::move(start),   std::move(drafts), std::move(drawn)};
@@ -200,9 +199,9 @@ std::vector<int64_t> llama_judge(int64_t number, std::vector<int64_t> first,
 }
 
 // The same from numbers as they lie in memory: session, rows, longest draft, rule and top-k; of the
-// scores their address, that of their sums and of the index, room and entries; the memory; then first, counts,
-// rows, columns, hidden, seed and start of every row, the drafts, and what they were drawn as.
-// Temperature, top-p and min-p are real. The report takes the numbers' place.
+// scores their address, that of their sums and of the index, room and entries; the memory; then
+// first, counts, rows, columns, hidden, seed and start of every row, the drafts, and what they were
+// drawn as. Temperature, top-p and min-p are real. The report takes the numbers' place.
 int64_t judge_entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
   const int64_t height = numbers[1], longest = numbers[2];
   Board board(numbers + 11, numbers + count);

@@ -181,16 +181,13 @@ class Tree {
   }
 
   // The memory's note of what was drawn behind a node, -1 for the text
-  void note(int64_t node, int64_t number) {
-    (node < 0 ? root_note_ : nodes_[node].note) = number;
-  }
+  void note(int64_t node, int64_t number) { (node < 0 ? root_note_ : nodes_[node].note) = number; }
 
   // Tells the memory which nodes its notes are of.
   void name(Memory& memory) const {
     if (root_note_ >= 0) memory.name(growth_.row, root_note_, -1);
     for (size_t i = 0; i < nodes_.size(); ++i) {
-      if (nodes_[i].note >= 0)
-        memory.name(growth_.row, nodes_[i].note, static_cast<int64_t>(i));
+      if (nodes_[i].note >= 0) memory.name(growth_.row, nodes_[i].note, static_cast<int64_t>(i));
     }
   }
 
@@ -523,9 +520,9 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
 // ---------------------------------------------------------------------------
 
 // Numbers: session, rows, tokens of all texts, levels, top-k, the addresses of the drafter's and
-// the target's ids of each entry, and the memory; lengths, rows, columns, hidden, levels and nodes at most,
-// seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least chance;
-// for every row what is told.
+// the target's ids of each entry, and the memory; lengths, rows, columns, hidden, levels and nodes
+// at most, seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least
+// chance; for every row what is told.
 std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals,
                             int64_t told_reals) {
   STD_TORCH_CHECK(count >= 8, "llama_branch: too few numbers");
@@ -555,8 +552,9 @@ std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double*
   return branched(*llama_session(numbers[0]), std::move(given));
 }
 
-// Numbers: session, rows, nodes of the largest tree, top-k, the memory; first, counts, rows, columns, hidden,
-// seed and start of every row, tokens and parents. Reals: temperature, top-p and min-p.
+// Numbers: session, rows, nodes of the largest tree, top-k, the memory; first, counts, rows,
+// columns, hidden, seed and start of every row, tokens and parents. Reals: temperature, top-p and
+// min-p.
 std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals,
                            int64_t told_reals) {
   STD_TORCH_CHECK(count >= 5 && (told_reals < 0 || told_reals == 3),
