@@ -40,7 +40,7 @@ from specdec_fast.lean_ops import (
     Told,
 )
 from specdec_fast.lean_weights import equal, linears, matrix, packed, plain, state, unpacked
-from specdec_fast.memory import Memory
+from specdec_fast.memory import Memory, number_of
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level", "why_not_lean"]
 
@@ -247,16 +247,15 @@ class LeanModel:
             if laws is not None and laws.room is not None:
                 (scores, sums), (_, room, entries) = laws.room.at, laws.shape
             index = 0 if told.table is None else told.table.at
-            kept = 0 if told.memory is None else told.memory.number
-            board = [session.number, rows, longest, rule, top_k, scores, sums, index, room, entries, kept]
+            board = [session.number, rows, longest, rule, top_k, scores, sums, index, room, entries]
+            board.append(number_of(told.memory))
             for line in (first, count, places, start, hidden, seed, position, drafts, drawn):
                 board += line
             said = session.judge(board, [temperature, top_p, min_p], 2 * rows + 2)
         if said is None:
             law = (None, None) if laws is None else (laws.scores.contiguous(), laws.logsumexp)
             narrow = None if told.table is None else told.table.narrow
-            keys = narrow, seed, position
-            kept = 0 if told.memory is None else told.memory.number
+            keys, kept = (narrow, seed, position), number_of(told.memory)
             said = torch.ops.specdec_fast.llama_judge(
                 session.number, first, drafts, count, places, start, hidden, drawn, *law, *keys, *judging, kept
             )
@@ -328,8 +327,7 @@ class LeanModel:
                 room = session.room(rows * most, self._width)
                 laws, at = room.laws((rows, most, self._width)), room.at
             ids = 0 if choices is None else choices.at
-            kept = 0 if memory is None else memory.number
-            board = [session.number, rows, len(tokens), levels, top_k, ids, *at, kept]
+            board = [session.number, rows, len(tokens), levels, top_k, ids, *at, number_of(memory)]
             for line in (lengths, places, start, hidden, steps, seed, position, tokens):
                 board += line
             report = session.draft(board, [temperature, top_p, min_p, least, *numbers], size)
@@ -349,7 +347,7 @@ class LeanModel:
                 *choosing,
                 levels,
                 numbers,
-                0 if memory is None else memory.number,
+                number_of(memory),
             )
             laws = Laws(*written) if written else None
         lines = [report[first : first + most] for first in range(rows, size - 1, most)]

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["DOUBT", "FADING", "MOST", "RECENT", "SHARPNESS", "SLOTS", "Memory", "footprint", "mended"]
+__all__ = ["DOUBT", "FADING", "MOST", "RECENT", "SHARPNESS", "SLOTS", "Memory", "footprint", "mended", "number_of"]
 
 # csrc/memory.cpp has the same
 SLOTS, MOST = 64, 8
@@ -64,6 +64,11 @@ class Memory:
         said = logits[[r for r, _ in places], [i for _, i in places]].float().cpu().contiguous()
         names = [rows[r] for r, _ in places], [i - 1 for _, i in places], [position[r] + i for r, i in places]
         torch.ops.specdec_fast.llama_memory_hear(self.number, *names, said)
+
+
+def number_of(memory: Memory | None) -> int:
+    """By which the native operations know it; 0: there is none."""
+    return 0 if memory is None else memory.number
 
 
 def mended(

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from specdec_fast.cache import RaggedCache
 from specdec_fast.lean import LeanModel, joined, level
 from specdec_fast.lean_ops import Choices, Choosing, Index
-from specdec_fast.memory import Memory
+from specdec_fast.memory import Memory, number_of
 
 __all__ = ["Climbed", "Climbing", "Growing", "Tree", "branch", "climb"]
 
@@ -119,7 +119,7 @@ def climb(
     rows, most = len(count), max(count)
     session = lean.session(cache, max(start) + most + 1)
     temperature, top_k, top_p, min_p = climbing
-    board = [session.number, rows, most, top_k, 0 if tree.memory is None else tree.memory.number]
+    board = [session.number, rows, most, top_k, number_of(tree.memory)]
     for line in (first, count, places, start, hidden, seed, position):
         board += line
     board += level(tree.tokens, most) + level(tree.parents, most)
@@ -169,7 +169,7 @@ def branch(
     session, tokens = lean.session(cache, max(ends)), joined(texts)
     addresses = [0 if choices is None else choices.at, 0 if index is None else index.at]
     board = [session.number, rows, len(tokens), len(growing[0].sure), choosing.top_k, *addresses]
-    board.append(0 if memory is None else memory.number)
+    board.append(number_of(memory))
     for line in (lengths, places, start, hidden, [g.deepest for g in growing], [g.most for g in growing]):
         board += line
     board += seed + position + tokens
