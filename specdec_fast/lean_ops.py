@@ -307,7 +307,7 @@ _library.define(
 _library.define(
     "llama_forward(int session, Tensor tokens, Tensor columns, int[] rows, int[] hidden, int[] lanes) -> Tensor"
 )
-# Both take numbers and reals as csrc/tree.cpp lays them out
+# Both take numbers and reals as csrc/branch.cpp and csrc/climb.cpp lay them out
 _library.define("llama_branch(int[] numbers, float[] reals) -> int[]")
 _library.define("llama_climb(int[] numbers, float[] reals) -> int[]")
 _library.define(

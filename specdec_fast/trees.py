@@ -1,4 +1,4 @@
-"""Drafts that are trees: what they are, and the native operations that write and judge them (``csrc/tree.cpp``).
+"""Drafts that are trees: what they are, and the native operations on them (``csrc/branch.cpp``, ``csrc/climb.cpp``).
 
 A target's pass over a handful of positions takes little longer than over one, and a chain of draft tokens uses it up in
 one guess: where its first token is wrong, all of it is. A tree spends the same positions on what may come second and

@@ -268,7 +268,7 @@ def test_what_is_wrong_with_a_tree_is_said(change):
 
 
 def plainly_grown(logits_of, growing, least, choosing, choices, index, seed, position):
-    """A tree as csrc/tree.cpp says it grows, from the logits of single texts."""
+    """A tree as csrc/branch.cpp says it grows, from the logits of single texts."""
     nodes, paths = [], []  # (entry, parent, depth, level, chance)
 
     def add(parent):

@@ -1,87 +1,23 @@
-// Drafts that are trees: `llama_branch` lets a drafter write one, `llama_climb` lets a target judge
-// one. docs/trees.md has the rule and its proof.
-//
-// A node is a token behind its parent's. Its keys and values lie at a column of its own, behind the
-// text; it sees the text and the nodes above it, in the order and with the arithmetic of a text
-// that holds just those, so its scores are bit for bit that text's.
+// `llama_branch`: a drafter writes a tree.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "arguments.h"
 #include "race.h"
 #include "share.h"
 #include "texts.h"
+#include "tree.h"
 
 namespace specdec {
 
 namespace {
-
-using Clock = std::chrono::steady_clock;
-constexpr int64_t kMostNodes = 256;
-
-int64_t nanoseconds(Clock::duration time) {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
-}
-
-// Lanes of a pass, some of them nodes of trees
-class Grove {
- public:
-  // A token whose text stands in the columns before it
-  void put(int64_t token, int64_t row, int64_t column, int64_t hidden) {
-    add(token, row, column, hidden, column, std::numeric_limits<int64_t>::max(), {});
-  }
-
-  // A node whose tree begins at a column; `path` has the places of the nodes down to it, its own
-  // last.
-  void put(int64_t token, int64_t row, int64_t begin, int64_t hidden, std::vector<int64_t> path) {
-    const int64_t column = begin + static_cast<int64_t>(path.size()) - 1, place = path.back();
-    add(token, row, column, hidden, place, begin, std::move(path));
-  }
-
-  int64_t size() const { return static_cast<int64_t>(tokens_.size()); }
-  const int64_t* tokens() const { return tokens_.data(); }
-
-  Lanes lanes() {
-    at_.clear();
-    for (const std::vector<int64_t>& path : paths_) at_.push_back(path.data());
-    return {size(),        row_.data(),  column_.data(), hidden_.data(),
-            place_.data(), fork_.data(), at_.data()};
-  }
-
- private:
-  void add(int64_t token, int64_t row, int64_t column, int64_t hidden, int64_t place, int64_t fork,
-           std::vector<int64_t> path) {
-    tokens_.push_back(token);
-    row_.push_back(row), column_.push_back(column), hidden_.push_back(hidden);
-    place_.push_back(place), fork_.push_back(fork);
-    paths_.push_back(std::move(path));
-  }
-
-  std::vector<int64_t> tokens_, row_, column_, hidden_, place_, fork_;
-  std::vector<std::vector<int64_t>> paths_;
-  std::vector<const int64_t*> at_;
-};
-
-Row row_of(const float* logits, int64_t width, const Filters& filters) {
-  Row row;
-  row.data = reinterpret_cast<const char*>(logits);
-  row.width = width;
-  row.filters = filters;
-  return row;
-}
-
-// --- the drafter's part
-// ----------------------------------------------------------------------------
 
 // Where a row's tree grows
 struct Growth {
@@ -382,143 +318,6 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
   return report;
 }
 
-// --- the target's part
-// -----------------------------------------------------------------------------
-
-struct Judged {
-  std::vector<int64_t> first, counts, rows, columns, hidden, seed, start;
-  std::vector<int64_t> tokens, parents;  // [rows, most]
-  Filters filters;
-  std::shared_ptr<Memory> memory;  // of what the trees were drawn from
-};
-
-class Climber {
- public:
-  Climber(const Session& session, const Judged& given, int64_t most, const Share& share)
-      : session_(session), given_(given), most_(most), share_(share) {}
-
-  // Goes up a row's tree as far as the target's own tokens are in it; returns the next token, -1
-  // where its scores are no law, and writes down the nodes passed.
-  int64_t climb(int64_t r, const float* logits, std::vector<int64_t>& passed) const {
-    const int64_t* tokens = given_.tokens.data() + r * most_;
-    const int64_t* parents = given_.parents.data() + r * most_;
-    for (int64_t node = -1;;) {
-      const int64_t token = own(logits + (node + 1) * session_.model->width(), r,
-                                static_cast<int64_t>(passed.size()));
-      int64_t next = 0;
-      while (next < given_.counts[r] && (parents[next] != node || tokens[next] != token)) ++next;
-      if (token < 0 || next == given_.counts[r]) return token;
-      passed.push_back(node = next);
-    }
-  }
-
- private:
-  // The target's own token at a position
-  int64_t own(const float* logits, int64_t r, int64_t depth) const {
-    Row row = row_of(logits, session_.model->width(), given_.filters);
-    measure({&row}, share_);
-    if (row.undefined) return -1;
-    if (given_.filters.greedy()) return row.argmax();
-    const Runners runners{given_.seed[r], given_.start[r] + depth};
-    const auto order = race({&row}, runners, 1, share_);
-    return order[0].empty() ? -1 : order[0][0].entry;
-  }
-
-  const Session& session_;
-  const Judged& given_;
-  int64_t most_;
-  const Share& share_;
-};
-
-// Moves what stands in some columns of a row to the columns from `begin` on; the columns ascend.
-void close_ranks(const Session& session, int64_t row, int64_t begin,
-                 const std::vector<int64_t>& columns) {
-  const Shape& shape = session.model->shape;
-  for (const Stored& stored : session.caches) {
-    const int64_t bytes = shape.dim * (stored.half ? 2 : 4);
-    for (void* part : {stored.keys, stored.values}) {
-      for (int64_t h = 0; h < shape.kv_heads; ++h) {
-        char* head =
-            static_cast<char*>(part) + (row * shape.kv_heads + h) * stored.capacity * bytes;
-        for (size_t i = 0; i < columns.size(); ++i) {
-          const int64_t to = begin + static_cast<int64_t>(i);
-          if (columns[i] != to) std::memcpy(head + to * bytes, head + columns[i] * bytes, bytes);
-        }
-      }
-    }
-  }
-}
-
-// How many nodes of each row stay, the token behind them, the nodes themselves [rows, most]; and
-// nanoseconds of the pass and of judging
-std::vector<int64_t> climbed(const Session& session, Judged given) {
-  const int64_t height = static_cast<int64_t>(given.rows.size()), width = session.model->width();
-  for (const auto* list :
-       {&given.first, &given.counts, &given.columns, &given.hidden, &given.seed, &given.start})
-    STD_TORCH_CHECK(height > 0 && list->size() == given.rows.size(),
-                    "llama_climb: a number for each row");
-  const int64_t most = static_cast<int64_t>(given.tokens.size()) / height;
-  STD_TORCH_CHECK(given.parents.size() == given.tokens.size() &&
-                      static_cast<int64_t>(given.tokens.size()) == most * height,
-                  "llama_climb: trees are [rows, most]");
-  Grove grove;
-  std::vector<int64_t> begins, asked;
-  const auto known = [&](int64_t token) {  // an id that the model does not have is read as another
-    return std::min(std::max<int64_t>(token, 0), session.model->vocabulary - 1);
-  };
-  for (int64_t r = 0; r < height; ++r) {
-    const int64_t row = given.rows[r], column = given.columns[r], count = given.counts[r];
-    STD_TORCH_CHECK(count >= 0 && count <= most && given.hidden[r] >= 0 &&
-                        session.holds(row, column) && session.holds(row, column + count),
-                    "llama_climb: a row or a node is out of range");
-    begins.push_back(grove.size());
-    grove.put(known(given.first[r]), row, column, given.hidden[r]);
-    std::vector<std::vector<int64_t>> paths;
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t parent = given.parents[r * most + i];
-      STD_TORCH_CHECK(parent >= -1 && parent < i, "llama_climb: a node stands behind its parent");
-      paths.push_back(parent < 0 ? std::vector<int64_t>() : paths[parent]);
-      paths.back().push_back(column + 1 + i);
-      grove.put(known(given.tokens[r * most + i]), row, column + 1, given.hidden[r], paths.back());
-    }
-  }
-  for (int64_t i = 0; i < grove.size(); ++i) asked.push_back(i);
-  session.scores.reserve(grove.size() * width);
-  float* logits = session.scores.data();
-  std::vector<int64_t> report(2 * height + height * most + 2);
-  const auto begin = Clock::now();
-  auto through = begin;
-  Team::gather([&](Team& team) {
-    session.run(team, grove.lanes(), grove.tokens(), asked, logits);
-    through = Clock::now();
-    const Share share = share_of(team);
-    const Climber climber(session, given, most, share);
-    std::vector<Memory::Said> said;
-    for (int64_t r = 0; r < height; ++r) {
-      std::vector<int64_t> passed, columns;
-      report[height + r] = climber.climb(r, logits + begins[r] * width, passed);
-      report[r] = static_cast<int64_t>(passed.size());
-      for (size_t i = 0; i < passed.size(); ++i) {
-        report[2 * height + r * most + static_cast<int64_t>(i)] = passed[i];
-        columns.push_back(given.columns[r] + 1 + passed[i]);
-      }
-      close_ranks(session, given.rows[r], given.columns[r] + 1, columns);
-      const float* own = logits + begins[r] * width;
-      said.push_back({given.rows[r], -1, given.start[r], own});
-      for (size_t i = 0; i < passed.size(); ++i)
-        said.push_back({given.rows[r], passed[i], given.start[r] + static_cast<int64_t>(i) + 1,
-                        own + (passed[i] + 1) * width});
-    }
-    if (given.memory) given.memory->hear(*session.kernels, share, said, width);
-  });
-  report[2 * height + height * most] = nanoseconds(through - begin);
-  report.back() = nanoseconds(Clock::now() - through);
-  return report;
-}
-
-// --- how they are called
-// ---------------------------------------------------------------------------
-
 // Numbers: session, rows, tokens of all texts, levels, top-k, the addresses of the drafter's and
 // the target's ids of each entry, and the memory; lengths, rows, columns, hidden, levels and nodes
 // at most, seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least
@@ -552,59 +351,11 @@ std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double*
   return branched(*llama_session(numbers[0]), std::move(given));
 }
 
-// Numbers: session, rows, nodes of the largest tree, top-k, the memory; first, counts, rows,
-// columns, hidden, seed and start of every row, tokens and parents. Reals: temperature, top-p and
-// min-p.
-std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals,
-                           int64_t told_reals) {
-  STD_TORCH_CHECK(count >= 5 && (told_reals < 0 || told_reals == 3),
-                  "llama_climb: numbers are too few, or reals not three");
-  const int64_t height = numbers[1];
-  Board board(numbers + 5, numbers + count);
-  Judged given;
-  for (auto* list : {&given.first, &given.counts, &given.rows, &given.columns, &given.hidden,
-                     &given.seed, &given.start})
-    *list = board.next(height);
-  STD_TORCH_CHECK(height > 0 && numbers[2] >= 0 && numbers[2] <= kMostNodes,
-                  "llama_climb: trees are [rows, most], and not too large");
-  given.tokens = board.next(height * numbers[2]);
-  given.parents = board.next(height * numbers[2]);
-  board.close();
-  given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[3]),
-                   static_cast<float>(reals[1]), static_cast<float>(reals[2])};
-  given.memory = memory_of(numbers[4]);
-  return climbed(*llama_session(numbers[0]), std::move(given));
-}
-
-// The last is how many reals there are, -1 where the caller has counted them
-using Operation = std::vector<int64_t> (*)(const int64_t*, int64_t, const double*, int64_t);
-
-// With numbers as they lie in memory; the report takes their place.
-template <Operation operation>
-int64_t entry(int64_t* numbers, const double* reals, int64_t count) noexcept try {
-  const std::vector<int64_t> report = operation(numbers, count, reals, -1);
-  std::copy(report.begin(), report.end(), numbers);
-  return 0;
-} catch (...) {
-  return 1;  // the operation says why
-}
-
-template <Operation operation>
-std::vector<int64_t> call(std::vector<int64_t> numbers, std::vector<double> reals) {
-  return operation(numbers.data(), static_cast<int64_t>(numbers.size()), reals.data(),
-                   static_cast<int64_t>(reals.size()));
-}
-
 std::vector<int64_t> llama_branch(std::vector<int64_t> numbers, std::vector<double> reals) {
   return call<&branch>(std::move(numbers), std::move(reals));
 }
 
-std::vector<int64_t> llama_climb(std::vector<int64_t> numbers, std::vector<double> reals) {
-  return call<&climb>(std::move(numbers), std::move(reals));
-}
-
 int64_t llama_branch_entry() { return reinterpret_cast<int64_t>(&entry<&branch>); }
-int64_t llama_climb_entry() { return reinterpret_cast<int64_t>(&entry<&climb>); }
 
 }  // namespace
 
@@ -612,7 +363,5 @@ int64_t llama_climb_entry() { return reinterpret_cast<int64_t>(&entry<&climb>); 
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CompositeExplicitAutograd, library) {
   library.impl("llama_branch", TORCH_BOX(&specdec::llama_branch));
-  library.impl("llama_climb", TORCH_BOX(&specdec::llama_climb));
   library.impl("llama_branch_entry", TORCH_BOX(&specdec::llama_branch_entry));
-  library.impl("llama_climb_entry", TORCH_BOX(&specdec::llama_climb_entry));
 }
