@@ -14,7 +14,7 @@ from specdec_fast.randomness import Philox
 from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection
 
-__all__ = ["Choice", "across_vocabularies", "lacks_for_trees", "repetition", "without_drafter"]
+__all__ = ["Choice", "across_vocabularies", "any_common_text", "lacks_for_trees", "repetition", "without_drafter"]
 
 NEARLY_ALL = 0.95  # of the drafter's mass on shared tokens: what projection adds is then within its cost
 ALL = 0.999  # ... and TLI loses nothing that another method would keep
@@ -65,18 +65,18 @@ def across_vocabularies(
         share = len(shared.target_ids) / max(widths[1], 1)
         if share >= ALL_TOKENS:
             return Choice("tli", f"the tokenizers differ, but {share:.1%} of the drafter's tokens are the target's too")
+    target, drafter = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
+    assert options.assistant_model is not None
+    sizes = {"target_size": widths[0], "drafter_size": widths[1]}
+    if not any_common_text(target, drafter, **sizes):
+        return Choice("autoregressive", "the tokenizers differ, and have no text in common")
     if not do_sample:
         return Choice("slem", "the tokenizers differ and decoding is greedy")
     if options.assistant_temperature == 0:
         return Choice("slem", "the tokenizers differ and the drafter proposes its argmax, which needs no law")
     if options.verification == "match" or (in_order and options.verification == "auto"):
         return Choice("slem", "the tokenizers differ and the target's own draws are compared, which needs no law")
-    target, drafter = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
-    assert options.assistant_model is not None
-    sizes = {"target_size": widths[0], "drafter_size": widths[1]}
     common = bool(len(intersection(target, drafter, **sizes).target_ids))
-    if not common and not len(token_map(target, drafter, **sizes)):
-        return Choice("autoregressive", "the tokenizers differ, and have no text in common")
     mass = intersection_mass(options.assistant_model, drafter, target, **sizes)
     part = "mass" if mass.positions else "vocabulary"
     measured = f"the tokenizers differ, and {mass.shared:.1%} of the drafter's {part} is on tokens that both have"
@@ -88,6 +88,12 @@ def across_vocabularies(
     kept = "TLI throws hardly any of it away" if methods[0] == "tli" else "projection keeps the others too"
     # Where rows advance in step, what a row has accepted hangs on the others
     return Choice(methods[0], f"{measured}: {kept}", () if in_order else tuple(methods[1:]))
+
+
+def any_common_text(target: Vocabulary, drafter: Vocabulary, *, target_size: int, drafter_size: int) -> bool:
+    """Whether anything that the drafter may write is text of the target's."""
+    sizes = {"target_size": target_size, "drafter_size": drafter_size}
+    return bool(len(intersection(target, drafter, **sizes).target_ids) or len(token_map(target, drafter, **sizes)))
 
 
 def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do_sample: bool, in_order: bool) -> str:

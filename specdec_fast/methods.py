@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import sampling
 from specdec_fast.branching import Branching, nodes_for
 from specdec_fast.cache import ragged_layers
-from specdec_fast.choice import Choice, across_vocabularies, lacks_for_trees, without_drafter
+from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
@@ -258,14 +258,16 @@ def _need_tokenizers(options: Options, cause: str) -> None:
 
 
 def _need_common_text(model: PreTrainedModel, options: Options) -> None:
-    """Refuses TLI and projection where the drafter could propose nothing."""
+    """Refuses methods by which the drafter could propose nothing."""
     assert options.assistant_model is not None
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     widths = {"target_size": logit_width(model), "drafter_size": logit_width(options.assistant_model)}
     missing = ""
-    if options.method == "tli" and not len(intersection(target, own, **widths).target_ids):
-        missing = "tokens"
-    elif options.method == "projection" and not len(token_map(target, own, **widths)):
+    if options.method == "tli":
+        missing = "" if len(intersection(target, own, **widths).target_ids) else "tokens"
+    elif options.method == "projection":
+        missing = "" if len(token_map(target, own, **widths)) else "text"
+    elif not any_common_text(target, own, **widths):
         missing = "text"
     if missing:
         raise ValueError(

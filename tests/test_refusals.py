@@ -227,7 +227,11 @@ def strangers(**pieces):
 @pytest.mark.parametrize("compile", ["off", "auto", "static"])
 @pytest.mark.parametrize(
     ("method", "missing", "drafts"),
-    [("tli", "tokens", ("c", "d", "cd")), ("tli", "tokens", ("ba", "aa")), ("projection", "text", ("c", "d", "cd"))],
+    [
+        ("tli", "tokens", ("c", "d", "cd")),
+        ("tli", "tokens", ("ba", "aa")),
+        *((method, "text", ("c", "d", "cd")) for method in ("projection", "slem", "slrs", "slrs_literal")),
+    ],
 )
 def test_vocabularies_with_nothing_to_draft_are_refused(method, missing, drafts, compile):
     pair = strangers(target=("x", "a", "b", "ab"), drafter=drafts)
@@ -240,13 +244,20 @@ def test_vocabularies_with_nothing_to_draft_are_refused(method, missing, drafts,
 
 @pytest.mark.parametrize("compile", ["off", "static"])
 @pytest.mark.parametrize(
-    ("drafts", "method"), [(("c", "d", "cd"), "autoregressive"), (("ba", "aa"), "projection")], ids=["nothing", "text"]
+    ("drafts", "do_sample", "method"),
+    [
+        (("c", "d", "cd"), True, "autoregressive"),
+        (("c", "d", "cd"), False, "autoregressive"),
+        (("ba", "aa"), True, "projection"),
+        (("ba", "aa"), False, "slem"),
+    ],
+    ids=["nothing", "nothing, greedily", "text", "text, greedily"],
 )
-def test_auto_takes_what_the_vocabularies_allow(drafts, method, compile):
+def test_auto_takes_what_the_vocabularies_allow(drafts, do_sample, method, compile):
     pair = strangers(target=("x", "a", "b", "ab"), drafter=drafts)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        fast_generate(**pair, do_sample=True, seed=3, compile=compile)
+        fast_generate(**pair, do_sample=do_sample, seed=3, compile=compile)
     assert last_speculation().method == method
     own = [str(w.message) for w in told if "decoding without a drafter" in str(w.message)]
     assert len(own) == (method == "autoregressive") and all("no text in common" in message for message in own)
