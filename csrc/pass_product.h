@@ -44,8 +44,9 @@ struct Dot {
 // sum[i * kRows + r] of kRows rows and kInputs inputs, `apart` entries apart; with kAhead, as much
 // is fetched from `next` on
 template <class Scheme, int kRows, int kInputs, bool kAhead>
-inline void tile(const typename Scheme::Entry* w, const typename Scheme::Input* x, int64_t k,
-                 int64_t apart, [[maybe_unused]] const char* next, float* sum) {
+[[gnu::noinline]] void tile(const typename Scheme::Entry* w, const typename Scheme::Input* x,
+                            int64_t k, int64_t apart, [[maybe_unused]] const char* next,
+                            float* sum) {
   Lanes total[kInputs * kRows] = {};
   constexpr int64_t kStride = Scheme::kStep * sizeof(*w);
   const int64_t whole = k / Scheme::kStep * Scheme::kStep;
@@ -93,6 +94,9 @@ constexpr int kAlone = 2, kRows = 2, kInputs = 1, kFew = 1, kLow = 2;
 // Bytes from an entry to those that are fetched while it is used, at least, and how many of them
 // the last row of a tile is behind
 constexpr int64_t kFarLeast = 8192, kFarBehind = 2048;
+
+// So many spans of inputs are more than the first cache holds; bytes of weights that share one then
+constexpr int64_t kManySpans = 4, kShared = 24576;
 
 template <int kCount>
 struct Count {
@@ -166,6 +170,39 @@ inline void rows_by_inputs(const typename Scheme::Entry* w, const typename Schem
     for (; n + kRows <= end; n += kRows) strip(Count<kRows>());
   }
   for (; n < end; ++n) strip(Count<1>());
+}
+
+// The same for many inputs: some strips of rows share each span of inputs while that is in the
+// first cache. Every sum is made as above. Returns the first row that is left.
+template <class Scheme>
+[[gnu::noinline]] int64_t blocks_by_inputs(const typename Scheme::Entry* w,
+                                           const typename Scheme::Input* x, int64_t m, int64_t k,
+                                           int64_t apart, int64_t begin, int64_t end, float* y,
+                                           int64_t stride, const void* after) {
+  const int64_t row = k * static_cast<int64_t>(sizeof(*w));
+  const int64_t block = most(kShared / (kLow * row), 1) * kLow;
+  int64_t first = begin;
+  for (; first + block <= end; first += block) {
+    spans<kInputs>(m, [&](auto inputs, int64_t i) {
+      constexpr int kI = inputs.value;
+      alignas(64) float sum[(kLow * kI + 15) / 16 * 16];
+      for (int64_t n = first; n < first + block; n += kLow) {
+        if (i == 0) {
+          const char* next = reinterpret_cast<const char*>(w) + (n + kLow) * row;
+          next += most(kFarLeast - kLow * row, kFarBehind - row);
+          const int64_t beyond = next - reinterpret_cast<const char*>(w) - end * row;
+          if (beyond >= 0) next = static_cast<const char*>(after) + beyond;
+          tile<Scheme, kLow, kI, true>(w + n * k, x + i * apart, k, apart, next, sum);
+        } else {
+          tile<Scheme, kLow, kI, false>(w + n * k, x + i * apart, k, apart, nullptr, sum);
+        }
+#pragma GCC unroll 8
+        for (int l = 0; l < kI; ++l)
+          __builtin_memcpy(y + (i + l) * stride + n, sum + l * kLow, sizeof(float) * kLow);
+      }
+    });
+  }
+  return first;
 }
 
 // Packed weights ------------------------------------------------------------------------------
@@ -391,6 +428,10 @@ void product(Form form, const void* w, const float* scale, const void* x, int64_
                                        m, k, bytes / 4, begin, end, y, stride, after);
   } else {
 #ifdef SPECDEC_DOT
+    if (m > (kManySpans - 1) * kInputs)
+      begin =
+          blocks_by_inputs<Dot>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m,
+                                k, bytes / 2, begin, end, y, stride, after);
     rows_by_inputs<Dot, true>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m,
                               k, bytes / 2, begin, end, y, stride, after);
 #else

@@ -121,6 +121,19 @@ def test_a_position_gets_the_same_bits_whatever_shares_its_pass(family, rounded_
         assert torch.equal(whole, steps)
 
 
+def test_many_positions_get_the_bits_of_few():
+    """Matrices wide enough for rows to be taken in blocks, in numbers that no block divides."""
+    wide = SHAPE | {"hidden_size": 536, "intermediate_size": 1100, "num_hidden_layers": 1}
+    model = made(LlamaConfig(**wide), torch.bfloat16)
+    lean = on("dot", model, False)
+    ids = torch.randint(97, (1, 93), generator=torch.Generator().manual_seed(2))
+    assert lean.takes([93])[0]
+    whole = Runner(model, 1, lean=lean).feed([0], ids, [93], [93])[0]
+    runner = Runner(model, 1, lean=lean)
+    few = [runner.feed([0], part, [part.shape[1]], [part.shape[1]])[0] for part in ids.split(7, 1)]
+    assert torch.equal(whole, torch.cat(few))
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("family", ["llama_bias", "odd_heads"])
 def test_every_instruction_set_gives_these_logits(family, capability):
