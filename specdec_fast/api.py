@@ -125,9 +125,9 @@ def fast_generate(
             with an adaptive lookahead, at T=0 or by rule "gumbel", on a CPU, for targets of at least 32 million
             parameters that run as one native operation. "on": for smaller ones too, and when sampling by rule "gumbel"
             where no other is named; refused where it cannot be. "off": drafts are chains.
-        draft_memory: "auto" mends the scores of drafts by what the target said at like places of the text
-            (``docs/memory.md``): methods "model" and "tli", natively on the CPU, in 256 MB at most, when sampling but
-            not with seeds by rules "token" and "block"; at T=0 if the drafter's config asks. "on": always. "off".
+        draft_memory: "auto" mends the scores that drafts are drawn from by what the target said at like places of
+            the text (``docs/memory.md``): methods "model" and "tli" when sampling, natively on the CPU, for memories
+            of 256 MB at most, and not with a seed by rules "token" and "block". "on": there and at T=0 too. "off".
         compile: "auto" runs short passes of a Llama-like target on the CPU as one native operation, on the same weights
             with float32 in between, and on a GPU what "static" does. "static": a static cache, and rounds that live on
             the device in tensors of fixed shape, on a GPU captured as CUDA graphs; for methods "model", "tli",

@@ -148,8 +148,9 @@ class Adaptive:
     """
 
     MOST = 64  # beyond it a draft hardly ever pays
-    CREDIT, SHARE, LARGEST = 1.5, 0.015, 6.0  # plain rounds: at once, for every token that may come, and at most
-    ALLOWANCE, CAP = 0.02, 12.0  # plain rounds for every token written; of what was saved, so much may be lost again
+    CREDIT, SHARE, LARGEST = 1.0, 0.01, 6.0  # plain rounds: at once, for every token that may come, and at most
+    SAVED = 1.5  # plain rounds, which are enough for a try
+    ALLOWANCE, CAP = 0.015, 12.0  # plain rounds for every token written; of what was saved, so much may be lost again
     REMEMBERED, SOON = 16.0, 128  # tested tokens from which earlier calls are believed; tokens a pause looks ahead
     GUESS, GUESSED = 0.6, 2.0  # acceptance of an unknown pair, and how many tested tokens that is worth
     ROW, POSITION, SURE = 4.0, 5.0, 6.0  # ... that what is drawn to is worth: for a row, a position, a confidence
@@ -232,7 +233,7 @@ class Adaptive:
             probe, speed = _best(own.expected, self._round, 1)
             loss = self._round[probe] * max(1 - speed * self._plain, 0.0) + own.catch_up
             # Each try that brought nothing makes the next one wait longer; the most that can be saved is enough for one
-            saving = min(loss * 2**own.failed, max(loss, self.CREDIT * self._plain))
+            saving = min(loss * 2**own.failed, max(loss, self.SAVED * self._plain))
             if own.saved >= saving or (self._hopeful(own) and own.balance >= 2 * loss):
                 own.limit = min(probe, affordable)
 
@@ -314,7 +315,7 @@ class Adaptive:
         own.unread += committed
         own.horizon -= committed
         own.balance += self.ALLOWANCE * committed * self._plain
-        own.saved = min(own.saved + self.ALLOWANCE * committed * self._plain, self.CREDIT * self._plain)
+        own.saved = min(own.saved + self.ALLOWANCE * committed * self._plain, self.SAVED * self._plain)
         for counts in (own.tested, own.accepted, own.sure_tested, own.sure_accepted):
             counts[:] = [self.IDLE * count for count in counts]
         if not drafted:

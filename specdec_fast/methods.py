@@ -388,9 +388,8 @@ def build_drafter(
     window = options.assistant_window
     how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
     races = plan.verification == "gumbel"
-    # An argmax seldom changes by what a memory knows, and its cost is not won back, unless it was tuned with one
-    asked = "on" in (options.draft_memory, getattr(drafter.config, "draft_memory", None))
-    remembers = plan.remembers and (warpers is not None or asked)
+    # An argmax seldom changes by what a memory knows, and its cost is not won back
+    remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
     if plan.method == "model":
         same = ModelWriter(
             drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=races, remembers=remembers
