@@ -89,7 +89,7 @@ def test_a_lossless_pair_exits_with_0(given):
 
 def test_assisted_generation_of_transformers_exits_with_1(given, adapter):
     """The same pair and settings as above."""
-    audited = ("--generate", f"{adapter}:assisted", "--samples", 150, "--json")
+    audited = ("--generate", f"{adapter}:assisted", "--samples", 500, "--json")
     result = run(*given, "--top-k", 0, *audited)
     assert result.exit_code == 1, result.output
     report = json.loads(result.stdout)
