@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -167,6 +168,21 @@ def join(items: list[Tokens]) -> Tokens:
     return Tokens(*(np.concatenate([getattr(i, name) for i in items]) for name in ("ids", "law_ids", "law_weights")))
 
 
+def alike(items: list[Any], size: int, rng: random.Random) -> list[list[Any]]:
+    """Groups of items whose `ids` are of like length, about `size` of these a group, in random order."""
+    groups = []
+    for start in range(0, len(items), 512):
+        group: list[Any] = []
+        for item in sorted(items[start : start + 512], key=lambda i: len(i.ids)):
+            if group and (len(group) + 1) * len(item.ids) > size:
+                groups.append(group)
+                group = []
+            group.append(item)
+        groups.append(group)
+    rng.shuffle(groups)
+    return groups
+
+
 def batches(items: list[Tokens], size: int, rng: random.Random, long_share: float = 0.1) -> Iterator[Batch]:
     """Batches of about `size` tokens, items of like length together, for ever.
 
@@ -190,14 +206,4 @@ def batches(items: list[Tokens], size: int, rng: random.Random, long_share: floa
         cut = int(len(order) * long_share)
         pool = [join(order[i : i + 4]) for i in range(0, cut, 4)] + order[cut:]
         rng.shuffle(pool)
-        groups: list[list[Tokens]] = []
-        for start in range(0, len(pool), 512):
-            group: list[Tokens] = []
-            for item in sorted(pool[start : start + 512], key=lambda i: len(i.ids)):
-                if group and (len(group) + 1) * len(item.ids) > size:
-                    groups.append(group)
-                    group = []
-                group.append(item)
-            groups.append(group)
-        rng.shuffle(groups)
-        yield from map(collate, groups)
+        yield from map(collate, alike(pool, size, rng))

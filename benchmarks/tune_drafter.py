@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from drafter_data import Translation
+from drafter_data import Translation, alike
 from torch import Tensor
 from torch.nn.functional import normalize, pad
 from train_drafter import SHARD, learning_rate
@@ -288,17 +288,7 @@ class Tuning:
 def groups(items: list[Item], size: int, rng: random.Random) -> Iterator[list[Item]]:
     """Items of like length together, about `size` tokens of the target's, for ever."""
     while True:
-        pool, found = rng.sample(items, len(items)), []
-        for start in range(0, len(pool), 512):
-            group: list[Item] = []
-            for item in sorted(pool[start : start + 512], key=lambda i: len(i.ids)):
-                if group and (len(group) + 1) * len(item.ids) > size:
-                    found.append(group)
-                    group = []
-                group.append(item)
-            found.append(group)
-        rng.shuffle(found)
-        yield from found
+        yield from alike(rng.sample(items, len(items)), size, rng)
 
 
 def tune(args: argparse.Namespace) -> None:
