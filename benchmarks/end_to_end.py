@@ -29,9 +29,8 @@ import typer
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from widen import SHAPES, Shape, widen
 
-from specdec_fast import bench
-from specdec_fast.dispatch import fuses_layers
-from specdec_fast.fused_layers import why_no_kernels
+from specdec_fast import bench, last_speculation
+from specdec_fast.dispatch import layers
 from specdec_fast.microbench.clock import copy_rate
 
 TINY_SHAPE = Shape(192, 2, 6, 2, 64, 512, 600)
@@ -93,11 +92,6 @@ def limit(shape: Shape, batch: int, columns: float, rate: float) -> float:
     return batch * rate * 1e9 / read
 
 
-def layers_of(device: torch.device) -> str:
-    """How decoder layers run there."""
-    return "fused" if device.type == "cuda" and fuses_layers() and not why_no_kernels("cuda") else "plain"
-
-
 def measure(
     cell: Cell, pair: dict[str, Any], texts: list[str], *, tokens: int, repetitions: int, compile: str, rate: float
 ) -> list[dict[str, Any]]:
@@ -121,11 +115,13 @@ def measure(
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     steps = bench.measure(table, batches, temperature=cell.temperature, repetitions=repetitions, synchronize=wait)
     rows = [row.to_dict() for row in list(steps)[-1]]
+    said = last_speculation()
+    chosen = "" if said is None else said.attention
     columns = sum(b["input_ids"].shape[1] for b in batches) / len(batches) + tokens / 2
     bound = limit(Shape.of(pair["target"].config), cell.batch, columns, rate)
     for row in rows:
         row |= {"target": cell.target, "pair": cell.pair, "copy_gigabytes_per_second": rate}
-        row |= {"compile": compile, "layers": layers_of(device)}
+        row |= {"compile": compile, "layers": layers(), "attention": chosen}
         row["share_of_limit"] = row["tokens_per_second"] / bound if row["method"] == "autoregressive" else None
         row["acceptance_is"] = "that of the small pair the models are widened from"
     return rows
@@ -135,7 +131,7 @@ def run(
     work: Path, device: torch.device, done: list[dict[str, Any]], ends: float, *, tiny: bool, compile: str
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each cell that is not done, until the time is up."""
-    how = {"compile": compile, "layers": layers_of(device)}
+    how = {"compile": compile, "layers": layers()}
     same = [row for row in done if all(row.get(name) == value for name, value in how.items())]
     have = {Cell(row["target"], row["pair"], row["temperature"], row["batch"]) for row in same}
     names = ["tiny"] if tiny else [*SHAPES]

@@ -7,7 +7,7 @@
 #     benchmarks/gpu.sh e2e OUT        whole generations on models of real shapes
 #     benchmarks/gpu.sh quick OUT      of each a little, without inductor: what four minutes allow
 #
-# SPECDEC_FAST_LAYERS=fused runs decoder layers as few operations in e2e and quick (quick times single passes both ways).
+# SPECDEC_FAST_LAYERS=plain or fused runs decoder layers so in e2e and quick; by default the faster of both is taken.
 #
 # Each writes small JSON and text files into OUT, at most 9 in all, and prints a summary. Repeat a step until it says
 # that nothing is left. Needs Python with torch and transformers (PYTHON names it), nothing of the network, nothing

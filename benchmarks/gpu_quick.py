@@ -12,7 +12,6 @@ import copy
 import gc
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,8 +29,8 @@ from widen import SHAPES, Shape
 
 from specdec_fast import fast_generate, last_speculation
 from specdec_fast.attention import NAME, twin
-from specdec_fast.dispatch import LAYERS_VARIABLE, fuses_layers
-from specdec_fast.fused_layers import fuse_layers, why_no_kernels
+from specdec_fast.dispatch import layers
+from specdec_fast.fused_layers import fused_count, why_no_kernels
 from specdec_fast.microbench.clock import copy_rate
 from specdec_fast.static_cache import capacity_for
 from specdec_fast.static_runner import StaticRunner, empty_cache
@@ -145,22 +144,17 @@ def passes(name: str, work: Path, columns: int = 400) -> Iterator[Entry]:
     device = torch.device("cuda")
     small = Shape.of(AutoConfig.from_pretrained(work / "drafter"))
     model, _ = end_to_end.wide(work / "target", end_to_end.shapes_at(name, small)["target"], device)
-    asked = os.environ.pop(LAYERS_VARIABLE, None)  # a twin would come with fused layers
-    try:
-        made = twin(model, NAME)
-    finally:
-        if asked is not None:
-            os.environ[LAYERS_VARIABLE] = asked
-    runner = StaticRunner(made, empty_cache(made, 1, capacity_for(columns + 8)), 1)
     start, scores, words = torch.tensor([columns], device=device), [], small.vocab  # behind them is padding
     for fused in (False, True):
-        entry: Entry = {"what": "pass", "target": name, "fused": fuse_layers(made) if fused else 0}
+        made = twin(model, NAME, fused=fused)
+        runner = StaticRunner(made, empty_cache(made, 1, capacity_for(columns + 8)), 1)
+        entry: Entry = {"what": "pass", "target": name, "fused": fused_count(made)}
         if fused and (reason := why_no_kernels("cuda")):
             yield {**entry, "error": reason}
             return
         for lanes in (1, 4, 8):
             tokens = torch.arange(1, lanes + 1, device=device).view(1, lanes)
-            entry[f"us_lanes_{lanes}"] = in_a_graph(lambda tokens=tokens: runner.score(tokens, start), 1)
+            entry[f"us_lanes_{lanes}"] = in_a_graph(partial(runner.score, tokens, start), 1)
         scores.append(runner.score(tokens, start)[..., :words].float())
         if fused:
             entry["difference"] = float((scores[1] - scores[0]).abs().max() / scores[0].std())
@@ -194,12 +188,10 @@ def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
     )
     theirs: Entry = {**inputs, "max_new_tokens": 32, "do_sample": False}
 
-    layers = "fused" if fuses_layers() and not why_no_kernels("cuda") else "plain"
-
     def entry(system: str, method: str, found: Entry, **more: Any) -> Entry:
         return {
             "what": "generation",
-            "layers": layers,
+            "layers": layers(),
             "target": name,
             "system": system,
             "method": method,
@@ -214,7 +206,9 @@ def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
     greedy: Entry = {**inputs, "max_new_tokens": tokens, "do_sample": False, "compile": "static"}
     found, plain = timed(lambda: fast_generate(target, **greedy, method="autoregressive"), tokens)
     same: bool | None = bool(torch.equal(plain[:, : expected.shape[1]], expected))
-    yield entry("specdec_fast", "autoregressive", found, limit=bound, identical=same)
+    told = last_speculation()
+    assert told is not None
+    yield entry("specdec_fast", "autoregressive", found, limit=bound, identical=same, attention=told.attention)
     for role, method in (("drafter", "model"), ("other", "tli")):
         own = {"assistant_model": held[role][0], "tokenizer": tokenizer, "assistant_tokenizer": held[role][1]}
         for gamma in (2, 3, None):
@@ -225,7 +219,8 @@ def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
                 said = last_speculation()
                 assert said is not None
                 counts = {
-                    count: getattr(said, count) for count in ("rounds", "drafted", "accepted", "loop", "loop_reason")
+                    count: getattr(said, count)
+                    for count in ("rounds", "drafted", "accepted", "loop", "loop_reason", "attention")
                 }
                 same = None if temperature else bool(torch.equal(out, plain))
                 yield entry(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -195,10 +194,12 @@ def why_no_twin(model: PreTrainedModel) -> str | None:
     return None
 
 
-_twins: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, PreTrainedModel]]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, bool], tuple[Any, PreTrainedModel]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
+def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) -> PreTrainedModel:
     """The same model with another attention, the model itself left as it is.
 
     Its modules are new objects around the same parameters, buffers and hooks, and its configuration is a copy: what is
@@ -207,6 +208,7 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     Args:
         model: that :func:`why_no_twin` has nothing against.
         implementation: what ``attn_implementation`` takes.
+        fused: whether its decoder layers run as few operations, those that can (:mod:`specdec_fast.fused_layers`).
 
     Raises:
         ValueError: the model cannot be given another attention, or not this one.
@@ -214,22 +216,18 @@ def twin(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     if reason := why_no_twin(model):
         raise ValueError(f"attn_implementation={implementation!r} is not possible for this model: {reason}")
     kept = _twins.setdefault(model, {})
-    fused = implementation == NAME and model.dtype == torch.bfloat16 and dispatch.fuses_layers()
     modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
-    state = (id(model.config), modules, model.dtype, model.device.type, fused)
-    if implementation not in kept or kept[implementation][0] != state:
+    state, key = (id(model.config), modules, model.dtype, model.device.type), (implementation, fused)
+    if key not in kept or kept[key][0] != state:
         memo: dict[int, Any] = {}
         made: PreTrainedModel = _around(model, memo)
         made.set_attn_implementation(implementation)
         if model.device.type == "cuda" and model.dtype in HALVES:
             fused_layers.fuse_norms(made)
-            if fused:
-                if reason := fused_layers.why_no_kernels("cuda"):
-                    warnings.warn(f"layers run as they are, which only costs speed: {reason}", stacklevel=2)
-                else:
-                    fused_layers.fuse_layers(made)
-        kept[implementation] = state, made
-    return kept[implementation][1]
+        if fused:
+            fused_layers.fuse_layers(made)
+        kept[key] = state, made
+    return kept[key][1]
 
 
 def _around(module: Any, memo: dict[int, Any]) -> Any:

@@ -40,6 +40,7 @@ __all__ = [
     "hand_back",
     "handing_back",
     "kept_bytes",
+    "notice",
     "upload",
 ]
 

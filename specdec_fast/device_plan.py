@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling, warmup
-from specdec_fast.attention import for_static_cache
 from specdec_fast.compiled import Compilation
 from specdec_fast.costs import Observed, Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
@@ -23,6 +22,7 @@ from specdec_fast.methods import Plan, asks, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
+from specdec_fast.static_model import for_passes
 from specdec_fast.static_runner import why_not_static
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
@@ -108,11 +108,11 @@ def open_session(
             said = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
             statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
         return None
-    model, switched = for_static_cache(model)
-    statistics.loop_reason = why_not_static(model) or why_not_resident(model, call) or ""
+    how, plan = Compilation.of(mode, model, config), call.plan
+    model, switched = for_passes(model, how.compiled)
+    statistics.loop_reason = why_not_static(model) or why_not_resident(model, call, how) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
         return None
-    how, plan = Compilation.of(mode, model, config), call.plan
     statistics.forward = "inductor" if how.compiled else "static"
     statistics.attention = switched or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
@@ -159,7 +159,7 @@ def resident_outlook(
     return known.counted(session.costs() if horizon >= warmup.WORTH_IT else constant), known
 
 
-def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
+def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> str | None:
     """Why the rounds of a call cannot live on the device; None where they can."""
     plan, options, visible = call.plan, call.options, call.visible
     drafter = options.assistant_model
@@ -187,7 +187,7 @@ def why_not_resident(model: PreTrainedModel, call: Call) -> str | None:
         return "assistant_window: the drafter's text is cut on the host"
     if drafter.device != model.device:
         return "the drafter is on another device"
-    if reason := why_not_static(for_static_cache(drafter)[0]):
+    if reason := why_not_static(for_passes(drafter, how.compiled)[0]):
         return f"the drafter: {reason}"
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < call.longest:
@@ -208,7 +208,7 @@ def _padded_left(visible: Tensor | None) -> bool:
 
 def _candidate(model: PreTrainedModel, batch: int, call: Call, how: Compilation) -> DrafterPart | None:
     """The drafter of a method that a row may change to; None where it needs the host."""
-    return None if why_not_resident(model, call) else drafter_part(model, batch, call, how)
+    return None if why_not_resident(model, call, how) else drafter_part(model, batch, call, how)
 
 
 def watches(plan: Plan, options: Options, how: Compilation) -> bool:
@@ -224,7 +224,7 @@ def drafter_part(model: PreTrainedModel, rows: int, call: Call, how: Compilation
     options, drafter = call.options, call.options.assistant_model
     if call.plan.method == "autoregressive" or drafter is None:
         return None
-    drafter, _ = for_static_cache(drafter)
+    drafter, _ = for_passes(drafter, how.compiled)
     warpers = sampling.drafter_warpers(
         call.processors, do_sample=call.do_sample, temperature=options.assistant_temperature
     )

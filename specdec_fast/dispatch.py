@@ -26,7 +26,7 @@ __all__ = [
     "OPS",
     "VARIABLE",
     "check_default",
-    "fuses_layers",
+    "layers",
     "overload",
     "run_triton",
     "runs_natively",
@@ -131,12 +131,13 @@ def check_default(device: str) -> None:
         _overload_name(op, device, DEFAULT)
 
 
-def fuses_layers() -> bool:
-    """Whether decoder layers are to run as few operations on a GPU: ``SPECDEC_FAST_LAYERS=fused``.
+def layers() -> str:
+    """How decoder layers are to run on a GPU, as ``SPECDEC_FAST_LAYERS`` says.
 
-    Not by default, until these operations have been timed on one.
+    Returns:
+        ``"plain"``: as the model has them, ``"fused"``: as few operations, or ``"auto"``, the default: the faster way.
     """
-    return os.environ.get(LAYERS_VARIABLE) == "fused"
+    return os.environ.get(LAYERS_VARIABLE) or "auto"
 
 
 def setting_problem() -> str | None:
@@ -144,9 +145,8 @@ def setting_problem() -> str | None:
     asked = os.environ.get(CAPABILITY_VARIABLE)
     if asked and asked not in CAPABILITIES:
         return f"{CAPABILITY_VARIABLE} must be one of {', '.join(CAPABILITIES)}, not {asked!r}"
-    asked = os.environ.get(LAYERS_VARIABLE)
-    if asked and asked not in ("plain", "fused"):
-        return f"{LAYERS_VARIABLE} must be plain or fused, not {asked!r}"
+    if layers() not in ("auto", "plain", "fused"):
+        return f"{LAYERS_VARIABLE} must be auto, plain or fused, not {layers()!r}"
     if DEFAULT == "auto":
         return None
     if DEFAULT not in BACKENDS:

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec_fast import dispatch
-from specdec_fast.layer_ops import layer_heads, layer_product
-from specdec_fast.static_cache import StaticLayer
+from specdec_fast.layer_ops import layer_heads, layer_product, layer_product_scaled, layer_scale
+from specdec_fast.static_cache import Place, StaticLayer
 
-__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "why_no_kernels", "why_not_fused"]
+__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "fused_count", "why_no_kernels", "why_not_fused"]
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # x / rms(x) * weight, each the same code
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
@@ -78,16 +78,19 @@ def _trial(device: str, backend: str) -> list[Tensor]:
         x, norm, epsilon = drawn(5, inner), drawn(inner), 1e-5
         weights = [drawn(n * dim, inner) * inner**-0.5 for n in (3, 1, 1)]
         biases = [drawn(n * dim) for n in (3, 1, 1)]
-        fused = layer_product(x, weights, biases, norm=norm, epsilon=epsilon, backend=backend)
+        scaled, squares = layer_scale(x, norm, backend=backend)
+        normed: dict[str, Any] = {"squares": squares, "epsilon": epsilon, "backend": backend}
+        fused = layer_product(scaled, weights, biases, **normed)
         keys, values = torch.zeros(2, 1, 1, 9, dim, device=device, dtype=x.dtype)
-        found += [fused, keys, values]
+        found += [scaled, squares, fused, keys, values]
         cosine, sine, query_norm, key_norm = drawn(5, dim), drawn(5, dim), drawn(dim), drawn(dim)
         for norms in ({}, {"query_norm": query_norm, "key_norm": key_norm, "epsilon": epsilon}):
             given: dict[str, Any] = {**norms, "backend": backend}
             found.append(layer_heads(fused, cosine, sine, columns, keys, values, 3, **given))
-        found.append(layer_product(x, weights[1:], norm=norm, epsilon=epsilon, gated=True, backend=backend))
         out = drawn(inner, 3 * dim) * dim**-0.5
-        found.append(layer_product(fused[:, : 3 * dim], [out], residual=x, backend=backend))
+        stream, *normed_next = layer_product_scaled(fused[:, : 3 * dim], out, norm=norm, residual=x, backend=backend)
+        normed["squares"] = normed_next[1]
+        found += [stream, *normed_next, layer_product(normed_next[0], weights[1:], gated=True, **normed)]
     return found
 
 
@@ -100,14 +103,23 @@ def fuse_layers(model: PreTrainedModel, backend: str = "triton") -> int:
     Args:
         backend: of those operations.
     """
+    before: Any = None
     count = 0
     for module in model.modules():
         kind: Any = type(module)
         known = kind.__name__ in LAYERS and kind.__module__.startswith("transformers.models.")
         if known and why_not_fused(module) is None:
             module.__class__ = _few_operations(kind, backend)
+            if before is not None:  # in a tuple: a module of another's would be one of its own
+                before.__dict__["_next_norm"] = (module.input_layernorm,)
+            before = module
             count += 1
     return count
+
+
+def fused_count(model: PreTrainedModel) -> int:
+    """How many layers of a twin :func:`fuse_layers` has changed."""
+    return sum(getattr(type(module), "fused", False) for module in model.modules())
 
 
 def why_not_fused(layer: nn.Module) -> str | None:
@@ -173,7 +185,7 @@ def _few_operations(kind: Any, backend: str) -> Any:
             return plain
         return _layer(self, hidden_states, attention_mask, turns, stored, backend, others)
 
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "fused": True})
 
 
 def _stored(layer: Any, hidden: Tensor, cache: Any) -> StaticLayer | None:
@@ -202,8 +214,10 @@ def _layer(
     count, dim, place = rows * lanes, int(attention.head_dim), stored.place
     heads = attention.q_proj.out_features // dim
     assert stored.keys is not None and stored.values is not None
-    stream = hidden.reshape(count, width)
-    fused = _product(backend, stream, [attention.q_proj, attention.k_proj, attention.v_proj], layer.input_layernorm)
+    stream, (scaled, squares) = hidden.reshape(count, width), _scaled(hidden, layer.input_layernorm, place, backend)
+    own = _matrices(attention.q_proj, attention.k_proj, attention.v_proj)
+    epsilon = _epsilon(layer.input_layernorm)
+    fused = layer_product(scaled, *own, squares=squares, epsilon=epsilon, backend=backend)
     cosine, sine = (turn.expand(rows, lanes, dim).reshape(count, dim) for turn in turns)
     query = layer_heads(
         fused,
@@ -220,34 +234,47 @@ def _layer(
     seen, _ = attend(
         attention, query, stored.keys, stored.values, mask, dropout=0.0, scaling=attention.scaling, **others
     )
-    stream = _product(backend, seen.reshape(count, heads * dim), [attention.o_proj], residual=stream)
-    gated = _product(backend, stream, [mlp.gate_proj, mlp.up_proj], layer.post_attention_layernorm, gated=True)
-    return _product(backend, gated, [mlp.down_proj], residual=stream).view(rows, lanes, width)
-
-
-def _product(
-    backend: str,
-    x: Tensor,
-    linears: list[nn.Linear],
-    norm: Any = None,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    return layer_product(
-        x,
-        [linear.weight for linear in linears],
-        [linear.bias for linear in linears],
-        norm=None if norm is None else norm.weight,
-        epsilon=0.0 if norm is None else float(norm.variance_epsilon),
-        residual=residual,
-        gated=gated,
-        backend=backend,
+    norm, out = layer.post_attention_layernorm, attention.o_proj
+    stream, scaled, squares = layer_product_scaled(
+        seen.reshape(count, heads * dim), out.weight, out.bias, norm=norm.weight, residual=stream, backend=backend
     )
+    own, epsilon = _matrices(mlp.gate_proj, mlp.up_proj), _epsilon(norm)
+    gated = layer_product(scaled, *own, squares=squares, epsilon=epsilon, gated=True, backend=backend)
+    return _written(layer, gated, stream, place, (rows, lanes, width), backend)
+
+
+def _scaled(hidden: Tensor, norm: Any, place: Place, backend: str) -> tuple[Tensor, Tensor]:
+    """What a layer's first product reads: as the layer before left it, if it wrote these states for this norm."""
+    if place.scaled is not None and place.scaled[0] is hidden and place.scaled[1] is norm:
+        return place.scaled[2:]
+    return layer_scale(hidden.reshape(-1, hidden.shape[2]), norm.weight, backend=backend)
+
+
+def _written(
+    layer: Any, gated: Tensor, stream: Tensor, place: Place, shape: tuple[int, int, int], backend: str
+) -> Tensor:
+    """A layer's last product, and beside it what the next layer reads, where that one is of the same kind."""
+    down, norm = layer.mlp.down_proj, layer.__dict__.get("_next_norm", (None,))[0]
+    if norm is None or torch.compiler.is_compiling():  # a compiler keeps no notes between layers
+        return layer_product(gated, *_matrices(down), residual=stream, backend=backend).view(shape)
+    result, *scaled = layer_product_scaled(
+        gated, down.weight, down.bias, norm=norm.weight, residual=stream, backend=backend
+    )
+    result = result.view(shape)
+    place.scaled = (result, norm, *scaled)
+    return result
+
+
+def _matrices(*linears: nn.Linear) -> tuple[list[Tensor], list[Tensor | None]]:
+    return [linear.weight for linear in linears], [linear.bias for linear in linears]
+
+
+def _epsilon(norm: Any) -> float:
+    return float(norm.variance_epsilon)
 
 
 def _head_norms(attention: Any) -> dict[str, Any]:
     query = getattr(attention, "q_norm", None)
     if query is None:
         return {}
-    epsilon = float(query.variance_epsilon)
-    return {"query_norm": query.weight, "key_norm": attention.k_norm.weight, "epsilon": epsilon}
+    return {"query_norm": query.weight, "key_norm": attention.k_norm.weight, "epsilon": _epsilon(query)}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 from specdec_fast.cache import RaggedCache, RaggedLayer, Window
@@ -38,6 +38,8 @@ class Place:
         capacity: columns of the buffers, the last of them nobody's.
         fixed: whether a pass of fixed shape is running.
         lanes: ``[B, n]``, during such a pass: :meth:`columns`, made once for all layers.
+        scaled: during such a pass, what a layer has left for the next one: the states it gave, the norm that reads
+            them, and what :func:`specdec_fast.layer_ops.layer_scale` gives for both.
     """
 
     start: Tensor
@@ -45,6 +47,7 @@ class Place:
     capacity: int
     fixed: bool = False
     lanes: Tensor | None = None
+    scaled: tuple[Tensor, nn.Module, Tensor, Tensor] | None = None
 
     def columns(self, lanes: int) -> Tensor:
         """Where each lane is written: ``[B, lanes]``."""

@@ -203,7 +203,7 @@ class StaticRunner(Runner):
         try:
             return run(self.model, self.cache, self.head, tokens, lane, self.positions, self._ids)
         finally:
-            place.fixed, place.lanes = False, None
+            place.fixed, place.lanes, place.scaled = False, None, None
 
 
 _probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, str | None]] = weakref.WeakKeyDictionary()

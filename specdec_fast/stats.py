@@ -26,7 +26,8 @@ class Speculation:
     """How short passes of the target ran: native (one operation a pass), eager (the model's own forward), static (the
     same at fixed shapes over a static cache) or inductor (those compiled)."""
     attention: str = ""
-    """Which attention took the place of the target's own in passes over a static cache."""
+    """Which attention took the place of the target's own in passes over a static cache, and how its layers ran there
+    where that was a choice."""
     loop: str = "host"
     """Where rounds lived: on the host, which waits for the device in between, or on the device."""
     loop_reason: str = ""

@@ -10,7 +10,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 
 from specdec_fast import attention, device_plan, fast_generate, fused_layers, last_speculation
 from specdec_fast.fused_layers import fuse_layers, fuse_norms, why_not_fused
-from specdec_fast.layer_ops import layer_heads, layer_product
+from specdec_fast.layer_ops import GROUP, layer_heads, layer_product, layer_product_scaled, layer_scale
 from specdec_fast.static_runner import StaticRunner, empty_cache
 
 CLOSE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
@@ -67,19 +67,50 @@ def test_the_operations_are_what_runs(backend, monkeypatch):
     """Short passes of fixed shape run them, a prompt and passes at many positions do not."""
     seen = []
 
-    def watched(*arguments, **options):
-        seen.append(arguments[0].shape[0])
-        return layer_product(*arguments, **options)
+    def watch(name):
+        run = getattr(fused_layers, name)
 
-    monkeypatch.setattr(fused_layers, "layer_product", watched)
+        def watched(*arguments, **options):
+            seen.append((name, arguments[0].shape[0]))
+            return run(*arguments, **options)
+
+        monkeypatch.setattr(fused_layers, name, watched)
+
+    for name in ("layer_scale", "layer_product", "layer_product_scaled", "layer_heads"):
+        watch(name)
     made = attention.twin(built("llama"), attention.NAME)
     fuse_layers(made, backend)
     passes(made)
-    assert seen == [*[2] * 8, *[8] * 16]
+    start, common = ["layer_scale"], ["layer_product", "layer_heads", "layer_product_scaled", "layer_product"]
+    one = [*start, *common, "layer_product_scaled", *common, "layer_product"]  # two layers, one norm between them
+    assert seen == [(name, rows) for rows in (2, 8, 8) for name in one]
     monkeypatch.setattr(fused_layers, "MOST_ROWS", 7)
     seen.clear()
     passes(made)
-    assert seen == [2] * 8
+    assert seen == [(name, 2) for name in one]
+
+
+def test_what_a_layer_leaves_is_for_its_own_states_alone(backend):
+    """States that something changed between two layers are scaled anew, and nothing is kept behind a pass."""
+    original = built("llama")
+    made = attention.twin(original, attention.NAME)
+    fuse_layers(made, backend)
+    expected = passes(made)
+    second = made.model.layers[1]
+    kind = type(second)
+
+    class Doubled(kind):
+        def forward(self, hidden_states, *rest, **named):
+            return kind.forward(self, hidden_states * 2, *rest, **named)
+
+    second.__class__ = Doubled
+    changed = passes(made)
+    second.__class__ = kind
+    plain = attention.twin(original, "sdpa").model.layers[1]
+    plain.register_forward_pre_hook(lambda _, given, named: ((given[0] * 2, *given[1:]), named), with_kwargs=True)
+    for got, right, before in zip(changed, passes(attention.twin(original, "sdpa")), expected, strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(got, before, rtol=1e-2)
 
 
 @torch.no_grad()
@@ -97,11 +128,17 @@ def test_what_a_position_gets_does_not_depend_on_the_others():
     pytest.importorskip("specdec_fast.triton_kernels.launch_layers", reason="no Triton kernels here")
     x, norm = torch.randn(9, 40, device=DEVICE).bfloat16(), torch.rand(40, device=DEVICE).bfloat16()
     weights = [torch.randn(n, 40, device=DEVICE).bfloat16() for n in (24, 8, 8)]
-    whole = layer_product(x, weights, norm=norm, epsilon=1e-5, backend="triton")
+
+    def results(x):
+        scaled, squares = layer_scale(x, norm, backend="triton")
+        product = layer_product(scaled, weights, squares=squares, epsilon=1e-5, backend="triton")
+        return product, *layer_product_scaled(x, weights[0], norm=norm[:24], backend="triton")
+
+    whole = results(x)
     for rows in (1, 4, 8):
         changed = x[:rows] + torch.arange(rows, device=DEVICE).bfloat16().flip(0)[:, None]  # all but the last one
-        got = layer_product(changed, weights, norm=norm, epsilon=1e-5, backend="triton")
-        assert torch.equal(got[-1], whole[rows - 1])
+        for got, right in zip(results(changed), whole, strict=True):
+            assert torch.equal(got[-1], right[rows - 1])
 
 
 @torch.no_grad()
@@ -139,17 +176,17 @@ def product_case(rows, inner, counts, dtype, gated=False, residual=True, norm=Tr
         "x": 3 * draw(rows, inner + 3)[:, :inner],
         "weights": [draw(n, inner) * inner**-0.5 for n in counts],
         "biases": [draw(n) if bias else None for n in counts],
-        "norm": draw(inner) if norm else None,
+        "squares": torch.rand(rows, 5) * inner if norm else None,
         "epsilon": 1e-2,
         "residual": draw(rows, outputs + 5)[:, :outputs] if residual else None,
         "gated": gated,
     }
 
 
-def plain_product(x, weights, biases, norm, epsilon, residual, gated):
+def plain_product(x, weights, biases, squares, epsilon, residual, gated):
     x, residual = x.double(), None if residual is None else residual.double()
-    if norm is not None:
-        x = rms_norm(x, norm.shape, norm.double(), epsilon)
+    if squares is not None:
+        x = x / (squares.double().sum(1, keepdim=True) / x.shape[1] + epsilon).sqrt()
     parts = [x @ w.double().T + (0 if b is None else b.double()) for w, b in zip(weights, biases, strict=True)]
     result = silu(parts[0]) * parts[1] if gated else torch.cat(parts, 1)
     return result if residual is None else result + residual
@@ -166,6 +203,71 @@ def test_products_are_those_of_torch(backend, shape, gated, dtype):
         assert got.is_contiguous()
         close = CLOSE[dtype] * 4
         torch.testing.assert_close(got.double(), plain_product(**case), rtol=close, atol=close)
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_a_norm_reads_is_left_beside_a_product(backend, shape, dtype):
+    """The result is that of a product alone, what lies beside it that of a kernel alone, and both make an RMS norm."""
+    rows, inner, (count, *_) = shape
+    for options in ({}, {"residual": False, "norm": False, "bias": False}):
+        case = product_case(rows, inner, (count,), dtype, **options)
+        norm, following = torch.randn(count).to(dtype), torch.randn(24, count).to(dtype) * count**-0.5
+        (weight,), (bias,) = case["weights"], case["biases"]
+        given = {name: case[name] for name in ("x", "squares", "epsilon", "residual")}
+        result, scaled, squares = layer_product_scaled(**given, weight=weight, bias=bias, norm=norm, backend=backend)
+        assert torch.equal(result, layer_product(**case, backend=backend))
+        assert squares.shape == (rows, -(-count // GROUP))
+        unit = torch.finfo(dtype).eps  # Triton's interpreter cuts where a GPU rounds
+        torch.testing.assert_close(scaled, (result.float() * norm.float()).to(dtype), rtol=unit, atol=0)
+        torch.testing.assert_close(squares.sum(1), result.float().square().sum(1), rtol=1e-5, atol=1e-5)
+        for got, right in zip(layer_scale(result, norm, backend=backend), (scaled, squares), strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-6, atol=1e-6)
+        got = layer_product(scaled, [following], squares=squares, epsilon=1e-2, backend=backend)
+        right = rms_norm(result.double(), norm.shape, norm.double(), 1e-2) @ following.double().T
+        torch.testing.assert_close(got.double(), right, rtol=4 * CLOSE[dtype], atol=4 * CLOSE[dtype])
+
+
+def among_nans(tensor):
+    """The same numbers, contiguous, in the middle of a buffer of NaNs."""
+    around = torch.full((tensor.numel() + 2048,), torch.nan, dtype=tensor.dtype)
+    return around[1024 : 1024 + tensor.numel()].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_read_and_write_inside_their_tensors_alone(shape, gated):
+    launch = pytest.importorskip("specdec_fast.triton_kernels.launch_layers", reason="no Triton kernels here")
+    with torch.device(DEVICE):
+        check_inside(launch, shape, gated)
+
+
+def check_inside(launch, shape, gated):
+    case = product_case(*shape, torch.float32, gated)
+    names = ("x", "squares", "residual")
+    given = {name: among_nans(case[name]) for name in names}
+    weights, biases = ([among_nans(t) for t in case[name]] for name in ("weights", "biases"))
+    rows, outputs = case["residual"].shape
+    alone = not gated and len(weights) == 1
+    written = [torch.zeros(rows, outputs), torch.zeros(rows, outputs), torch.zeros(rows, -(-outputs // GROUP))]
+    held = [torch.full((t.numel() + 2048,), 7.0) for t in written]
+    out, scaled, parts = (
+        buffer[1024 : 1024 + t.numel()].view(t.shape) for buffer, t in zip(held, written, strict=True)
+    )
+    last = (among_nans(torch.rand(outputs)), scaled, parts) if alone else (None, None, None)
+    launch._launch(given["x"], given["squares"], case["epsilon"], weights, biases, given["residual"], gated, out, *last)
+    torch.testing.assert_close(out.double(), plain_product(**case), rtol=1e-4, atol=1e-4)
+    assert not alone or (scaled.isfinite().all() and parts.isfinite().all())
+    for buffer, t in zip(held, written, strict=True):
+        assert (buffer[:1024] == 7).all() and (buffer[1024 + t.numel() :] == 7).all()
+
+
+def test_long_rows_are_scaled_by_several_programs(backend):
+    x, norm = torch.randn(3, 2100), torch.randn(2100)
+    scaled, squares = layer_scale(x[:, :2090].T.contiguous().T, norm[:2090], backend=backend)
+    assert torch.equal(scaled, x[:, :2090] * norm[:2090])
+    assert squares.shape == (3, 131)
+    torch.testing.assert_close(squares.sum(1), x[:, :2090].square().sum(1))
 
 
 def heads_case(dtype=torch.float32, rows=2, lanes=3, heads=4, kv_heads=2, dim=12, norms=True):
@@ -261,19 +363,24 @@ def test_planted_faults_of_heads_are_noticed(backend, fault):
 
 def test_no_rows_compute_nothing(backend):
     case = product_case(2, 16, (16,), torch.float32)
-    case["x"], case["residual"] = case["x"][:0], case["residual"][:0]
+    case["x"], case["residual"], case["squares"] = case["x"][:0], case["residual"][:0], case["squares"][:0]
     assert layer_product(**case, backend=backend).shape == (0, 16)
+    assert [t.shape for t in layer_scale(case["x"], torch.ones(16), backend=backend)] == [(0, 16), (0, 1)]
 
 
 def test_the_operators_are_sound(backend):
     case = product_case(2, 16, (16, 4, 4), torch.float32)
-    given = (case["x"], case["norm"], 0.1, case["weights"], case["biases"], case["residual"], False)
-    checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(getattr(torch.ops.specdec_fast.layer_product, backend), given, test_utils=checks)
+    given = (case["x"], case["squares"], 0.1, case["weights"], case["biases"], case["residual"], False)
+    checks = {"test_utils": ("test_schema", "test_faketensor")}
+    operators = torch.ops.specdec_fast
+    torch.library.opcheck(getattr(operators.layer_product, backend), given, **checks)
+    given = (case["x"], case["squares"], 0.1, case["weights"][0], case["biases"][0], None, torch.ones(16))
+    torch.library.opcheck(getattr(operators.layer_product_scaled, backend), given, **checks)
+    torch.library.opcheck(getattr(operators.layer_scale, backend), (case["x"], torch.ones(16)), **checks)
     case = heads_case()
     names = ["fused", "cosine", "sine", "query_norm", "key_norm", "epsilon", "columns", "keys", "values", "heads"]
     given = tuple(case[name] for name in names)
-    torch.library.opcheck(getattr(torch.ops.specdec_fast.layer_heads, backend), given, test_utils=checks)
+    torch.library.opcheck(getattr(operators.layer_heads, backend), given, **checks)
 
 
 class Hidden(torch.Tensor):
@@ -303,17 +410,6 @@ def test_other_layers_run_as_they_are(change, reason):
     assert reason in why_not_fused(original.model.layers[0])
     if reason != "eager":  # which all layers share
         assert fuse_layers(attention.twin(original, attention.NAME)) == 1
-
-
-def test_a_setting_that_is_neither_is_refused(monkeypatch):
-    from specdec_fast.dispatch import check_default, fuses_layers
-
-    assert not fuses_layers()
-    monkeypatch.setenv("SPECDEC_FAST_LAYERS", "fused")
-    assert fuses_layers()
-    monkeypatch.setenv("SPECDEC_FAST_LAYERS", "quick")
-    with pytest.raises(ValueError, match="SPECDEC_FAST_LAYERS must be plain or fused, not 'quick'"):
-        check_default("cpu")
 
 
 def test_kernels_are_tried_before_a_layer_is_given_to_them(monkeypatch):
@@ -360,12 +456,12 @@ def asked():
 def generated(monkeypatch, target, backend, **options):
     """What ``fast_generate`` gives with the target's and the drafter's layers fused, in rounds on the device."""
 
-    def fused(one):
+    def fused(one, compiled):
         made = attention.twin(one, attention.NAME)
         assert fuse_layers(made, backend)
         return made, "fused"
 
-    monkeypatch.setattr(device_plan, "for_static_cache", fused)
+    monkeypatch.setattr(device_plan, "for_passes", fused)
     result = fast_generate(target, **asked(), **options)
     assert last_speculation().loop == "device"
     return result

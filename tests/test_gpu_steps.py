@@ -53,7 +53,7 @@ def test_every_step_runs_and_leaves_few_small_files(tmp_path):
 
 def test_cells_that_are_done_are_not_measured_again(tmp_path, capsys):
     cells = end_to_end.cells(["tiny"], [1])
-    done = [{**vars(cell), "compile": "off", "layers": "plain"} for cell in cells]
+    done = [{**vars(cell), "compile": "off", "layers": "auto"} for cell in cells]
     rest = end_to_end.run(tmp_path, torch.device("cpu"), done, float("inf"), tiny=True, compile="off")
     assert list(rest) == []
     assert "left" not in capsys.readouterr().out

@@ -44,6 +44,7 @@ LAYERS = (
         "drafters.prompt_lookup",
         "drafters.slrs",
     },
+    {"static_model"},
     {"compiled", "device_projection", "device_report"},
     {"device_round"},
     {"device_law", "static_runner"},

@@ -134,7 +134,7 @@ def needs_the_host(monkeypatch, method):
     monkeypatch.setattr(
         device_plan,
         "why_not_resident",
-        lambda model, call: "for the test" if call.plan.method == method else why_not(model, call),
+        lambda model, call, how: "for the test" if call.plan.method == method else why_not(model, call, how),
     )
 
 

@@ -19,11 +19,22 @@ from specdec_fast.triton_kernels.filters import floor_kernel, narrow_kernel
 from specdec_fast.triton_kernels.finish import finish_kernel
 from specdec_fast.triton_kernels.judge import judge_kernel
 from specdec_fast.triton_kernels.launch_attention import decode_attention
-from specdec_fast.triton_kernels.launch_layers import layer_heads, layer_product
+from specdec_fast.triton_kernels.launch_layers import layer_heads, layer_product, layer_product_scaled, layer_scale
 from specdec_fast.triton_kernels.maps import project_kernel, range_sums_kernel, tile_sums_kernel
 from specdec_fast.triton_kernels.sample import measure_kernel, sample_kernel, softmax_kernel
 
-__all__ = ["decode_attention", "layer_heads", "layer_product", "project", "range_sums", "sample", "softmax", "verify"]
+__all__ = [
+    "decode_attention",
+    "layer_heads",
+    "layer_product",
+    "layer_product_scaled",
+    "layer_scale",
+    "project",
+    "range_sums",
+    "sample",
+    "softmax",
+    "verify",
+]
 
 BLOCK = 2048  # entries a tile, at most 8192
 SPAN = 2  # tiles a program, of at most 8192 entries together

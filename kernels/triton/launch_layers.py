@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
-from specdec_fast.triton_kernels.layers import place_kernel, product_kernel
+from specdec_fast.triton_kernels.layers import place_kernel, product_kernel, scale_kernel
 
-__all__ = ["Tiles", "layer_heads", "layer_product"]
+__all__ = ["Tiles", "layer_heads", "layer_product", "layer_product_scaled", "layer_scale"]
 
 ROWS = 16  # of a tile of positions: the smallest that tensor cores take
+WIDTH = 1024  # columns that a program of layer_scale does
+GROUP = 16  # specdec_fast.layer_ops.GROUP
 
 
 class Tiles(NamedTuple):
@@ -33,29 +36,63 @@ def tiles_for(outputs: int, inner: int, gated: bool) -> Tiles:
 
 def layer_product(
     x: Tensor,
-    norm: Tensor | None,
+    squares: Tensor | None,
     epsilon: float,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor | None],
     residual: Tensor | None,
     gated: bool,
 ) -> Tensor:
+    out = x.new_empty((x.shape[0], weights[0].shape[0] if gated else sum(w.shape[0] for w in weights)))
+    _launch(x, squares, epsilon, weights, biases, residual, gated, out, None, None, None)
+    return out
+
+
+def layer_product_scaled(
+    x: Tensor,
+    squares: Tensor | None,
+    epsilon: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    norm: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, scaled = (x.new_empty((x.shape[0], weight.shape[0])) for _ in range(2))
+    parts = _parts(out)
+    _launch(x, squares, epsilon, [weight], [bias], residual, False, out, norm, scaled, parts)
+    return out, scaled, parts
+
+
+def _launch(
+    x: Tensor,
+    squares: Tensor | None,
+    epsilon: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    gated: bool,
+    out: Tensor,
+    norm: Tensor | None,
+    scaled: Tensor | None,
+    parts: Tensor | None,
+) -> None:
     _needs_gpu(x)
     x, residual = _in_rows(x), None if residual is None else _in_rows(residual)
+    squares = None if squares is None else squares.contiguous()
     weights = [weight.contiguous() for weight in weights]
     rows, inner = x.shape
     counts = [w.shape[0] for w in weights]
-    outputs = counts[0] if gated else sum(counts)
-    out = x.new_empty((rows, outputs))
-    tiles = tiles_for(outputs, inner, gated)
+    tiles = tiles_for(out.shape[1], inner, gated)
     spare: list[Tensor | None] = [None] * (3 - len(weights))
     programs = sum(triton.cdiv(n, tiles.block) for n in (counts[:1] if gated else counts))
+    places = 1 if squares is None else squares.shape[1]
     for at in range(0, rows, ROWS):
         part = slice(at, at + ROWS)
         product_kernel[(programs,)](
             x[part],
             x.stride(0),
-            norm,
+            None if squares is None else squares[part],
+            places,
             epsilon,
             *weights,
             *spare,
@@ -65,6 +102,9 @@ def layer_product(
             0 if residual is None else residual.stride(0),
             out[part],
             out.stride(0),
+            norm,
+            None if scaled is None else scaled[part],
+            None if parts is None else parts[part],
             min(rows - at, ROWS),
             inner,
             *counts,
@@ -76,10 +116,27 @@ def layer_product(
             ROWS=ROWS,
             BLOCK=tiles.block,
             DEPTH=tiles.depth,
+            PLACES=triton.next_power_of_2(places),
+            GROUP=GROUP,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
-    return out
+
+
+def layer_scale(x: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    _needs_gpu(x)
+    x = _in_rows(x)
+    scaled, parts = torch.empty_like(x, memory_format=torch.contiguous_format), _parts(x)
+    rows, inner = x.shape
+    if rows:
+        scale_kernel[(rows, triton.cdiv(inner, WIDTH))](
+            x, x.stride(0), norm, scaled, parts, inner, parts.shape[1], WIDTH=WIDTH, GROUP=GROUP, num_warps=4
+        )
+    return scaled, parts
+
+
+def _parts(out: Tensor) -> Tensor:
+    return out.new_empty((out.shape[0], triton.cdiv(out.shape[1], GROUP)), dtype=torch.float32)
 
 
 def layer_heads(

@@ -1,9 +1,13 @@
 """What a decoder layer does between two attentions, for a few positions. Defined in specdec_fast/layer_ops.py.
 
 At a few positions a layer is bound by reading its weights, and beside a fast memory by the number of its launches. So a
-product takes along what stands before and behind it: the norm of its input, its bias, the gate, the sum with the
-residual stream; and matrices that read the same input are one launch. A position's sums run in an order that hangs on
+product takes along what stands before and behind it: its bias, the gate, the sum with the residual stream, the norm of
+what comes next; and matrices that read the same input are one launch. A position's sums run in an order that hangs on
 the shapes of the weights alone: what it gets does not depend on how many share the pass.
+
+A norm is shared out: whoever writes a position's entries scales them by the norm's weight and sums their squares, and
+the product that reads them divides its result. A product that did this to its input would do it once a program, in
+every step of its loop, three times as many instructions as the product itself.
 """
 
 import triton
@@ -22,11 +26,12 @@ def tile(pointer, row_stride, row, column, inside, EVEN: tl.constexpr):
         return tl.load(pointer + place, mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one compilation for all passes
 def product_kernel(
     x,  # [M, K]
     x_row,  # strides
-    norm,  # [K] or None: x is normalised by its root mean square and multiplied by this
+    squares,  # [M, places] or None: parts of each row's sum of squares before it was scaled, as below
+    places,
     epsilon,
     weight,  # [N, K], up to three of them, contiguous
     weight_1,  # or None
@@ -38,6 +43,9 @@ def product_kernel(
     residual_row,
     out,  # [M, N + N_1 + N_2], or [M, N]
     out_row,
+    norm,  # [N] or None: of what is normalised next
+    scaled,  # [M, N]: out * norm
+    parts,  # [M, N / GROUP]: sums of squares of GROUP columns of out each
     rows,  # M
     inner,  # K
     count,  # N
@@ -50,6 +58,8 @@ def product_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
+    PLACES: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     """A program computes BLOCK columns of the output."""
     program = tl.program_id(0)
@@ -78,25 +88,23 @@ def product_kernel(
     live = m < rows
     n = program * BLOCK + tl.arange(0, BLOCK)
     there = n < count
+    if squares is not None:  # read here, so that it is there behind the loop
+        part = tl.arange(0, PLACES)
+        known = live[:, None] & (part < places)[None, :]
+        square = tl.load(squares + m[:, None] * places + part[None, :], mask=known, other=0.0)
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     other = tl.zeros((ROWS, BLOCK), tl.float32)
-    square = tl.zeros((ROWS,), tl.float32)
     for at in range(0, inner, DEPTH):
         k = at + tl.arange(0, DEPTH)
         inside = k < inner
         place = m.to(tl.int64)[:, None] * x_row + k[None, :]
         given = tl.load(x + place, mask=live[:, None] & inside[None, :], other=0.0)
-        if norm is not None:
-            wide = given.to(tl.float32)
-            square += tl.sum(wide * wide, 1)
-            factor = tl.load(norm + k, mask=inside, other=0.0).to(tl.float32)
-            given = (wide * factor[None, :]).to(given.dtype)
         both = there[:, None] & inside[None, :]
         total += product(given, tl.trans(tile(weight, inner, n, k, both, EVEN)), WIDEN)
         if GATED:
             other += product(given, tl.trans(tile(weight_1, inner, n, k, both, EVEN)), WIDEN)
-    if norm is not None:
-        scale = (1.0 / tl.sqrt(square / inner + epsilon))[:, None]
+    if squares is not None:
+        scale = (1.0 / tl.sqrt(tl.sum(square, 1) / inner + epsilon))[:, None]
         total *= scale
         other *= scale
     if bias is not None:
@@ -110,7 +118,39 @@ def product_kernel(
         place = m.to(tl.int64)[:, None] * residual_row + (shift + n)[None, :]
         total += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     place = m.to(tl.int64)[:, None] * out_row + (shift + n)[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=inside)
+    result = total.to(out.dtype.element_ty)
+    tl.store(out + place, result, mask=inside)
+    if norm is not None:
+        wide = tl.where(inside, result.to(tl.float32), 0.0)
+        factor = tl.load(norm + n, mask=there, other=0.0).to(tl.float32)
+        tl.store(scaled + place, (wide * factor[None, :]).to(out.dtype.element_ty), mask=inside)
+        sums = tl.sum(tl.reshape(wide * wide, (ROWS, BLOCK // GROUP, GROUP)), 2)
+        group = program * (BLOCK // GROUP) + tl.arange(0, BLOCK // GROUP)
+        groups = tl.cdiv(count, GROUP)
+        tl.store(parts + m[:, None] * groups + group[None, :], sums, mask=live[:, None] & (group < groups)[None, :])
+
+
+@triton.jit
+def scale_kernel(
+    x,  # [M, K]
+    x_row,
+    norm,  # [K]
+    scaled,  # [M, K]
+    parts,  # [M, groups]
+    inner,  # K
+    groups,
+    WIDTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Program (m, part) does WIDTH columns of a row: what a product does for those behind it."""
+    m = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    wide = tl.load(x + m * x_row + k, mask=k < inner, other=0.0).to(tl.float32)
+    factor = tl.load(norm + k, mask=k < inner, other=0.0).to(tl.float32)
+    tl.store(scaled + m * inner + k, (wide * factor).to(scaled.dtype.element_ty), mask=k < inner)
+    group = tl.program_id(1) * (WIDTH // GROUP) + tl.arange(0, WIDTH // GROUP)
+    sums = tl.sum(tl.reshape(wide * wide, (WIDTH // GROUP, GROUP)), 1)
+    tl.store(parts + m * groups + group, sums, mask=group < groups)
 
 
 @triton.jit
