@@ -224,6 +224,7 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
         made.set_attn_implementation(implementation)
         if model.device.type == "cuda" and model.dtype in HALVES:
             fused_layers.fuse_norms(made)
+            fused_layers.fuse_turns(made)
         if fused:
             fused_layers.fuse_layers(made)
         kept[key] = state, made

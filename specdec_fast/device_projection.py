@@ -20,8 +20,9 @@ from torch import Tensor
 
 from specdec_fast import ops
 from specdec_fast.device_law import DeviceLaw
-from specdec_fast.device_round import DeviceWriter, Draft, Drawn, State
+from specdec_fast.device_round import Begun, DeviceWriter, Draft, Drawn, State
 from specdec_fast.ops import LawKind
+from specdec_fast.round_ops import draft_begin
 from specdec_fast.static_runner import StaticRunner
 from specdec_fast.token_map import TokenMap
 
@@ -101,10 +102,11 @@ class DeviceProjection(DeviceWriter):
     def ends_early(self) -> bool:
         return self._most > 0 or super().ends_early
 
-    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
+    def draft(self, state: State, gamma: int, begun: Begun, law_wanted: bool) -> Draft:
         """Reads what is new of each row's text, then draws and tells until the drafts are full."""
         tail, text = self._tail(state)
-        count, tables = self._able(text, room), self._tables
+        count, *first = draft_begin(text, begun.room, tail.shape[1], self.runner.positions)
+        tables = self._tables
         place = torch.arange(gamma, device=text.device)
         told = torch.zeros_like(count).unsqueeze(1)  # target tokens of the steps so far
         tokens = where = lane = told.expand(-1, gamma)
@@ -114,7 +116,7 @@ class DeviceProjection(DeviceWriter):
         def goes_on() -> Tensor:
             return (told.squeeze(1) < count).any() | state.whole
 
-        for drawn in self._steps(state, gamma, tail, text, goes_on):
+        for drawn in self._steps(state, gamma, begun.committed, (tail, *first), text, goes_on):
             known, nothing = drawn.entry.clamp(min=0), (drawn.entry < 0).unsqueeze(1)
             begin = tables["start"][known].unsqueeze(1)
             length = torch.where(nothing, 1, tables["start"][known + 1].unsqueeze(1) - begin)

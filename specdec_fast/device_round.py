@@ -20,11 +20,13 @@ from specdec_fast import ops
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.lookahead import Adaptive
 from specdec_fast.randomness import Purpose
+from specdec_fast.round_ops import draft_begin, draft_tail, round_begin, round_commit
 from specdec_fast.static_runner import StaticRunner, static_forward
 
 __all__ = [
     "BUCKETS",
     "UNREAD",
+    "Begun",
     "DeviceDrafter",
     "DeviceWriter",
     "Draft",
@@ -69,6 +71,7 @@ class State:
         sure: ``[B, S]`` float64, the acceptance expected of a draft token by its confidence, in S equal steps.
         worth: ``[B, M]`` float64: behind its i-th token a row drafts on where the whole draft's is above this.
         whole: bool, every step of a draft is taken, whoever drafts: rounds are being timed.
+        steps: ``[G, B]`` int64, i in row i: constants, made once.
     """
 
     ids: Tensor
@@ -87,6 +90,7 @@ class State:
     sure: Tensor
     worth: Tensor
     whole: Tensor
+    steps: Tensor
 
     ENDS = 64
     TAIL = 4
@@ -107,6 +111,7 @@ class State:
             sure=numbers(rows, Adaptive.STEPS).double(),
             worth=numbers(rows, BUCKETS[-1]).double(),
             whole=numbers().bool(),
+            steps=numbers(BUCKETS[-1], rows),
             **{name: numbers(rows) for name in each},
         )
         state.clear()
@@ -120,6 +125,7 @@ class State:
         self.text.fill_(1)
         self.done.fill_(True)
         self.ends.fill_(_NO_ID)
+        self.steps.copy_(torch.arange(len(self.steps), device=self.steps.device).unsqueeze(1))
 
     def take(self, other: State) -> None:
         """Copies the rows of a state with fewer columns."""
@@ -127,10 +133,16 @@ class State:
             theirs = getattr(other, name)
             (mine[:, : theirs.shape[1]] if name == "ids" else mine).copy_(theirs)
 
-    @property
-    def committed(self) -> Tensor:
-        """Tokens committed, padding not counted: what random numbers are keyed by, ``[B]``."""
-        return self.shift + self.length - self.hidden
+
+class Begun(NamedTuple):
+    """What a round begins with: how many tokens each row may draft ``[B]``, its last token ``[B, 1]``, the column of
+    the target's cache that takes it ``[B]``, and the tokens committed, padding not counted, by which random numbers are
+    keyed ``[B]``."""
+
+    room: Tensor
+    last: Tensor
+    start: Tensor
+    committed: Tensor
 
 
 class Draft(NamedTuple):
@@ -195,8 +207,8 @@ class DeviceDrafter(Protocol):
     def parameters(self) -> dict[str, Tensor]:
         """Fused parameters of its law, ``[B]`` each."""
 
-    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
-        """Drafts up to ``room [B]`` tokens a row, at most ``gamma``."""
+    def draft(self, state: State, gamma: int, begun: Begun, law_wanted: bool) -> Draft:
+        """Drafts as many tokens a row as there is room for, at most ``gamma``."""
 
 
 class NothingDrafted:
@@ -206,8 +218,8 @@ class NothingDrafted:
     parameters: ClassVar[dict[str, Tensor]] = {}
     tells: ClassVar[tuple[bool, bool]] = (False, False)
 
-    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
-        return Draft(state.ids[:, :gamma], torch.zeros_like(room))
+    def draft(self, state: State, gamma: int, begun: Begun, law_wanted: bool) -> Draft:
+        return Draft(state.ids[:, :gamma], state.steps[0])
 
 
 class Drawn(NamedTuple):
@@ -284,18 +296,18 @@ class DeviceWriter:
         """Whether drafts often need fewer steps than they have places."""
         return bool(self._confidence)
 
-    def draft(self, state: State, gamma: int, room: Tensor, law_wanted: bool) -> Draft:
+    def draft(self, state: State, gamma: int, begun: Begun, law_wanted: bool) -> Draft:
         """Reads what is new of each row's text, then draws token by token."""
         tail, text = self._tail(state)
-        count = self._able(text, room)
+        count, *first = draft_begin(text, begun.room, tail.shape[1], self.runner.positions)
         steps: list[Drawn] = []
         sure: list[Tensor] = []
-        reach = torch.ones_like(state.sure[:, 0])
+        reach = torch.ones_like(state.sure[:, 0]) if self.watched else state.sure[:, 0]
 
         def goes_on() -> Tensor:
             return (count > len(steps)).any() | state.whole
 
-        for drawn in self._steps(state, gamma, tail, text, goes_on):
+        for drawn in self._steps(state, gamma, begun.committed, (tail, *first), text, goes_on):
             steps.append(drawn)
             if self._confidence or self.watched:
                 mass = (_certainty(drawn.scores, drawn.entry) if self.law.greedy else drawn.log_prob).exp()
@@ -318,11 +330,6 @@ class DeviceWriter:
         logits, logsumexp = (torch.stack(part, 1) for part in ([d.scores for d in steps], [d.logsumexp for d in steps]))
         return draft._replace(logits=logits, logsumexp=logsumexp, drawn=entries)
 
-    def _able(self, text: Tensor, room: Tensor) -> Tensor:
-        """How many tokens each row may draft, ``[B]``: at most as many as the drafter has positions for."""
-        places = (self.runner.positions - text).clamp(min=0)
-        return torch.where(text > 0, torch.minimum(room, places), 0)
-
     def _read(self, steps: list[Drawn]) -> Tensor | None:
         """The drafter's ids ``[B, S]`` that it has read behind its text, -1 where it has not; for the host."""
         if self._choices is None:
@@ -333,33 +340,38 @@ class DeviceWriter:
         return torch.where(torch.stack([*taken, taken[-1]]), own, -1) if taken else own
 
     def _steps(
-        self, state: State, gamma: int, tail: Tensor, text: Tensor, goes_on: Callable[[], Tensor]
+        self,
+        state: State,
+        gamma: int,
+        key: Tensor,
+        first: tuple[Tensor, ...],
+        text: Tensor,
+        goes_on: Callable[[], Tensor],
     ) -> Iterator[Drawn]:
         """Draws up to ``gamma`` tokens one behind the other, each read when the next is asked for.
 
         Args:
-            tail, text: of :meth:`_tail`.
+            key: of the round's numbers.
+            first: what the first pass reads, where it begins and the lane that counts.
+            text: of :meth:`_tail`.
             goes_on: whether a row needs the next step; asked behind each.
         """
-        start = (text - tail.shape[1]).clamp(min=0)
-        logits = self.runner.score(tail, start, (text - 1 - start).clamp(min=0))
-        key, taken = state.committed, None
+        logits, taken = self.runner.score(*first), None
         for step in range(gamma):
             scores = self.law.scores(logits if self._picks is None else logits[:, self._picks])
             found = ops.sample(
                 scores,
                 seed=state.seed,
                 position=key,
-                offset=torch.full_like(key, step),
+                offset=state.steps[step],
                 purpose=Purpose.DRAFT,
                 **self.parameters,  # type: ignore[arg-type]
             )
             entry = torch.where(found.status != 0, -1, found.token)
             yield Drawn(scores, entry, found.log_prob, found.logsumexp, taken)
             if step + 1 < gamma:
-                known = torch.where(found.status != 0, 0, found.token)
-                own = known if self._choices is None else self._choices[known]
-                behind = partial(self.runner.score, own.unsqueeze(1), text + step, torch.zeros_like(text))
+                own = found.token if self._choices is None else self._choices[found.token]  # 0 where there is none
+                behind = partial(self.runner.score, own.unsqueeze(1), text + step, state.steps[0])
                 if self.branch is None:
                     logits = behind()
                 else:
@@ -380,21 +392,14 @@ class DeviceWriter:
     def catch_up(self, state: State, unread: int) -> None:
         """Reads the last tokens of each row after rounds without a draft; same tokenizer."""
         lanes = 1 << (unread - 1).bit_length()
-        tail, text = self._last(state, lanes)
+        tail, text = draft_tail(state.ids, state.length, state.unread, lanes)
         self.runner.score(tail, (text - lanes).clamp(min=0), torch.zeros_like(text), forward=static_forward)
 
     def _tail(self, state: State) -> tuple[Tensor, Tensor]:
         """The last ids of each row's text and its length: what may be new, and a token or two more."""
         if self._choices is not None:  # another tokenizer: the host has written them
             return state.tail, state.text
-        return self._last(state, UNREAD)
-
-    @staticmethod
-    def _last(state: State, lanes: int) -> tuple[Tensor, Tensor]:
-        text = state.length - state.unread
-        first = state.unread + (text - lanes).clamp(min=0)
-        columns = first.unsqueeze(1) + torch.arange(lanes, device=first.device)
-        return state.ids.gather(1, columns.clamp(max=state.ids.shape[1] - 1)), text
+        return draft_tail(state.ids, state.length, state.unread, UNREAD)
 
 
 def _certainty(scores: Tensor, token: Tensor) -> Tensor:
@@ -429,31 +434,29 @@ class Round:
             drafted, the block, and what the drafter tells.
         """
         drafter = self.drafter if gamma else NothingDrafted()
-        draft = drafter.draft(state, gamma, self._room(state, gamma), self.rule != "match")
-        accepted, token = self._verify(state, draft)
-        return _commit(state, draft, accepted, token)
+        ids, length, done, most = state.ids, state.length, state.done, state.most
+        row = (state.limit, most, state.places, state.shift, state.hidden)
+        begun = Begun(*round_begin(ids, length, done, *row, gamma))
+        draft = drafter.draft(state, gamma, begun, self.rule != "match")
+        found = self._verify(state, begun, draft)
+        block = (found.accepted, found.token, found.status)
+        report = round_commit(draft.tokens, draft.drafted, *block, ids, length, done, most, state.ends)
+        told = [part for part in (draft.own, draft.sure) if part is not None]
+        return torch.cat([report, *told], 1) if told else report
 
-    def _room(self, state: State, gamma: int) -> Tensor:
-        """How many tokens each row may draft, ``[B]``."""
-        columns = state.most - state.length - 1  # the token behind the draft needs a column too
-        # Beyond the target's positions rotary ones go on, and learned ones end plain decoding too
-        places = state.places - state.committed
-        room = torch.minimum(state.limit, torch.where(places >= 0, torch.minimum(columns, places), columns))
-        return torch.where(state.done, 0, room.clamp(0, gamma))
-
-    def _verify(self, state: State, draft: Draft) -> tuple[Tensor, Tensor]:
-        last = state.ids.gather(1, (state.length - 1).unsqueeze(1))
-        logits = self.target.score(torch.cat([last, draft.tokens], 1), state.shift + state.length - 1)
+    def _verify(self, state: State, begun: Begun, draft: Draft) -> ops.Verification:
+        tokens = torch.cat([begun.last, draft.tokens], 1) if draft.tokens.shape[1] else begun.last
+        logits = self.target.score(tokens, begun.start)
         given = {"draft_" + name: value for name, value in self.drafter.parameters.items()}
         if draft.logits is None:
             given = {}
-        found = ops.verify(
+        return ops.verify(
             self.law.scores(logits),
             draft.tokens,
             draft.drafted,
             rule=self.rule,
             seed=state.seed,
-            start=state.committed,
+            start=begun.committed,
             draft_logits=draft.logits,
             index=None if draft.logits is None else self.drafter.index,
             drawn=draft.drawn,
@@ -464,24 +467,3 @@ class Round:
             **self.parameters,  # type: ignore[arg-type]
             **given,  # type: ignore[arg-type]
         )
-        undefined = (found.status & ops.Status.TARGET) != 0
-        return found.accepted, torch.where(undefined, -1, found.token)
-
-
-def _commit(state: State, draft: Draft, accepted: Tensor, token: Tensor) -> Tensor:
-    """Adds each row's block up to the token that ends the row, and says what it did."""
-    place = torch.arange(draft.tokens.shape[1] + 1, device=token.device)
-    behind = accepted.unsqueeze(1)
-    padded = torch.nn.functional.pad(draft.tokens, (0, 1))
-    block = torch.where(place < behind, padded, torch.where(place == behind, token.unsqueeze(1), -1))
-    # Not by torch.isin, which sorts and then waits for the device
-    ending = (block.unsqueeze(2) == state.ends).any(2) & (place <= behind)
-    stop = torch.where(ending, place + 1, place.shape[0]).amin(1)
-    room = state.most - state.length
-    new = torch.where(state.done, 0, torch.minimum(torch.minimum(accepted + 1, stop), room))
-    columns = (state.length.unsqueeze(1) + place).clamp(max=state.ids.shape[1] - 1)
-    state.ids.scatter_(1, columns, torch.where(place < new.unsqueeze(1), block, state.ids.gather(1, columns)))
-    state.done |= (stop <= new) & ending.any(1) | (new >= room)
-    state.length += new
-    told = [part for part in (draft.own, draft.sure) if part is not None]
-    return torch.cat([torch.stack([new, accepted, draft.drafted], 1), block, *told], 1)

@@ -1,8 +1,9 @@
 """Modules of a twin (:func:`specdec_fast.attention.twin`) that run as few operations on a GPU.
 
 A pass at a few positions launches some thirty small kernels a layer, each of which takes a microsecond or two to come
-and go. :func:`fuse_norms` makes one operation of an RMS norm, :func:`fuse_layers` makes six of a whole layer
-(:mod:`specdec_fast.layer_ops`), in passes of fixed shape at up to :data:`MOST_ROWS` positions; others run as before.
+and go. :func:`fuse_norms` makes one operation of an RMS norm, :func:`fuse_turns` one of a rotary embedding,
+:func:`fuse_layers` six of a whole layer (:mod:`specdec_fast.layer_ops`), in passes of fixed shape at up to
+:data:`MOST_ROWS` positions; others run as before.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec_fast import dispatch
 from specdec_fast.layer_ops import layer_heads, layer_product, layer_product_scaled, layer_scale
+from specdec_fast.round_ops import pass_turns
 from specdec_fast.static_cache import Place, StaticLayer
 
-__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "fused_count", "why_no_kernels", "why_not_fused"]
+__all__ = ["MOST_ROWS", "fuse_layers", "fuse_norms", "fuse_turns", "fused_count", "why_no_kernels", "why_not_fused"]
 
 NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")  # x / rms(x) * weight, each the same code
 LAYERS = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer")
+TURNS = ("LlamaRotaryEmbedding", "MistralRotaryEmbedding", "Qwen2RotaryEmbedding", "Qwen3RotaryEmbedding")
+FIXED_TURNS = ("default", "linear", "llama3", "yarn")  # frequencies that do not hang on the text
 MOST_ROWS = 16  # positions of all rows together: what one tile of a product holds
 
 
@@ -47,6 +51,26 @@ def _one_norm(kind: Any) -> Any:
             hidden_states, self.weight.shape, self.weight, float(self.variance_epsilon)
         )
         return normed
+
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+
+
+def fuse_turns(model: PreTrainedModel) -> int:
+    """Lets the rotary embeddings of a twin run as one operation, in the place of nine; how many there were that can."""
+    count = 0
+    for module in model.modules():
+        kind: Any = type(module)
+        known = kind.__name__ in TURNS and kind.__module__.startswith("transformers.models.")
+        if known and getattr(module, "rope_type", None) in FIXED_TURNS and not module._forward_hooks:
+            module.__class__ = _one_turn(kind)
+            count += 1
+    return count
+
+
+@functools.cache
+def _one_turn(kind: Any) -> Any:
+    def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return pass_turns(self.inv_freq, position_ids, float(self.attention_scaling), x.dtype)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 

@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.static_cache import Place, StaticCache, capacity_for
 from specdec_fast.trial import distance, trial_ids
@@ -47,13 +48,21 @@ def static_forward(
         logits ``[B, n, V]``, or ``[B, V]`` of one lane.
     """
     place = cache.place
-    columns = place.columns(tokens.shape[1])
+    windows = sorted({window or 0 for window in cache.windows})
+    ours = model.config._attn_implementation == attention.NAME
+    columns, position_ids, places = pass_places(
+        place.start, place.hidden, tokens.shape[1], place.capacity, positions, windows if ours else []
+    )
+    if ours:
+        masks = dict(zip(map(_kind, windows), places.unbind(), strict=True))
+    else:
+        masks = _masks(model, cache, columns, windows)
     if not torch.compiler.is_compiling():  # a compiler sees by itself that it is the same in all layers
         place.lanes = columns
     arguments: dict[str, Any] = {
         "input_ids": tokens.clamp(0, ids - 1),
-        "position_ids": (columns - place.hidden.unsqueeze(1)).clamp(0, positions - 1),
-        "attention_mask": _masks(model, cache, columns),
+        "position_ids": position_ids,
+        "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
         "past_key_values": cache.cache,
         "use_cache": True,
         "return_dict": True,
@@ -71,29 +80,25 @@ def _pick(values: Tensor, lane: Tensor) -> Tensor:
     return values.gather(1, index).squeeze(1)
 
 
-def _masks(model: Any, cache: StaticCache, columns: Tensor) -> Tensor | dict[str, Tensor]:
-    """Explicit masks ``[B, 1, n, capacity]``, one a layer type where there are several; places for our attention."""
+def _masks(model: Any, cache: StaticCache, columns: Tensor, windows: list[int]) -> dict[str, Tensor]:
+    """Explicit masks ``[B, 1, n, capacity]``, one a kind of layer."""
     place: Place = cache.place
-    sizes = sorted(set(cache.windows), key=lambda window: window or 0)
-    if model.config._attn_implementation == attention.NAME:
-        told = {_kind(size): attention.places(place.start, place.hidden, size) for size in sizes}
-        return told if len(told) > 1 else next(iter(told.values()))
     kv = torch.arange(place.capacity, device=columns.device)
     query = columns.unsqueeze(-1)
     # A lane sees itself whatever it is: a row of nothing would turn the softmax into NaN
     seen = (kv <= query) & (kv >= place.hidden[:, None, None]) | (kv == query)
     masks = {}
-    for size in sizes:
-        mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
+    for size in windows:
+        mask = (seen & (kv > query - size) if size else seen).unsqueeze(1)
         if model.config._attn_implementation == "eager":
             mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
         masks[_kind(size)] = mask
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    return masks
 
 
-def _kind(window: int | None) -> str:
-    """Transformers' name for layers with such a window."""
-    return "full_attention" if window is None else "sliding_attention"
+def _kind(window: int) -> str:
+    """Transformers' name for layers with such a window, 0: none."""
+    return "sliding_attention" if window else "full_attention"
 
 
 def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache:

@@ -56,7 +56,7 @@ LAYERS = (
     {"lean", "attention", "masks"},
     {"lean_ops", "fused_layers"},
     {"walk"},
-    {"static_cache", "layer_ops"},
+    {"static_cache", "layer_ops", "round_ops"},
     {"cache", "trial", "lean_weights", "memory", "pretrained", "ngram", "intersection_mass"},
     {"text"},
     {"spelling"},

@@ -35,6 +35,7 @@ from specdec_fast import (
 )
 from specdec_fast.attention import NAME, twin
 from specdec_fast.lookahead import Adaptive
+from specdec_fast.round_ops import pass_places
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
 STATIC = {"compile": "static"}
@@ -113,7 +114,12 @@ def test_a_model_without_static_caches_runs_as_it_is(architecture):
 
 def test_what_a_static_cache_would_get_wrong_is_found_by_trying(monkeypatch):
     target = build_model("llama")
-    monkeypatch.setattr(static_cache.Place, "columns", lambda place, n: torch.zeros(place.start.shape[0], n).long())
+
+    def at_nothing(start, *rest):
+        columns, *others = pass_places(start, *rest)
+        return torch.zeros_like(columns), *others
+
+    monkeypatch.setattr(static_runner, "pass_places", at_nothing)
     assert "other logits" in why_not_static(target)
 
 
@@ -124,10 +130,10 @@ def test_a_mask_that_is_off_by_one_is_found_by_trying(monkeypatch, dtype, fault)
     assert why_not_static(target) is None
     behind, hidden = {"sees one more": (1, 0), "sees padding": (0, -1), "hides the first": (0, 1)}[fault]
 
-    def masks(model, cache, columns):
+    def masks(model, cache, columns, windows):
         kv, query = torch.arange(cache.place.capacity), columns.unsqueeze(-1)
         shown = (kv <= query + behind) & (kv >= cache.place.hidden[:, None, None] + hidden)
-        return (shown | (kv == query)).unsqueeze(1)
+        return {"full_attention": (shown | (kv == query)).unsqueeze(1)}
 
     monkeypatch.setattr(static_runner, "_masks", masks)
     assert "other logits" in why_not_static(make_noisy(target, 0.0))

@@ -125,9 +125,9 @@ def fault_dropped_where_the_lookahead_stops(patch):
     """The token behind which a draft ends is dropped, where its confidence ended it."""
     draft = DeviceWriter.draft
 
-    def dropping(self, state, gamma, room, law_wanted):
-        found = draft(self, state, gamma, room, law_wanted)
-        return found._replace(drafted=torch.where(found.drafted < room, found.drafted - 1, found.drafted))
+    def dropping(self, state, gamma, begun, law_wanted):
+        found = draft(self, state, gamma, begun, law_wanted)
+        return found._replace(drafted=torch.where(found.drafted < begun.room, found.drafted - 1, found.drafted))
 
     patch.setattr(DeviceWriter, "draft", dropping)
 
@@ -158,9 +158,9 @@ def fault_drafter_warped_twice(patch):
 def fault_one_more_is_kept(patch):
     verify = Round._verify
 
-    def longer(self, state, draft):
-        accepted, token = verify(self, state, draft)
-        return torch.minimum(accepted + 1, draft.drafted), token
+    def longer(self, state, begun, draft):
+        found = verify(self, state, begun, draft)
+        return found._replace(accepted=torch.minimum(found.accepted + 1, draft.drafted))
 
     patch.setattr(Round, "_verify", longer)
 

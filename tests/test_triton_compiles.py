@@ -14,7 +14,7 @@ SCRIPT = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specdec_fast.triton_kernels import attention, filters, finish, judge, layers, maps, sample
+from specdec_fast.triton_kernels import attention, filters, finish, judge, layers, maps, rounds, sample
 
 TYPES = {
     "*bf16": "logits draft_logits",
@@ -42,7 +42,8 @@ FULL = [*BARE, sample.measure_kernel, sample.softmax_kernel, maps.project_kernel
 
 def compiled(kernel, capability, left_out=(), options=None, even=(), **changed):
     signature = {n: "constexpr" if n in left_out else TYPES.get(n, "constexpr") for n in kernel.arg_names}
-    signature |= {n: kind for n, kind in changed.items() if str(kind)[0] == "*" or kind in ("i32", "fp32")}
+    changed = {n: kind for n, kind in changed.items() if n in kernel.arg_names}
+    signature |= {n: kind for n, kind in changed.items() if str(kind)[0] == "*" or kind in ("i32", "i64", "fp32")}
     values = {"RULE": 2, **CONSTANTS, **dict.fromkeys(left_out), **changed}
     constants = {(i,): values[n] for i, n in enumerate(kernel.arg_names) if signature[n] == "constexpr"}
     attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in even}
@@ -81,6 +82,16 @@ states = dict.fromkeys("fused cosine sine query_norm key_norm keys values query"
 shape = dict(columns="*i64", kv_heads="i32", epsilon="fp32", DIM=128)
 compiled(layers.place_kernel, 90, **shape | states)
 compiled(layers.place_kernel, 100, ("query_norm", "key_norm"), **shape | states)
+numbers = {name: "*i64" for name in "hidden columns told ids length limit most places shift room committed unread tail"
+           " text lane drafted accepted ends report".split()}
+numbers |= {"done": "*i1", "status": "*i32", "scaling": "fp32", "half": "i32", "frequencies": "*fp32"}
+numbers |= dict.fromkeys("rows lanes last window_0 window_1 ids_row gamma tokens_row".split(), "i32")
+compiled(rounds.places_kernel, 90, **numbers | dict(most="i64", positions="*i64", LANES=8, WINDOWS=2))
+compiled(rounds.turns_kernel, 90, **numbers | dict(positions="*i64", cosine="*bf16", sine="*bf16", HALF=32))
+compiled(rounds.begin_kernel, 90, **numbers)
+compiled(rounds.tail_kernel, 90, **numbers | dict(columns="i32", LANES=2))
+compiled(rounds.draft_kernel, 90, **numbers | dict(lanes="i32", positions="i64"))
+compiled(rounds.commit_kernel, 90, **numbers | dict(columns="i32", PLACES=8, ENDS=64))
 compiled(attention.merge_kernel, 90, SPLITS=16, PLACES=16, DIM=128, out="*bf16", masses="*fp32")
 """
 

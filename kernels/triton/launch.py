@@ -20,17 +20,31 @@ from specdec_fast.triton_kernels.finish import finish_kernel
 from specdec_fast.triton_kernels.judge import judge_kernel
 from specdec_fast.triton_kernels.launch_attention import decode_attention
 from specdec_fast.triton_kernels.launch_layers import layer_heads, layer_product, layer_product_scaled, layer_scale
+from specdec_fast.triton_kernels.launch_rounds import (
+    draft_begin,
+    draft_tail,
+    pass_places,
+    pass_turns,
+    round_begin,
+    round_commit,
+)
 from specdec_fast.triton_kernels.maps import project_kernel, range_sums_kernel, tile_sums_kernel
 from specdec_fast.triton_kernels.sample import measure_kernel, sample_kernel, softmax_kernel
 
 __all__ = [
     "decode_attention",
+    "draft_begin",
+    "draft_tail",
     "layer_heads",
     "layer_product",
     "layer_product_scaled",
     "layer_scale",
+    "pass_places",
+    "pass_turns",
     "project",
     "range_sums",
+    "round_begin",
+    "round_commit",
     "sample",
     "softmax",
     "verify",
