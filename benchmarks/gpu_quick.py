@@ -106,36 +106,48 @@ def attention() -> Iterator[Entry]:
 
 def products() -> Iterator[Entry]:
     """Matrix products of a few rows, the weights of each from memory: torch's, and ours by tiles."""
+    shapes = [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336), (2048, 2048), (8192, 2048), (2048, 8192)]
+    for n, k in [*shapes, (128256, 2048), (4864, 896)]:
+        yield from _product(n, k, False)
+    for n, k in ((14336, 4096), (8192, 2048), (4864, 896)):
+        yield from _product(n, k, True)
+
+
+def _product(n: int, k: int, gated: bool) -> Iterator[Entry]:
+    """``gated``: two products of that shape, the one the other's gate."""
     from specdec_fast.triton_kernels import launch_layers
 
-    usual = launch_layers.tiles_for
-    for n, k in ((4096, 4096), (1024, 4096), (14336, 4096), (2048, 2048), (8192, 2048), (128256, 2048), (4864, 896)):
-        weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(max(2, int(1.5e8 / (n * k))))]
-        entry: Entry = {"what": "product", "shape": [n, k]}
-        for rows in (1, 2, 5, 8):
-            x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
+    usual, parts = launch_layers.tiles_for, 1 + gated
+    count = max(2, int(1.5e8 / (n * k * parts)))
+    weights = [[torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(parts)] for _ in range(count)]
+    entry: Entry = {"what": "product", "shape": [n, k], "gated": gated}
+    linear = torch.nn.functional.linear
+    for rows in (1, 2, 5, 8):
+        x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
 
-            def run(x: Tensor = x, weights: list[Tensor] = weights) -> None:
-                for weight in weights:
-                    torch.nn.functional.linear(x, weight)
+        def run(x: Tensor = x) -> None:
+            for some in weights:
+                first, *second = (linear(x, weight) for weight in some)
+                if second:
+                    torch.nn.functional.silu(first) * second[0]
 
-            entry[f"us_rows_{rows}"] = in_a_graph(run, 1) / len(weights)
-        x = torch.randn(5, k, device="cuda", dtype=torch.bfloat16)
-        for tiles in TILES if n < 100_000 else ():
-            name = "us_tiles_" + "_".join(map(str, tiles))
-            try:
-                launch_layers.tiles_for = lambda *_, tiles=tiles: launch_layers.Tiles(*tiles)
+        entry[f"us_rows_{rows}"] = in_a_graph(run, 1) / count
+    x = torch.randn(5, k, device="cuda", dtype=torch.bfloat16)
+    for tiles in TILES if n < 100_000 else ():
+        name = "us_tiles_" + "_".join(map(str, tiles))
+        try:
+            launch_layers.tiles_for = lambda *_, tiles=tiles: launch_layers.Tiles(*tiles)
 
-                def ours(x: Tensor = x, weights: list[Tensor] = weights) -> None:
-                    for weight in weights:
-                        launch_layers.layer_product(x, None, 0.0, [weight], [None], None, False)
+            def ours(x: Tensor = x) -> None:
+                for some in weights:
+                    launch_layers.layer_product(x, None, 0.0, some, [None] * parts, None, gated)
 
-                entry[name] = in_a_graph(ours, 1) / len(weights)
-            except Exception as error:  # tiles that this GPU has no room for: the next ones are wanted all the same
-                entry[name] = f"{type(error).__name__}: {error}"[:120]
-            finally:
-                launch_layers.tiles_for = usual
-        yield entry
+            entry[name] = in_a_graph(ours, 1) / count
+        except Exception as error:  # tiles that this GPU has no room for: the next ones are wanted all the same
+            entry[name] = f"{type(error).__name__}: {error}"[:120]
+        finally:
+            launch_layers.tiles_for = usual
+    yield entry
 
 
 @torch.no_grad()

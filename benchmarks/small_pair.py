@@ -1,8 +1,9 @@
 """A small target and two small drafters, trained in minutes on the Python sources of any machine.
 
 The target and one drafter share a byte-level tokenizer, the other drafter has one of its own. They stand behind the
-models of real shapes in ``end_to_end.py``: what they accept from each other is real, if on Python sources alone. The
-drafter that shares the tokenizer learns from the target's distributions, as shipped drafters do, the other from text.
+models of real shapes in ``end_to_end.py``: what they accept from each other is real, if on Python sources alone. Both
+drafters begin as the target's first and last layer and its embeddings, as pruned ones do. The one that shares the
+tokenizer learns from the target's distributions, as shipped drafters do, the other from text.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Recipe:
         )
 
 
-TARGET, DRAFTER, OTHER = Recipe(384, 6, 6, 8192), Recipe(256, 2, 4, 8192), Recipe(256, 2, 4, 5000)
+TARGET, DRAFTER, OTHER = Recipe(384, 6, 6, 8192), Recipe(384, 2, 6, 8192), Recipe(384, 2, 6, 5000)
 TINY = Recipe(128, 1, 2, 400)  # for trying the steps
 ROLES = ("target", "drafter", "other")
 
@@ -137,6 +138,32 @@ def _taught(logits: Tensor, teacher: LlamaForCausalLM, rows: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), wanted.flatten(0, 1))
 
 
+@torch.no_grad()
+def begin(
+    drafter: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    target: LlamaForCausalLM,
+    own: PreTrainedTokenizerFast,
+) -> None:
+    """Gives a drafter of the target's widths its first and last layer, and its embeddings of the same text.
+
+    Args:
+        tokenizer, own: of the drafter and of the target; a token has the mean of those that spell it.
+    """
+    layers = target.model.layers
+    for mine, theirs in zip(drafter.model.layers, (layers[0], layers[-1]), strict=False):
+        mine.load_state_dict(theirs.state_dict())
+    drafter.model.norm.load_state_dict(target.model.norm.state_dict())
+    table, words = target.model.embed_tokens.weight, drafter.model.embed_tokens.weight
+    if tokenizer is own:
+        words.copy_(table)
+        return
+    for token in range(len(tokenizer)):
+        spelled = own(tokenizer.decode([token]), add_special_tokens=False)["input_ids"]
+        if spelled:
+            words[token] = table[spelled].mean(0)
+
+
 def prepare(folder: Path, device: torch.device, seconds: float, *, tiny: bool) -> Iterator[str]:
     """Trains what is not there yet, and says so; a model a step.
 
@@ -166,8 +193,10 @@ def prepare(folder: Path, device: torch.device, seconds: float, *, tiny: bool) -
         model = LlamaForCausalLM(recipes[role].config(tokenizer)).to(device)
         size = dict(zip(("batch", "length"), (2, 64) if tiny else (48, 512), strict=True))
         teacher = None
-        if role == "drafter":
-            teacher = LlamaForCausalLM.from_pretrained(folder / "target").eval().to(device)
+        if role != "target":
+            target = LlamaForCausalLM.from_pretrained(folder / "target").eval().to(device)
+            begin(model, tokenizer, target, shared)
+            teacher = target if role == "drafter" else None
         loss = train(model, ids, seconds if role == "target" else seconds / 2, **size, teacher=teacher)
         model.cpu().save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)

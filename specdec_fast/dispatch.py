@@ -6,6 +6,7 @@ where none but the reference is left.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import warnings
@@ -25,6 +26,7 @@ __all__ = [
     "LAYERS_VARIABLE",
     "OPS",
     "VARIABLE",
+    "block_backend",
     "check_default",
     "layers",
     "overload",
@@ -42,6 +44,8 @@ CAPABILITIES = ("plain", "avx2", "avx512")
 VARIABLE = "SPECDEC_FAST_BACKEND"
 CAPABILITY_VARIABLE = "SPECDEC_FAST_CPU_CAPABILITY"
 LAYERS_VARIABLE = "SPECDEC_FAST_LAYERS"
+TEAM_VARIABLE = "SPECDEC_FAST_CUDA_TEAM"  # of kernels/cuda/plan.cuh
+FEW_POSITIONS = 64  # of all rows, up to which a GPU's blocks would wait for the one that ends a row
 TRITON_MODULE = "specdec_fast.triton_kernels.launch"
 
 _WRITTEN = {"cpu": OPS[:-1], "cuda": OPS[:-1]}  # the ops of a backend that has not all of them
@@ -65,6 +69,27 @@ def overload(op: str, like: Tensor, backend: str | None) -> Callable[..., Any]:
         ValueError: an unknown backend, one that is not there, or one for another kind of device.
     """
     return getattr(getattr(torch.ops.specdec_fast, op), _overload_name(op, like.device.type, backend or DEFAULT))
+
+
+@torch.compiler.assume_constant_result
+def block_backend(positions: int, device: str) -> str | None:
+    """The backend of rule *block* where nobody asks for one; None: the usual one.
+
+    The CUDA queue ends a row by one block's work, which many rows hide and few do not: a millisecond at a vocabulary of
+    128,256, on an H200. Triton's kernels share it out.
+
+    Args:
+        positions: of all rows.
+        device: kind of.
+    """
+    if device != "cuda" or positions > FEW_POSITIONS or DEFAULT != "auto" or os.environ.get(TEAM_VARIABLE):
+        return None
+    return "triton" if _overload_name("verify", device, DEFAULT) == "default" and _has_triton() else None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return why_not("verify", "triton") is None
 
 
 def runs_natively(op: str) -> bool:

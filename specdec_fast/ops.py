@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast import native, reference_ops
-from specdec_fast.dispatch import overload, run_triton, status
+from specdec_fast.dispatch import block_backend, overload, run_triton, status
 from specdec_fast.randomness import Purpose
 
 __all__ = [
@@ -252,6 +252,8 @@ def verify(
         _check("sparse_log_q", sparse_log_q, logits, sparse, torch.float64)
     law = _parameters(logits, "", temperature, top_k, top_p, min_p)
     draft_law = _parameters(logits, "draft_", draft_temperature, draft_top_k, draft_top_p, draft_min_p)
+    if backend is None and rule == "block":
+        backend = block_backend(rows * logits.shape[1], logits.device.type)
     op = overload("verify", logits, backend)
     return Verification(
         *op(

@@ -312,3 +312,37 @@ def test_what_triton_raises_is_an_error_that_callers_know(monkeypatch):
     raised = ValueError
     with pytest.raises(ValueError, match="shared memory"):
         torch.ops.specdec_fast.decode_attention.triton(query, query, query, start, None, None, 1.0, 0.0)
+
+
+def test_rule_block_of_few_rows_is_shared_out_on_a_gpu(monkeypatch):
+    """By Triton where there is CUDA and Triton, nobody asked for another, and rows are too few to hide one's end."""
+    monkeypatch.setattr(dispatch, "_chosen", {("verify", "cuda", "auto"): "default"})
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "DEFAULT", "auto")
+    monkeypatch.delenv(dispatch.TEAM_VARIABLE, raising=False)
+    few = dispatch.FEW_POSITIONS
+    assert dispatch.block_backend(few, "cuda") == "triton"
+    assert dispatch.block_backend(few + 1, "cuda") is None
+    assert dispatch.block_backend(few, "cpu") is None
+    monkeypatch.setenv(dispatch.TEAM_VARIABLE, "4")
+    assert dispatch.block_backend(few, "cuda") is None
+    monkeypatch.delenv(dispatch.TEAM_VARIABLE)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    assert dispatch.block_backend(few, "cuda") is None
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "DEFAULT", "cuda")
+    assert dispatch.block_backend(few, "cuda") is None
+
+
+def test_rule_block_asks_who_does_it(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "block_backend", lambda *given: asked.append(given) or "reference")
+    case = proposal("compact", 4, 2, 20, torch.float32, torch.Generator().manual_seed(0))
+    given = {name: case[name] for name in ("logits", "tokens", "count", "seed", "draft_logits", "index", "drawn")}
+    found = [
+        ops.verify(**given, rule=rule, start=case["seed"], backend=backend)
+        for rule, backend in (("token", None), ("block", "reference"), ("block", None))
+    ]
+    assert asked == [(4 * case["logits"].shape[1], "cpu")]
+    for got, right in zip(found[2], found[1], strict=True):
+        assert torch.equal(got, right)

@@ -105,13 +105,17 @@ from specdec_fast.triton_kernels.launch_layers import tiles_for
 EVEN = {name for name, kind in product.items() if kind == "i32" or str(kind)[0] == "*"} - {"rows"}
 UNUSED = ("weight_1", "weight_2")
 found = {}
-for name, outputs, gated, parts, left_out in (
-    ("queries, keys and values", 6144, False, 3, (*SUM, *NEXT, *BIASES)),
-    ("heads", 4096, False, 1, ("squares", *UNUSED, *BIASES)),
-    ("gate and up", 14336, True, 1, (*SUM, *NEXT, *BIASES, "weight_2")),
-    ("many outputs", 8192, False, 1, (*NEXT, "squares", *UNUSED, *BIASES)),
+for name, outputs, inner, gated, parts, left_out in (
+    ("queries, keys and values", 6144, 4096, False, 3, (*SUM, *NEXT, *BIASES)),
+    ("heads", 4096, 4096, False, 1, ("squares", *UNUSED, *BIASES)),
+    ("gate and up", 14336, 4096, True, 1, (*SUM, *NEXT, *BIASES, "weight_2")),
+    ("many outputs", 8192, 4096, False, 1, (*NEXT, "squares", *UNUSED, *BIASES)),
+    ("queries, keys and values of 896", 1152, 896, False, 3, (*SUM, *NEXT)),
+    ("gate and up of 896", 4864, 896, True, 1, (*SUM, *NEXT, *BIASES, "weight_2")),
+    ("heads of 448", 448, 448, False, 1, ("squares", *UNUSED, *BIASES)),
 ):
-    tiles = tiles_for(outputs, 4096, gated)
+    tiles = tiles_for(outputs, inner, gated)
+    assert inner % tiles.depth == 0
     told = dict(PARTS=parts, GATED=gated, EVEN=True, BLOCK=tiles.block, DEPTH=tiles.depth)
     options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
     made = compiled(layers.product_kernel, 90, left_out, options=options, even=EVEN, **product | told)

@@ -28,10 +28,15 @@ class Tiles(NamedTuple):
 
 
 def tiles_for(outputs: int, inner: int, gated: bool) -> Tiles:
-    """Many programs where there are few outputs, and some ten kilobytes of weights on the way to each."""
+    """Many programs where there are few outputs, and some twenty kilobytes of weights on the way to each.
+
+    Steps fit the length of a sum where they can (896 is seven of 128): what is masked is not copied 16 bytes at a time.
+    """
     block = 32 if outputs >= 8192 and not gated else 16
-    depth = min(256, max(triton.next_power_of_2(inner), 16))
-    return Tiles(block, depth, 3 if gated or block == 32 else 4, 4)
+    depth = next((depth for depth in (256, 128, 64) if inner % depth == 0), 0)
+    depth = depth or min(256, max(triton.next_power_of_2(inner), 16))
+    stages = {256: 3 if gated or block == 32 else 4, 128: 5 if gated else 6}.get(depth, 8)
+    return Tiles(block, depth, stages, 4 if depth == 256 or block == 32 else 2)
 
 
 def layer_product(
