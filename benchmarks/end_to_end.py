@@ -8,7 +8,9 @@ therefore the small pair's, and every row says so. Rows go on from a file that i
 temperature and batch size, all systems interleaved.
 
 The bandwidth limit of plain decoding is the rate of a copy in the same run over the bytes that one pass must read: all
-weights but the embedding table, and the valid part of the cache, half of the new tokens counted.
+weights but the embedding table, and the valid part of the cache, half of the new tokens counted. It is a limit of
+passes, so our plain decoding's share of it is that of the tokens behind the prompt, told from calls of two lengths;
+the share of whole calls, which read a prompt besides, is there as well.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import gc
 import inspect
 import json
 import math
+import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +32,7 @@ import typer
 from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
 from widen import SHAPES, Shape, widen
 
-from specdec_fast import bench, last_speculation
+from specdec_fast import bench, fast_generate, last_speculation
 from specdec_fast.dispatch import layers
 from specdec_fast.microbench.clock import copy_rate
 
@@ -92,6 +95,21 @@ def limit(shape: Shape, batch: int, columns: float, rate: float) -> float:
     return batch * rate * 1e9 / read
 
 
+def pace(run: Callable[[int], object], tokens: int, batch: int, wait: Callable[[], None], repetitions: int) -> float:
+    """Tokens per second behind the prompt: between calls of a quarter as many tokens and of as many."""
+    few, seconds = max(tokens // 4, 1), []
+    for _ in range(repetitions):
+        taken = []
+        for count in (few, tokens):
+            wait()
+            begin = time.perf_counter()
+            run(count)
+            wait()
+            taken.append(time.perf_counter() - begin)
+        seconds.append(taken[1] - taken[0])
+    return batch * (tokens - few) / max(statistics.median(seconds), 1e-9)
+
+
 def measure(
     cell: Cell, pair: dict[str, Any], texts: list[str], *, tokens: int, repetitions: int, compile: str, rate: float
 ) -> list[dict[str, Any]]:
@@ -117,12 +135,20 @@ def measure(
     rows = [row.to_dict() for row in list(steps)[-1]]
     said = last_speculation()
     chosen = "" if said is None else said.attention
+    plain: dict[str, Any] = {**batches[0], "method": "autoregressive", "compile": compile}
+    plain |= {"do_sample": True, "temperature": cell.temperature, "top_k": 0} if cell.temperature else {}
+    decoded = pace(
+        lambda count: fast_generate(pair["target"], **plain, max_new_tokens=count), tokens, cell.batch, wait, 3
+    )
     columns = sum(b["input_ids"].shape[1] for b in batches) / len(batches) + tokens / 2
     bound = limit(Shape.of(pair["target"].config), cell.batch, columns, rate)
     for row in rows:
         row |= {"target": cell.target, "pair": cell.pair, "copy_gigabytes_per_second": rate}
         row |= {"compile": compile, "layers": layers(), "attention": chosen}
-        row["share_of_limit"] = row["tokens_per_second"] / bound if row["method"] == "autoregressive" else None
+        alone = row["method"] == "autoregressive"
+        row["share_of_limit_with_prompt"] = row["tokens_per_second"] / bound if alone else None
+        own = alone and row["system"] == "specdec_fast"
+        row["decode_tokens_per_second"], row["share_of_limit"] = (decoded, decoded / bound) if own else (None, None)
         row["acceptance_is"] = "that of the small pair the models are widened from"
     return rows
 

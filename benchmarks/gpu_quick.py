@@ -220,7 +220,15 @@ def generations(name: str, work: Path, tokens: int = 96) -> Iterator[Entry]:
     same: bool | None = bool(torch.equal(plain[:, : expected.shape[1]], expected))
     told = last_speculation()
     assert told is not None
-    yield entry("specdec_fast", "autoregressive", found, limit=bound, identical=same, attention=told.attention)
+    decoded = end_to_end.pace(
+        lambda count: fast_generate(target, **greedy | {"max_new_tokens": count}, method="autoregressive"),
+        tokens,
+        1,
+        torch.cuda.synchronize,
+        3,
+    )
+    more = {"identical": same, "attention": told.attention, "limit": bound}
+    yield entry("specdec_fast", "autoregressive", found, decode_rate=decoded, **more)
     for role, method in (("drafter", "model"), ("other", "tli")):
         own = {"assistant_model": held[role][0], "tokenizer": tokenizer, "assistant_tokenizer": held[role][1]}
         for gamma in (2, 3, None):

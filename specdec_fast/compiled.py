@@ -316,7 +316,8 @@ def check_out(
             for old in [p for p in found if not p.busy][: max(len(found) - MOST_KEPT, 0)]:
                 found.remove(old)
     if pair.weights != weights or pair.head is not head:
-        pair.graphs.clear()  # they read the old ones
+        for graphs in (pair.graphs, pair.target.graphs, *([pair.drafter.graphs] if pair.drafter else [])):
+            graphs.clear()  # they read the old ones
     pair.weights, pair.head = weights, head
     return pair
 

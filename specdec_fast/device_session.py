@@ -45,6 +45,7 @@ from specdec_fast.device_round import (
 )
 from specdec_fast.device_text import DraftedText, read_texts
 from specdec_fast.drafters.model import Context
+from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
@@ -137,6 +138,8 @@ class Session:
                 prefill_chunk=prefill_chunk,
                 forward=self._pair.forwards[0],
             )
+            if how.captured and prefill_chunk is None:
+                self.target.reader = read_prompts
             if drafter is not None:
                 self.drafter = self._drafter_over(self._pair)
             self._bind()
@@ -172,7 +175,10 @@ class Session:
     def _drafter_over(self, pair: Pair) -> StaticRunner:
         part = self._part
         assert part is not None and pair.drafter is not None
-        return StaticRunner(part.model, pair.drafter, self._batch, head=part.head, forward=pair.forwards[1])
+        runner = StaticRunner(part.model, pair.drafter, self._batch, head=part.head, forward=pair.forwards[1])
+        if self._how.captured:
+            runner.reader = read_prompts
+        return runner
 
     def _bind(self) -> None:
         """Puts the round together over the tensors of the pair."""
@@ -206,8 +212,7 @@ class Session:
         prompt, everyone = rows.prompt_columns, list(range(self._batch))
         first = min(self.target.length) - shift
         if prompt - 1 > first:
-            count = [prompt - 1 - first] * self._batch
-            self.target.feed(everyone, rows.ids[:, first : prompt - 1], count, [1] * self._batch)
+            read_texts(self.target, everyone, rows.ids[:, first : prompt - 1].tolist())
         if self.drafter is not None and self._part is not None and self._part.contexts is None:
             read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
         elif self.drafter is not None and self._part is not None and self._part.contexts is not None:
@@ -400,10 +405,11 @@ class Session:
         return statistics.median(seconds[1:])
 
     def make(self, most: int) -> None:
-        """Captures rounds of every bucket up to so many draft tokens, so that no call has to wait for that.
+        """Captures prompt passes, and rounds of every bucket up to so many draft tokens: no call has to wait for them.
 
         To be asked before :meth:`start`. Not where passes are compiled besides, which takes minutes for all of them.
         """
+        capture_all(self.target, self.drafter)
         if self._how.captured and not self._how.compiled:
             for gamma in BUCKETS:
                 if gamma <= most and (*self._key, gamma) not in self._pair.graphs:

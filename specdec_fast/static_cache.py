@@ -104,12 +104,16 @@ class StaticCache(RaggedCache):
         capacity: columns, one more than the longest text.
         device: of the model.
         windows: of each layer, None: full attention.
+
+    Attributes:
+        graphs: captured passes that concern this cache alone (:mod:`specdec_fast.prompt_passes`).
     """
 
     capacity: int = LEAST_CAPACITY
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: tuple[int | None, ...] = ()
     place: Place = field(init=False)
+    graphs: dict[int, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.window.total_rows = self.rows

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -126,6 +126,9 @@ class StaticRunner(Runner):
         room: called before each pass of :meth:`feed` with the columns and lanes it needs, it sees to the cache's size
             and returns how many lanes to make of them; such a pass, once the prompt is read, has a fixed shape too.
             0 lanes, or None: passes of fixed shape are those of :meth:`score` alone.
+
+    Attributes:
+        reader: may read texts of given rows in the place of :meth:`feed`; says whether it did. None: nobody does.
     """
 
     def __init__(
@@ -143,6 +146,7 @@ class StaticRunner(Runner):
         self.cache = cache
         self.forward = forward
         self._room = room
+        self.reader: Callable[[StaticRunner, Sequence[int], Sequence[Sequence[int]]], bool] | None = None
         super().__init__(model, rows, visible=visible, prefill_chunk=prefill_chunk, head=head, joint=True)
         self._ids = self.vocabulary or 1 << 60
         cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))

@@ -47,7 +47,9 @@ def test_every_step_runs_and_leaves_few_small_files(tmp_path):
     found = {(row["pair"], row["system"], row["method"]) for row in whole}
     assert ("other tokenizer", "specdec_fast", "tli") in found and ("same tokenizer", "specdec_fast", "model") in found
     assert {row["temperature"] for row in whole} == {0.0, 1.0}
-    assert all(row["share_of_limit"] for row in whole if row["method"] == "autoregressive")
+    plain = [row for row in whole if row["method"] == "autoregressive"]
+    assert all(row["share_of_limit_with_prompt"] for row in plain)
+    assert all((row["share_of_limit"] is None) == (row["system"] == "transformers") for row in plain)
     assert {path for path in ROOT.iterdir()} == untouched
 
 
@@ -76,3 +78,14 @@ def test_the_script_is_sound():
     assert usage.returncode == 2 and "build OUT" in usage.stdout
     if shutil.which("shellcheck"):
         assert subprocess.run(["shellcheck", SCRIPT]).returncode == 0
+
+
+def test_the_pace_is_that_behind_the_prompt(monkeypatch):
+    """Calls that take 5 s for a prompt and a tenth of a second a token."""
+    clock = [0.0]
+    monkeypatch.setattr(end_to_end.time, "perf_counter", lambda: clock[0])
+
+    def run(count):
+        clock[0] += 5 + count / 10
+
+    assert end_to_end.pace(run, 96, 4, lambda: None, 3) == pytest.approx(40)

@@ -44,7 +44,7 @@ LAYERS = (
         "drafters.prompt_lookup",
         "drafters.slrs",
     },
-    {"static_model"},
+    {"static_model", "prompt_passes"},
     {"compiled", "device_projection", "device_report"},
     {"device_round"},
     {"device_law", "static_runner"},

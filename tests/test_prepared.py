@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import PAD, build_model, drafters, make_noisy, model, prompts, taught, taught_prompts
 
-from specdec_fast import Prepared, costs, fast_generate, last_speculation, prepare, warmup
+from specdec_fast import Prepared, costs, device_session, fast_generate, last_speculation, prepare, warmup
 from specdec_fast.compiled import Compilation
 from specdec_fast.device_session import Session
 
@@ -56,8 +56,9 @@ def test_tables_of_every_method_that_auto_may_take_are_made(monkeypatch):
 
 
 def test_rounds_of_every_size_are_captured(monkeypatch):
-    """As on a GPU, but that rounds run as they are."""
+    """As on a GPU, but that rounds run as they are, and prompts are read as ever."""
     launched, launch = [], Session.launch
+    monkeypatch.setattr(device_session, "read_prompts", None)
     monkeypatch.setattr(Compilation, "of", lambda *_: Compilation(captured=True))
     monkeypatch.setattr(Session, "launch", lambda self, gamma: launched.append(gamma) or launch(self, gamma))
     target, drafter = pair()
