@@ -37,6 +37,7 @@ __all__ = [
     "branch",
     "capture",
     "check_out",
+    "first_line",
     "hand_back",
     "handing_back",
     "kept_bytes",
@@ -153,6 +154,11 @@ class Captured:
         return logits
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says; its name where it says nothing."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def capture(run: Callable[[], Tensor]) -> tuple[tuple[Any, Tensor] | None, str]:
     """A CUDA graph of a function and the tensor it returns, or None and why not.
 
@@ -171,7 +177,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[tuple[Any, Tensor] | None, str]:
             result = run()
     except RuntimeError as error:
         torch.cuda.synchronize()
-        return None, f"a round cannot be captured ({str(error).splitlines()[0]})"
+        return None, f"a round cannot be captured ({first_line(error)})"
     return (graph, result), ""
 
 
@@ -399,7 +405,7 @@ def _drop(owner: weakref.ref[PreTrainedModel], pair: weakref.ref[Pair]) -> None:
 
 def upload(values: Sequence[Any], to: Tensor) -> None:
     """Writes values into the first places of a tensor, without a wait."""
-    staged = torch.tensor(values, dtype=to.dtype)
+    staged = torch.tensor(values, dtype=to.dtype, device="cpu")
     if to.device.type == "cuda":
         staged = staged.pin_memory()
     to[: staged.shape[0]].copy_(staged, non_blocking=True)

@@ -61,7 +61,7 @@ def fuse_turns(model: PreTrainedModel) -> int:
     for module in model.modules():
         kind: Any = type(module)
         known = kind.__name__ in TURNS and kind.__module__.startswith("transformers.models.")
-        if known and getattr(module, "rope_type", None) in FIXED_TURNS and not module._forward_hooks:
+        if known and getattr(module, "rope_type", None) in FIXED_TURNS:
             module.__class__ = _one_turn(kind)
             count += 1
     return count
@@ -70,7 +70,7 @@ def fuse_turns(model: PreTrainedModel) -> int:
 @functools.cache
 def _one_turn(kind: Any) -> Any:
     def forward(self: Any, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return pass_turns(self.inv_freq, position_ids, float(self.attention_scaling), x.dtype)
+        return pass_turns(self.inv_freq.to(x.device), position_ids, float(self.attention_scaling), x.dtype)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 

@@ -175,10 +175,10 @@ def why_no_kernels(device: str) -> str | None:
 
 def trial(device: str, backend: str) -> list[Tensor]:
     """Results of every operation for a few rows: short, long, full and done ones."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def numbers(low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=generator).to(device)
+        return torch.randint(low, high, shape, generator=generator, device="cpu").to(device)
 
     def run(name: str, *arguments: Any) -> list[Tensor]:
         found = getattr(getattr(torch.ops.specdec_fast, name), backend)(*arguments)
@@ -276,8 +276,10 @@ def _commit(
     stop = torch.where(ending, place + 1, place.shape[0]).amin(1)
     room = most - length
     new = torch.where(done, 0, torch.minimum(torch.minimum(accepted + 1, stop), room))
-    columns = (length.unsqueeze(1) + place).clamp(max=ids.shape[1] - 1)
-    ids.scatter_(1, columns, torch.where(place < new.unsqueeze(1), block, ids.gather(1, columns)))
+    # What is not kept writes the row's last token where it stands already, so that no column is written two things
+    kept, last = place < new.unsqueeze(1), (length - 1).unsqueeze(1)
+    columns = torch.where(kept, length.unsqueeze(1) + place, last)
+    ids.scatter_(1, columns, torch.where(kept, block, ids.gather(1, last)))
     done |= (stop <= new) & ending.any(1) | (new >= room)
     length += new
     return torch.cat([torch.stack([new, accepted, drafted], 1), block], 1)

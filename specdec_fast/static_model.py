@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast import attention, dispatch, round_ops
-from specdec_fast.compiled import capture, notice
+from specdec_fast.compiled import capture, first_line, notice
 from specdec_fast.fused_layers import fused_count, why_no_kernels
 from specdec_fast.static_cache import capacity_for
 from specdec_fast.static_runner import StaticRunner, empty_cache
@@ -30,9 +30,11 @@ __all__ = ["for_passes"]
 CONTEXT = 64  # tokens in front of a pass that is timed
 LANES = (1, 5)  # of a draft step or plain decoding, and of a scoring pass
 TIMES = 7  # that each is timed
+REPLAYS = 8  # behind each other, so that what launching a graph takes is hidden
 WORTH = 0.97  # of the time of plain layers, at which fused ones are taken
 
 _found: weakref.WeakKeyDictionary[PreTrainedModel, tuple[bool, str]] = weakref.WeakKeyDictionary()
+_same: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 _looking = threading.Lock()
 
 
@@ -50,6 +52,8 @@ def for_passes(model: PreTrainedModel, compiled: bool = False) -> tuple[PreTrain
     if model.device.type == "cuda":
         round_ops.why_no_kernels("cuda")  # tried here: a round may be captured, or watched for waits
     made, switched = attention.for_static_cache(model)
+    if made is not model and model.device.type == "cuda" and not _alike(model, made):
+        return model, "the model's own attention: a twin gives other logits"
     asked = dispatch.layers()
     if made is model or not _can_fuse(made) or asked == "plain" or (asked == "auto" and compiled):
         return made, switched
@@ -65,6 +69,20 @@ def for_passes(model: PreTrainedModel, compiled: bool = False) -> tuple[PreTrain
                     _found[made] = _compared(model, made)
             fuse, said = _found[made]
     return attention.twin(model, attention.NAME, fused=True) if fuse else made, f"{switched}; {said}"
+
+
+@torch.no_grad()
+def _alike(model: PreTrainedModel, made: PreTrainedModel) -> bool:
+    """Whether a twin, whose norms and rotary embeddings are ours, gives the model's logits. Tried once."""
+    with _looking:
+        if made not in _same:
+            try:
+                ids = trial_ids(model)
+                plain, got = (one(input_ids=ids, use_cache=False).logits.flatten(0, 1) for one in (model, made))
+                _same[made] = distance(plain, got) <= 1
+            except Exception:  # what a forward of its own kind can throw: the model is tried as it is, further on
+                _same[made] = False
+        return _same[made]
 
 
 def _can_fuse(made: PreTrainedModel) -> bool:
@@ -89,8 +107,10 @@ def _compared(model: PreTrainedModel, plain: PreTrainedModel) -> tuple[bool, str
                 return False, f"{own}: fused ones give other logits"
         clocks = [[timer(run, model.device) for run in both] for both in passes]
         seconds = [[[clock() for clock in both] for both in clocks] for _ in range(TIMES)]
-    except RuntimeError as error:  # a kernel that does not compile for these shapes, or no memory for two caches
-        return False, f"{own}: fused ones fail ({str(error).splitlines()[0]})"
+    except (
+        Exception
+    ) as error:  # a kernel that does not compile for these shapes, no memory, or a forward of its own kind
+        return False, f"{own}: fused ones fail ({first_line(error)})"
     share = statistics.median(sum(both[1] for both in one) / sum(both[0] for both in one) for one in seconds)
     if share > WORTH:
         return False, f"{own}: fused ones take {share:.2f} of their time"
@@ -130,10 +150,11 @@ def timer(run: Callable[[], Tensor], device: torch.device) -> Callable[[], float
         with torch.cuda.device(device):
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            graph.replay()
+            for _ in range(REPLAYS):
+                graph.replay()
             end.record()
             end.synchronize()
-            return begin.elapsed_time(end) / 1000
+            return begin.elapsed_time(end) / 1000 / REPLAYS
 
     replayed()
     return replayed

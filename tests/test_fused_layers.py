@@ -113,6 +113,30 @@ def test_what_a_layer_leaves_is_for_its_own_states_alone(backend):
         assert not torch.allclose(got, before, rtol=1e-2)
 
 
+def test_nothing_is_kept_behind_a_pass(backend):
+    made = attention.twin(built("llama"), attention.NAME)
+    fuse_layers(made, backend)
+    runner = StaticRunner(made, empty_cache(made, 1, 32), 1)
+    with torch.no_grad():
+        runner.score(torch.ones(1, 2, dtype=torch.long, device=DEVICE), torch.zeros(1, dtype=torch.long, device=DEVICE))
+    assert runner.cache.place.scaled is None and runner.cache.place.lanes is None
+
+
+def test_heads_that_are_turned_in_part_are_left_to_the_plain_layer(backend, monkeypatch):
+    """Cosines for fewer entries than a head has: what is written then would be read beyond their end."""
+    made = attention.twin(built("llama"), attention.NAME)
+    fuse_layers(made, backend)
+    layer, seen = made.model.layers[0], []
+    kind = type(layer)
+    cache = empty_cache(made, 1, 32)
+    cache.place.fixed = True
+    monkeypatch.setattr(kind.__mro__[1], "forward", lambda self, *given, **named: seen.append(1))
+    hidden = torch.zeros(1, 2, made.config.hidden_size, device=DEVICE)
+    half = torch.zeros(1, 2, layer.self_attn.head_dim // 2, device=DEVICE)
+    kind.forward(layer, hidden, past_key_values=cache.cache, position_embeddings=(half, half))
+    assert seen
+
+
 @torch.no_grad()
 def test_in_bfloat16_the_difference_is_rounding(backend):
     original = built("llama").to(torch.bfloat16)

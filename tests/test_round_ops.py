@@ -102,6 +102,21 @@ def test_turns_are_those_of_the_model(kernels, architecture):
     assert kernels == {"pass_turns"}
 
 
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_turns_that_are_stretched(kernels, kind):
+    """Frequencies of their own, and for yarn a factor on the results."""
+    more = {"factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    more |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    original = build_model("llama", rope_parameters={"rope_type": kind, **more}).to(DEVICE)
+    made = attention.twin(original, attention.NAME)
+    assert fuse_turns(made) == 1 and original.model.rotary_emb.rope_type == kind
+    assert (original.model.rotary_emb.attention_scaling != 1) == (kind == "yarn")
+    positions, x = torch.tensor([[0, 3, 99]], device=DEVICE), torch.zeros(1, 3, 32, device=DEVICE)
+    for got, right in zip(made.model.rotary_emb(x, positions), original.model.rotary_emb(x, positions), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-5)
+    assert kernels == {"pass_turns"}
+
+
 def test_turns_that_hang_on_the_text_stay_as_they_are():
     original = build_model("llama")
     original.model.rotary_emb.rope_type = "dynamic"
@@ -114,6 +129,16 @@ def test_what_is_not_contiguous_is_read_where_it_lies(kernels):
         pass_turns(frequencies, positions, 1.5, torch.float32),
         round_ops._turns(frequencies, positions, 1.5, torch.float32),
         strict=True,
+    ):
+        close(got, right)
+    ids = torch.arange(60, device=DEVICE).view(3, 20)[:, 2:-3]
+    length, unread = (torch.tensor(values, device=DEVICE) for values in ([3, 15, 9], [0, 4, 8]))
+    same = [torch.full((3,), value, device=DEVICE) for value in (9, 15, 40, 1, 2)]
+    row = (ids, length, length > 9, *same, 4)
+    for got, right in zip(round_ops.round_begin(*row), round_ops._begin(*row), strict=True):
+        close(got, right)
+    for got, right in zip(
+        round_ops.draft_tail(ids, length, unread, 2), round_ops._tail(ids, length, unread, 2), strict=True
     ):
         close(got, right)
     start = torch.tensor([[3, 9], [4, 9]], device=DEVICE)[:, 0]
@@ -246,8 +271,10 @@ def test_planted_faults_of_a_commit_are_noticed(kernels, monkeypatch, fault):
         assert not torch.equal(output, expected)
 
 
-def test_kernels_write_inside_their_tensors_alone(kernels):
+@pytest.mark.parametrize("reason", ["torch's", None])
+def test_commits_write_inside_their_tensors_alone(kernels, monkeypatch, reason):
     """Texts at the end of their columns, drafts longer than what is left: nothing around the rows changes."""
+    monkeypatch.setattr(round_ops, "why_no_kernels", lambda _: reason)
     gamma, columns = 5, 9
     around = torch.full((4, columns + 4), 77, device=DEVICE)
     ids = around[1:3, 2:-2]
@@ -263,6 +290,8 @@ def test_kernels_write_inside_their_tensors_alone(kernels):
     assert done.tolist() == [True, True] and length.tolist() == [9, 9]
     ids.fill_(77)
     assert (around == 77).all()
+    if reason:
+        return
     assert kernels == {"round_commit"}
     with pytest.raises(ValueError, match="must be contiguous: they are written in place"):
         round_ops.round_commit(block, each, each, each, status, ids.T.contiguous().T, length, done, most, ends)

@@ -92,6 +92,45 @@ def test_layers_that_fail_are_not_taken(paced, monkeypatch):
     assert said.endswith("own layers: fused ones fail (layer_product does not run on cuda:0: out of resource)")
 
 
+@pytest.mark.parametrize("error", [TypeError("a forward of its own"), NotImplementedError(), IndexError("far")])
+def test_whatever_fails_is_said_and_costs_nothing_else(paced, monkeypatch, error):
+    paced(0.5)
+
+    def fails(*given, **named):
+        raise error
+
+    monkeypatch.setattr(fused_layers, "layer_heads", fails)
+    made, said = for_passes(build_model("llama"))
+    assert not fused_count(made)
+    assert said.endswith(f"own layers: fused ones fail ({str(error) or 'NotImplementedError'})")
+
+
+def test_a_twin_is_held_against_the_model(monkeypatch):
+    original = build_model("llama")
+    assert static_model._alike(original, attention.twin(original, attention.NAME))
+    for fault in ("turns", "type"):
+        made = attention.twin(build_model("llama"), attention.NAME)
+        if fault == "turns":
+            made.model.rotary_emb.attention_scaling = 1.5
+        else:
+            monkeypatch.setattr(type(made), "forward", lambda *given, **named: (1, 2))
+        assert not static_model._alike(original, made)
+        assert not static_model._alike(original, made), "kept"
+
+
+def test_float16_is_not_offered_fused_layers(monkeypatch):
+    """A norm's square ends before its range does."""
+    monkeypatch.undo()
+
+    class Made:
+        device = torch.device("cuda")
+        config = type("Config", (), {"_attn_implementation": attention.NAME})
+
+    for dtype, able in ((torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
+        Made.dtype = dtype
+        assert static_model._can_fuse(Made) == able
+
+
 def test_a_model_of_another_kind_keeps_its_layers(paced):
     paced(0.5)
     made, said = for_passes(build_model("gpt2"))

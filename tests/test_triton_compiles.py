@@ -87,6 +87,11 @@ numbers = {name: "*i64" for name in "hidden columns told ids length limit most p
 numbers |= {"done": "*i1", "status": "*i32", "scaling": "fp32", "half": "i32", "frequencies": "*fp32"}
 numbers |= dict.fromkeys("rows lanes last window_0 window_1 ids_row gamma tokens_row".split(), "i32")
 compiled(rounds.places_kernel, 90, **numbers | dict(most="i64", positions="*i64", LANES=8, WINDOWS=2))
+for window in (0, 1):  # none, and one: arguments of 1 are constants where nothing is said against it
+    own = rounds.places_kernel
+    assert {own.params[own.arg_names.index(f"window_{window}")].do_not_specialize} == {True}
+for name in ("rows", "count", "count_1", "count_2"):
+    assert layers.product_kernel.params[layers.product_kernel.arg_names.index(name)].do_not_specialize
 compiled(rounds.turns_kernel, 90, **numbers | dict(positions="*i64", cosine="*bf16", sine="*bf16", HALF=32))
 compiled(rounds.begin_kernel, 90, **numbers)
 compiled(rounds.tail_kernel, 90, **numbers | dict(columns="i32", LANES=2))

@@ -156,7 +156,7 @@ def round_commit(
             gamma,
             PLACES=triton.next_power_of_2(gamma + 1),
             ENDS=ends.shape[0],
-            num_warps=4 if gamma > 16 else 1,
+            num_warps=1,
         )
     return report
 

@@ -26,7 +26,8 @@ def tile(pointer, row_stride, row, column, inside, EVEN: tl.constexpr):
         return tl.load(pointer + place, mask=inside, other=0.0)
 
 
-@triton.jit(do_not_specialize=["rows"])  # one compilation for all passes
+# One compilation for all passes; and a count that a branch sets anew must not be a constant before it
+@triton.jit(do_not_specialize=["rows", "count", "count_1", "count_2"])
 def product_kernel(
     x,  # [M, K]
     x_row,  # strides

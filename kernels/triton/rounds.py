@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["window_0", "window_1"])  # 1 would be no tensor
 def places_kernel(
     start,  # [B] int64
     hidden,
