@@ -78,7 +78,7 @@ suite() {
         tests=(tests/test_ops_maps.py -k views)
     else
         for file in tests/test_cuda_device.py tests/test_triton*.py tests/test_ops_*.py tests/test_attention*.py \
-            tests/test_fused*.py tests/test_static*.py tests/test_dispatch.py; do
+            tests/test_fused*.py tests/test_round_ops.py tests/test_static*.py tests/test_dispatch.py; do
             [ -e "$file" ] && tests+=("$file")
         done
     fi

@@ -157,7 +157,9 @@ def test_whole_rounds_by_kernels_give_the_same_tokens(kernels, plain_drafters, m
     options = {"method": method}
     if method != "autoregressive":
         options = {**drafters()[method], "num_assistant_tokens": 3}
-    target, inputs = taught()[0], taught_prompts(rows, padded=True)
+        options["assistant_model"] = copy.deepcopy(options["assistant_model"]).to(DEVICE)
+    target = copy.deepcopy(taught()[0]).to(DEVICE)
+    inputs = {name: value.to(DEVICE) for name, value in taught_prompts(rows, padded=True).items()}
     plain = fast_generate(target, **inputs, **settings, method="autoregressive")
     settings["eos_token_id"] = int(plain[0, -4])
     found = []
