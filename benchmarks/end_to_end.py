@@ -51,9 +51,8 @@ class Cell:
 
 
 def cells(names: list[str], batches: list[int]) -> list[Cell]:
-    """The batch of one first, at every target."""
-    order = [(b, t) for b in batches for t in (1.0, 0.0)]
-    return [Cell(name, pair, t, b) for name in names for b, t in order for pair in METHODS]
+    """The batch of one at every target, then the others."""
+    return [Cell(name, pair, t, b) for b in batches for name in names for t in (1.0, 0.0) for pair in METHODS]
 
 
 def shapes_at(target: str, small: Shape) -> dict[str, Shape | None]:
