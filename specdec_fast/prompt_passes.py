@@ -39,6 +39,7 @@ def lanes_for_prompt(tokens: int, rows: int, layer_bytes: float) -> int:
     return lanes if passes == 1 or passes * layer_bytes <= MOST_READ else 0
 
 
+@torch.no_grad()
 def read_prompts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> bool:
     """Reads a text a row behind what it holds; False, and nothing done, where that is better done otherwise.
 
@@ -64,6 +65,7 @@ def read_prompts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequ
     return True
 
 
+@torch.no_grad()
 def capture_all(*runners: StaticRunner | None) -> None:
     """Captures the passes of every size for models whose prompts are read so, so that no call has to wait for that."""
     for runner in runners:
