@@ -149,6 +149,7 @@ def test_nothing_is_measured_where_the_tests_are_red(tmp_path, monkeypatch):
     red = tmp_path / "tests" / "test_red.py"
     red.parent.mkdir()
     red.write_text("def test_red():\n    assert False\n")
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)  # may leave failures out of the inner summary
     monkeypatch.setattr(measure, "test_files", lambda ops, device: [red])
     result = run("--batch", 1, "--json", tmp_path / "rows.json")
     assert result.exit_code == 2 and "test_red" in result.output
