@@ -23,12 +23,14 @@ __all__ = ["DraftedText", "read_texts"]
 def read_texts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequence[int]]) -> None:
     """Feeds texts of different lengths to rows, each behind what the row holds."""
     some = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
-    if runner.reader is not None and runner.reader(runner, [row for row, _ in some], [text for _, text in some]):
+    if not some:  # as in most rounds
         return
-    if some:
-        pieces = [torch.tensor(text, dtype=torch.long) for _, text in some]
-        tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        runner.feed([row for row, _ in some], tokens, [len(text) for _, text in some], [1] * len(some))
+    own = [row for row, _ in some]
+    if runner.reader is not None and runner.reader(runner, own, [text for _, text in some]):
+        return
+    pieces = [torch.tensor(text, dtype=torch.long) for _, text in some]
+    tokens = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
+    runner.feed(own, tokens, [len(text) for _, text in some], [1] * len(some))
 
 
 class DraftedText:

@@ -107,9 +107,7 @@ def _compared(model: PreTrainedModel, plain: PreTrainedModel) -> tuple[bool, str
                 return False, f"{own}: fused ones give other logits"
         clocks = [[timer(run, model.device) for run in both] for both in passes]
         seconds = [[[clock() for clock in both] for both in clocks] for _ in range(TIMES)]
-    except (
-        Exception
-    ) as error:  # a kernel that does not compile for these shapes, no memory, or a forward of its own kind
+    except Exception as error:  # kernels that do not compile for these shapes, no memory, a forward of its own kind
         return False, f"{own}: fused ones fail ({first_line(error)})"
     share = statistics.median(sum(both[1] for both in one) / sum(both[0] for both in one) for one in seconds)
     if share > WORTH:
