@@ -55,8 +55,9 @@ template <class Scheme, int kRows, int kInputs, bool kAhead>
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       weight[r] = Scheme::weight(w + r * k + j);
-      // Not to be kept: they would push out of the caches what the rest of a round works on
-      if constexpr (kAhead) __builtin_prefetch(next + r * kStride, 0, 0);
+      // Into the second cache: the first is too small for what is on its way beside the inputs,
+      // and what is pushed out of it before its use is fetched from memory again
+      if constexpr (kAhead) __builtin_prefetch(next + r * kStride, 0, 2);
     }
     if constexpr (kAhead) next += kRows * kStride;
 #pragma GCC unroll 8
@@ -93,10 +94,11 @@ constexpr int kAlone = 2, kRows = 2, kInputs = 1, kFew = 1, kLow = 2;
 
 // Bytes from an entry to those that are fetched while it is used, at least, and how many of them
 // the last row of a tile is behind
-constexpr int64_t kFarLeast = 8192, kFarBehind = 2048;
+constexpr int64_t kFarLeast = 16384, kFarBehind = 2048;
 
-// So many spans of inputs are more than the first cache holds; bytes of weights that share one then
-constexpr int64_t kManySpans = 4, kShared = 24576;
+// Bytes of inputs that the first cache holds beside weights; and of weights that share a span of
+// inputs where there are more
+constexpr int64_t kShared = 24576;
 
 template <int kCount>
 struct Count {
@@ -428,7 +430,7 @@ void product(Form form, const void* w, const float* scale, const void* x, int64_
                                        m, k, bytes / 4, begin, end, y, stride, after);
   } else {
 #ifdef SPECDEC_DOT
-    if (m > (kManySpans - 1) * kInputs)
+    if (m > kInputs && m * bytes > kShared)
       begin =
           blocks_by_inputs<Dot>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m,
                                 k, bytes / 2, begin, end, y, stride, after);
