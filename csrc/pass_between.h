@@ -89,8 +89,8 @@ struct Columns {
 
 // out[g, d] = sum over columns of weights[g, column] * values[column, d] for d in [begin, end)
 template <int kGroup, int kWidth, class Stored>
-inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, int64_t begin,
-                   int64_t end, float* out) {
+inline void gather_some(const float* weights, const Columns<Stored>& columns, int64_t dim,
+                        int64_t begin, int64_t end, float* out) {
   Lanes total[kGroup][kWidth] = {};
   const bool whole = end - begin == kWidth * kLanes;
   const auto take = [&](const Stored* column, int64_t c) {
@@ -130,34 +130,126 @@ inline void gather(const float* weights, const Columns<Stored>& columns, int64_t
 }
 
 template <int kGroup, class Stored>
-inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, float* out) {
+inline void gather_singly(const float* weights, const Columns<Stored>& columns, int64_t dim,
+                          float* out) {
   constexpr int kWidth = kParts == 1 ? 4 : 1;
   int64_t d = 0;
   for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
-    gather<kGroup, kWidth>(weights, columns, dim, d, d + kWidth * kLanes, out);
+    gather_some<kGroup, kWidth>(weights, columns, dim, d, d + kWidth * kLanes, out);
   for (; d < dim; d += kLanes)
-    gather<kGroup, 1>(weights, columns, dim, d, least(d + kLanes, dim), out);
+    gather_some<kGroup, 1>(weights, columns, dim, d, least(d + kLanes, dim), out);
 }
+
+template <int kGroup, class Stored>
+inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, float* out) {
+  gather_singly<kGroup>(weights, columns, dim, out);
+}
+
+#ifdef SPECDEC_DOT
+// The same in products of bfloat16, two columns at a time: values as they are stored, weights
+// rounded to it, kWidth times 32 entries from `begin` on
+template <int kGroup, int kWidth>
+inline void gather_pairs(const uint16_t (*weights)[kSpan], const Columns<uint16_t>& columns,
+                         int64_t dim, int64_t begin, float* out) {
+  __m512 low[kGroup][kWidth] = {}, high[kGroup][kWidth] = {};
+  const auto take = [&](const uint16_t* one, const uint16_t* other, int64_t c) {
+    __m512bh weight[kGroup];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroup; ++g) {
+      int32_t two;
+      __builtin_memcpy(&two, weights[g] + c, sizeof two);
+      weight[g] = (__m512bh)_mm512_set1_epi32(two);
+    }
+#pragma GCC unroll 4
+    for (int d = 0; d < kWidth; ++d) {
+      const __m512i first = _mm512_loadu_si512(one + begin + d * 32);
+      const __m512i second =
+          other ? _mm512_loadu_si512(other + begin + d * 32) : _mm512_setzero_si512();
+      const __m512bh lower = (__m512bh)_mm512_unpacklo_epi16(first, second);
+      const __m512bh upper = (__m512bh)_mm512_unpackhi_epi16(first, second);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroup; ++g) {
+        low[g][d] = _mm512_dpbf16_ps(low[g][d], lower, weight[g]);
+        high[g][d] = _mm512_dpbf16_ps(high[g][d], upper, weight[g]);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + 2 <= columns.level; c += 2)
+    take(columns.values + c * dim, columns.values + (c + 1) * dim, c);
+  const auto at = [&](int64_t k) {
+    return k < columns.level ? columns.values + k * dim
+                             : columns.base + columns.path[k - columns.level] * dim;
+  };
+  for (; c < columns.count; c += 2) take(at(c), c + 1 < columns.count ? at(c + 1) : nullptr, c);
+  const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i back =
+      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g) {
+#pragma GCC unroll 4
+    for (int d = 0; d < kWidth; ++d) {
+      float* to = out + g * dim + begin + d * 32;
+      _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[g][d], front, high[g][d]));
+      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[g][d], back, high[g][d]));
+    }
+  }
+}
+
+template <int kGroup>
+inline void gather(const float* weights, const Columns<uint16_t>& columns, int64_t dim,
+                   float* out) {
+  if (dim % 32) return gather_singly<kGroup>(weights, columns, dim, out);
+  alignas(64) uint16_t halves[kGroup][kSpan];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroup; ++g) {
+    narrow_all(weights + g * kSpan, halves[g], columns.count);
+    if (columns.count % 2) halves[g][columns.count] = 0;
+  }
+  int64_t d = 0;
+  for (; d + 64 <= dim; d += 64) gather_pairs<kGroup, 2>(halves, columns, dim, d, out);
+  for (; d < dim; d += 32) gather_pairs<kGroup, 1>(halves, columns, dim, d, out);
+}
+#endif
+
+// How queries meet keys. Where the machine multiplies bfloat16 itself, those stored in it meet
+// queries rounded to it, as they do in a model of that type.
+template <class Stored>
+struct Meeting {
+  using Scheme = Plain<Stored>;
+  static void prepare(const float* query, int64_t dim, float* out) { to_single(query, dim, out); }
+};
+
+#ifdef SPECDEC_DOT
+template <>
+struct Meeting<uint16_t> {
+  using Scheme = Dot;
+  static void prepare(const float* query, int64_t dim, uint16_t* out) { to_half(query, dim, out); }
+};
+#endif
 
 template <class Stored>
 void attend_to(const Stored* keys, const Stored* values, int64_t begin, const Sight* sights,
                int64_t lane_count, int64_t group, int64_t dim, float scaling, float* scratch) {
+  using Scheme = typename Meeting<Stored>::Scheme;
+  using Query = typename Scheme::Input;
   float* scores = scratch;
-  const int64_t apart = up(dim, kLanes);
-  float* query = scratch + group * kSpan;
+  const int64_t apart = up(dim, Scheme::kStep);
+  Query* query = reinterpret_cast<Query*>(scratch + group * kSpan);
   for (int64_t l = 0; l < lane_count; ++l) {
     const Sight& sight = sights[l];
     const int64_t low = most(sight.first, begin), high = least(sight.last + 1, begin + kSpan);
     const int64_t columns = high - low;
-    for (int64_t g = 0; g < group; ++g) to_single(sight.query + g * dim, dim, query + g * apart);
+    for (int64_t g = 0; g < group; ++g)
+      Meeting<Stored>::prepare(sight.query + g * dim, dim, query + g * apart);
     const int64_t level = most(least(sight.fork, high) - low, 0);
     const int64_t* path = sight.path + most(low - sight.fork, 0);
     if (level)
-      rows_by_inputs<Plain<Stored>, false>(keys + low * dim, query, group, dim, apart, 0, level,
-                                           scores, kSpan, nullptr);
+      rows_by_inputs<Scheme, false>(keys + low * dim, query, group, dim, apart, 0, level, scores,
+                                    kSpan, nullptr);
     for (int64_t c = level; c < columns; ++c)
-      rows_by_inputs<Plain<Stored>, false>(keys + path[c - level] * dim, query, group, dim, apart,
-                                           0, 1, scores + c, kSpan, nullptr);
+      rows_by_inputs<Scheme, false>(keys + path[c - level] * dim, query, group, dim, apart, 0, 1,
+                                    scores + c, kSpan, nullptr);
     for (int64_t g = 0; g < group; ++g) {
       float* score = scores + g * kSpan;
       for (int64_t c = columns; c < up(columns, kLanes); ++c) score[c] = score[0];

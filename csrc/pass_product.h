@@ -404,15 +404,17 @@ void to_single(const float* x, int64_t k, float* out) {
   for (int64_t j = k; j < up(k, 16); ++j) out[j] = 0;
 }
 
+#ifdef SPECDEC_DOT
+void to_half(const float* x, int64_t k, uint16_t* out) {
+  narrow_all(x, out, k);
+  for (int64_t j = k; j < up(k, 32); ++j) out[j] = 0;
+}
+#endif
+
 void prepare([[maybe_unused]] Form form, const float* x, int64_t k, void* out) {
 #ifdef SPECDEC_DOT
   if (form == specdec::kPacked) return to_digits(x, k, out);
-  if (form == specdec::kHalf) {
-    uint16_t* half = static_cast<uint16_t*>(out);
-    narrow_all(x, half, k);
-    for (int64_t j = k; j < up(k, 32); ++j) half[j] = 0;
-    return;
-  }
+  if (form == specdec::kHalf) return to_half(x, k, static_cast<uint16_t*>(out));
 #endif
   to_single(x, k, static_cast<float*>(out));
 }

@@ -134,6 +134,21 @@ def test_many_positions_get_the_bits_of_few():
     assert torch.equal(whole, torch.cat(few))
 
 
+@pytest.mark.parametrize("group", [1, 2, 3, 5])
+@pytest.mark.parametrize("dim", [32, 40, 64, 96])
+def test_bfloat16_columns_are_read_in_pairs(dim, group):
+    """Odd and even numbers of columns, from the first and, behind padding, from a later one."""
+    heads = {"hidden_size": 60, "head_dim": dim, "num_attention_heads": 2 * group, "num_key_value_heads": 2}
+    model = made(LlamaConfig(**SHAPE | heads), torch.bfloat16)
+    pairs, single = on("dot", model, False), on("avx2", model, False)
+    visible = torch.tensor([[False, False, True], [True, True, True]])
+    ids = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(4))
+    exact = feed(Runner(made(LlamaConfig(**SHAPE | heads)), 2, visible=visible), ids)
+    for lean in (pairs, single):
+        error = feed(Runner(model, 2, lean=lean, visible=visible), ids) - exact
+        assert error.square().mean().sqrt() < 0.03 * exact.std()
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("family", ["llama_bias", "odd_heads"])
 def test_every_instruction_set_gives_these_logits(family, capability):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, model, pairs_p_value, tokenizer
+from tiny import build_model
 from tiny import model as tiny
 
 from specdec_fast import fast_generate, last_speculation, native, reference, runner, trees, warmup
@@ -159,10 +160,12 @@ def _read(one, row, text):
 
 
 @pytest.mark.parametrize("climbing", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral", "wide_heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_is_judged_as_its_texts_are(kind, dtype, climbing):
-    own = tiny(kind).to(dtype)
+    # Of this width columns are read in pairs
+    wide = {"hidden_size": 48, "head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
+    own = (build_model("llama", **wide) if kind == "wide_heads" else tiny(kind)).to(dtype)
     lean = lean_model(own, rounded=False)
     assert lean is not None
     width, rng = own.config.vocab_size, random.Random(3)
