@@ -24,7 +24,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from specdec_fast import dispatch, fused_layers
 from specdec_fast.attention_ops import MOST_DIM, decode_attention, seen_columns
-from specdec_fast.modules import modules_of
 
 __all__ = ["NAME", "attend", "for_static_cache", "mask", "places", "twin", "why_no_kernel", "why_no_twin"]
 
@@ -189,7 +188,7 @@ def for_static_cache(model: PreTrainedModel) -> tuple[PreTrainedModel, str | Non
 def why_no_twin(model: PreTrainedModel) -> str | None:
     """Why a model cannot be given another attention; None where it can."""
     name = type(model).__name__
-    if any("forward" in vars(module) for module in modules_of(model)):
+    if any("forward" in vars(module) for module in model.modules()):
         return f"{name} has a forward that was replaced (by accelerate, or by hand)"
     if not model._can_set_attn_implementation():
         return f"{name} has an attention of its own"
@@ -218,7 +217,7 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
     if reason := why_no_twin(model):
         raise ValueError(f"attn_implementation={implementation!r} is not possible for this model: {reason}")
     kept = _twins.setdefault(model, {})
-    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in modules_of(model)]
+    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
     state, key = (id(model.config), modules, model.dtype, model.device.type), (implementation, fused)
     if key not in kept or kept[key][0] != state:
         memo: dict[int, Any] = {}

@@ -9,7 +9,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast.intersection_mass import intersection_mass
-from specdec_fast.modules import parameter_count
 from specdec_fast.options import VERIFICATIONS, Options
 from specdec_fast.randomness import Philox
 from specdec_fast.token_map import token_map
@@ -122,7 +121,7 @@ def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do
         return "Philox as the source of numbers"
     if model.device.type != "cpu" or drafter.device.type != "cpu":
         return "both models on the CPU"
-    if options.draft_tree == "auto" and parameter_count(model) < LARGE:
+    if options.draft_tree == "auto" and model.num_parameters() < LARGE:
         return f"a target of at least {LARGE} parameters"
     return ""
 

@@ -24,7 +24,6 @@ from transformers import PreTrainedModel
 
 from specdec_fast.costs import Costs
 from specdec_fast.device_round import State
-from specdec_fast.modules import parameters_of
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, empty_cache, static_forward
@@ -302,7 +301,7 @@ def check_out(
     names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
     key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype)
-    weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in parameters_of(m))
+    weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
     with _lock:
         found = _kept.setdefault(model, [])
         for pair in found:

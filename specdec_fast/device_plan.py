@@ -19,7 +19,6 @@ from specdec_fast.device_session import DrafterPart, HostTarget, Session
 from specdec_fast.drafters.head import pruned_head
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Plan, asks, logit_width
-from specdec_fast.modules import parameter_count
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
@@ -149,7 +148,7 @@ def resident_outlook(
     """
     plan, options = call.plan, call.options
     pair = model, options.assistant_model
-    constant = constant_costs(*(0 if one is None else parameter_count(one) for one in pair))
+    constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
     if plan.schedule != "adaptive" or plan.method == "autoregressive":
         return Outlook(constant), None
     known = warmup.observed(*pair, (plan.method, "device", session.state.ids.shape[0], call.do_sample))

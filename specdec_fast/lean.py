@@ -41,7 +41,6 @@ from specdec_fast.lean_ops import (
 )
 from specdec_fast.lean_weights import equal, linears, matrix, packed, plain, state, unpacked
 from specdec_fast.memory import Memory, number_of
-from specdec_fast.modules import modules_of, parameter_count, parameters_of
 
 __all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level", "why_not_lean"]
 
@@ -448,7 +447,7 @@ def why_not_lean(model: PreTrainedModel, *, rounded: bool = True) -> str | None:
 
 def _form(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
     # Hooks and devices may come and go between calls
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules_of(model))
+    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with _lock:
         if hooked or model.device.type != "cpu" or not _native():
             _kept.pop(model, None)
@@ -471,9 +470,9 @@ def _native() -> bool:
 @torch.no_grad()
 def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
     config, name = model.config.get_text_config(decoder=True), type(model).__name__
-    if {parameter.dtype for parameter in parameters_of(model)} not in ({torch.float32}, {torch.bfloat16}):
+    if {parameter.dtype for parameter in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
         return f"the weights of {name} are neither float32 nor bfloat16"
-    if rounded and parameter_count(model) > LARGEST:
+    if rounded and model.num_parameters() > LARGEST:
         return f"{name} has more than {LARGEST} parameters to be copied"
     try:
         lean = LeanModel(model, rounded=rounded)

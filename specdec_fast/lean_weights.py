@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specdec_fast.modules import buffers_of, modules_of, parameters_of
-
 __all__ = ["equal", "linears", "matrix", "packed", "plain", "state", "unpacked"]
 
 ZERO = 128  # of a weight in 8 bits
@@ -65,14 +63,14 @@ def state(model: nn.Module, rounded: bool) -> list[Any]:
     Writing through ``.data`` leaves no trace in a version counter, so values are compared: norms, offsets and
     frequencies whole, matrices at a few places (an exact form has no copies of them).
     """
-    parameters = parameters_of(model)
-    small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *buffers_of(model)] if p.ndim < 2]
+    parameters = list(model.parameters())
+    small = [torch.empty(0)] + [p.detach().float().reshape(-1) for p in [*parameters, *model.buffers()] if p.ndim < 2]
     some = [torch.empty(0)] + [
         p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if rounded and p.ndim >= 2
     ]
     names = ("scaling", "variance_epsilon", "attention_scaling")
     settings = [
-        (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in modules_of(model)
+        (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in model.modules()
     ]
     places = [(p.data_ptr(), p.dtype, p.shape) for p in parameters]
     return [torch.cat(small), torch.cat(some), settings, places, str(vars(model)["config"]._attn_implementation)]

@@ -25,7 +25,6 @@ from specdec_fast.drafters.prompt_lookup import PromptLookup
 from specdec_fast.drafters.slrs import SlrsDrafter
 from specdec_fast.lean import why_not_lean
 from specdec_fast.memory import footprint
-from specdec_fast.modules import parameter_count
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
 from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
@@ -249,7 +248,7 @@ def _choice(model: PreTrainedModel, options: Options, do_sample: bool, in_order:
 
 def _size(drafter: PreTrainedModel, model: PreTrainedModel) -> float:
     """The drafter's parameters beside the target's."""
-    return parameter_count(drafter) / max(parameter_count(model), 1)
+    return drafter.num_parameters() / max(model.num_parameters(), 1)
 
 
 def _need_tokenizers(options: Options, cause: str) -> None:

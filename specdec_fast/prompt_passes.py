@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specdec_fast.compiled import capture, notice, upload
-from specdec_fast.modules import parameters_of
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import StaticRunner, static_forward
 
@@ -48,7 +47,7 @@ def read_prompts(runner: StaticRunner, rows: Sequence[int], texts: Sequence[Sequ
         runner: over a static cache, which keeps the captured passes.
     """
     model, cache, longest = runner.model, runner.cache, max(map(len, texts), default=0)
-    layer_bytes = sum(p.nbytes for p in parameters_of(model)) / max(len(cache.windows), 1)
+    layer_bytes = sum(p.nbytes for p in model.parameters()) / max(len(cache.windows), 1)
     lanes = lanes_for_prompt(longest, cache.rows, layer_bytes)
     if not lanes or model.base_model is model:
         return False

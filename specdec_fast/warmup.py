@@ -22,7 +22,6 @@ from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, low, ob
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Parts, Plan, build_drafter
-from specdec_fast.modules import parameter_count
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
@@ -57,7 +56,7 @@ def outlook_for(
     """
     model, options, batch, _, do_sample, device = parts
     pair = model, options.assistant_model
-    constant = constant_costs(*(0 if one is None else parameter_count(one) for one in pair))
+    constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
     if plan.schedule != "adaptive" or plan.method == "autoregressive":
         return Outlook(constant), None
     shape = plan.method, batch, do_sample, lean is None, model.dtype, torch.get_num_threads(), plan.tree
