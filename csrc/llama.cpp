@@ -3,8 +3,9 @@
 // A pass at a few positions is bound by the bytes of its weights and by what it costs to launch its
 // operations, so the whole pass is one call: over a target's weights as they lie in memory, over a
 // drafter's as bytes (pass.h). What lies between products is float32: the residual stream, softmax,
-// sums. What a position gets does not depend on which others share its pass; where the weights are
-// float32, but for rounding.
+// sums; what goes into one over bfloat16, weights of attention too, may be rounded to it. What a
+// position gets does not depend on which others share its pass; where the weights are float32, but
+// for rounding.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

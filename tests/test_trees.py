@@ -1,5 +1,6 @@
 """Drafts that branch: what the operations say is what passes over single texts and a plain walk say, bit by bit."""
 
+import copy
 import os
 import random
 import subprocess
@@ -26,6 +27,11 @@ WIDTH, OWN = len(TARGET_PIECES), len(DRAFTER_PIECES)
 PROMPT = torch.tensor([[1, 2, 5, 3, 4, 1, 2]])
 CLIMB = trees.climb
 GREEDY, SAMPLED = Climbing(0.0, 0, 1.0, 0.0), Climbing(0.9, 8, 0.95, 0.01)
+
+
+def wide_heads(**more):
+    """Of this width the native pass reads bfloat16 columns in pairs."""
+    return build_model("llama", hidden_size=48, head_dim=64, num_attention_heads=6, num_key_value_heads=2, **more)
 
 
 def own_token(logits, climbing, seed, position):
@@ -163,9 +169,7 @@ def _read(one, row, text):
 @pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral", "wide_heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_is_judged_as_its_texts_are(kind, dtype, climbing):
-    # Of this width columns are read in pairs
-    wide = {"hidden_size": 48, "head_dim": 64, "num_attention_heads": 6, "num_key_value_heads": 2}
-    own = (build_model("llama", **wide) if kind == "wide_heads" else tiny(kind)).to(dtype)
+    own = (wide_heads() if kind == "wide_heads" else tiny(kind)).to(dtype)
     lean = lean_model(own, rounded=False)
     assert lean is not None
     width, rng = own.config.vocab_size, random.Random(3)
@@ -420,6 +424,18 @@ def test_the_same_tokens_with_trees_chains_and_no_drafter(kind, do_sample, rows,
         assert torch.equal(target.generate(prompt, **shared), text)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_wide_heads_in_bfloat16_write_the_text_of_plain_decoding(do_sample, climbed):
+    target = wide_heads(vocabulary=WIDTH).bfloat16()
+    shared = {"do_sample": do_sample, "top_k": 0, "seed": 5, "max_new_tokens": 40, "verification": "gumbel"}
+    if not do_sample:
+        del shared["verification"]
+    text = fast_generate(target, PROMPT, draft_tree="on", **shared, **parties("tli"))
+    assert any(any(said.passed) for _, said in climbed)
+    for other in ({"draft_tree": "off", **parties("tli")}, {"method": "autoregressive"}):
+        assert torch.equal(fast_generate(target, PROMPT, **shared, **other), text), other
+
+
 @pytest.mark.parametrize("kind", ["model", "tli"])
 @pytest.mark.parametrize("law", [{"temperature": 0.6}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 1.5}])
 def test_the_same_tokens_by_every_law(law, kind):
@@ -524,9 +540,9 @@ def test_small_targets_draft_chains_of_themselves():
 # The output's law ------------------------------------------------------------------------------------------------
 
 
-def p_value(kind, monkeypatch):
+def p_value(kind, monkeypatch, target=None):
     """Of the text of many rows, whose trees all run as the operation."""
-    target = model(WIDTH, 31, sharpness=0.8)
+    target = target or model(WIDTH, 31, sharpness=0.8)
     monkeypatch.setattr(lean_model(target, rounded=False), "_most", 1 << 20)
     text = fast_generate(
         target,
@@ -539,12 +555,17 @@ def p_value(kind, monkeypatch):
         seed=11,
         **parties(kind),
     )
-    return pairs_p_value(target, PROMPT, text, WIDTH)
+    return pairs_p_value(copy.deepcopy(target).float(), PROMPT, text, WIDTH)
 
 
 @pytest.mark.parametrize("kind", ["model", "tli"])
 def test_the_output_has_the_targets_law(kind, monkeypatch, climbed):
     assert p_value(kind, monkeypatch) > 1e-4
+    assert any(any(said.passed) for _, said in climbed)
+
+
+def test_wide_heads_in_bfloat16_have_the_targets_law(monkeypatch, climbed):
+    assert p_value("tli", monkeypatch, wide_heads(vocabulary=WIDTH).bfloat16()) > 1e-4
     assert any(any(said.passed) for _, said in climbed)
 
 
@@ -564,6 +585,7 @@ def fault_one_position_for_all(lean, first, tree, places, start, hidden, cache, 
 def test_a_planted_fault_changes_the_law(fault, monkeypatch):
     monkeypatch.setattr(runner.trees, "climb", fault)
     assert p_value("model", monkeypatch) < 1e-6
+    assert p_value("tli", monkeypatch, wide_heads(vocabulary=WIDTH).bfloat16()) < 1e-6
 
 
 def test_a_planted_fault_changes_greedy_text(monkeypatch):
