@@ -169,7 +169,7 @@ def _read(one, row, text):
 @pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral", "wide_heads"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_is_judged_as_its_texts_are(kind, dtype, climbing):
-    own = (wide_heads() if kind == "wide_heads" else tiny(kind)).to(dtype)
+    own = (wide_heads() if kind == "wide_heads" else copy.deepcopy(tiny(kind))).to(dtype)
     lean = lean_model(own, rounded=False)
     assert lean is not None
     width, rng = own.config.vocab_size, random.Random(3)
