@@ -18,7 +18,7 @@ import building
 
 PACKAGE = "specdec_fast"
 OPS = ["ops", "sample", "verify", "residual", "filter", "rows", "maps", "chunk_plain", "chunk_avx2", "chunk_avx512"]
-OPS += ["llama", "draft", "score", "memory", "race", "branch", "climb"]
+OPS += ["llama", "draft", "score", "memory", "race", "branch", "climb", "traverse"]
 OPS += ["pass_plain", "pass_avx2", "pass_avx512", "pass_dot"]
 
 setup(

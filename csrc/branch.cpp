@@ -10,68 +10,37 @@
 #include <vector>
 
 #include "arguments.h"
+#include "drawn.h"
+#include "growth.h"
 #include "race.h"
 #include "share.h"
 #include "texts.h"
 #include "tree.h"
+#include "warp.h"
 
 namespace specdec {
 
 namespace {
 
-// Where a row's tree grows
-struct Growth {
-  int64_t row, column, hidden;  // of the cache, and where its first node goes
-  int64_t deepest, most;        // levels and nodes at most
-  int64_t seed, start;          // of its numbers
-  const double* sure;           // [levels] how often a node of that confidence follows its parent
-  const double* worth;          // [deepest] what a level's chances must exceed for another one
-};
-
-struct Node {
-  int64_t entry, id, parent, depth, level;
-  double chance;  // that the target comes by
-  int64_t place = -1;
-  int64_t note = -1;  // the memory's, of what was drawn behind it
-};
-
-struct Wanted {
-  std::vector<int64_t> tokens;
-  std::vector<int64_t> lengths, rows, columns, hidden, deepest, most, seed, start;
-  std::vector<double> told;  // of each row, sure and worth
-  int64_t levels = 0;
-  double least = 0.0;  // chance of a node
-  Filters filters;
-  const int64_t* ids = nullptr;    // the drafter's of each entry, null: its place
-  const int32_t* index = nullptr;  // the target's, the same
-  std::shared_ptr<Memory> memory;
-};
-
-class Tree {
+// A tree whose nodes are the likeliest, or the first ones of races
+class RacedTree final : public Tree {
  public:
-  Tree(const Growth& growth, const Wanted& wanted) : growth_(growth), wanted_(wanted) {}
-
-  const Growth& growth() const { return growth_; }
-  const std::vector<Node>& nodes() const { return nodes_; }
-  const std::vector<int64_t>& frontier() const { return frontier_; }
+  using Tree::Tree;
 
   // Adds what may come behind a node, -1 for the text.
   void add(int64_t parent, const std::vector<Ranked>& order, const std::vector<double>& mass) {
-    const double chance = parent < 0 ? 1.0 : nodes_[parent].chance;
-    const int64_t depth = parent < 0 ? 1 : nodes_[parent].depth + 1;
     for (size_t i = 0; i < order.size(); ++i) {
       // Most of what is put up has little mass: levels are narrow there
       const double scaled =
           mass[i] > 0.0 ? std::sqrt(mass[i]) * static_cast<double>(wanted_.levels) : 0.0;
       const int64_t level = std::min(static_cast<int64_t>(scaled), wanted_.levels - 1);
-      const int64_t entry = order[i].entry, id = wanted_.ids ? wanted_.ids[entry] : entry;
-      Node node{entry, id, parent, depth, level, chance * growth_.sure[level]};
+      const Node node = made(order[i].entry, parent, level);
       if (node.chance >= wanted_.least || (parent < 0 && i == 0)) nodes_.push_back(node);
     }
   }
 
   // Drops all but the best nodes, and says which of the deepest level are to have children.
-  void settle(int64_t depth) {
+  void settle(int64_t depth) override {
     std::vector<int64_t> order(nodes_.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int64_t>(i);
     // A node's chance is not above its parent's, which comes before it among equals
@@ -104,32 +73,6 @@ class Tree {
     if (!(chances > growth_.worth[depth - 1])) frontier_.clear();
   }
 
-  // Gives the frontier places in the cache, and puts it among the lanes of a pass.
-  void plant(Grove& grove) {
-    passes_ += !frontier_.empty();
-    for (const int64_t i : frontier_) {
-      nodes_[i].place = growth_.column + planted_++;
-      std::vector<int64_t> path;
-      for (int64_t at = i; at >= 0; at = nodes_[at].parent) path.push_back(nodes_[at].place);
-      std::reverse(path.begin(), path.end());
-      grove.put(nodes_[i].id, growth_.row, growth_.column, growth_.hidden, std::move(path));
-    }
-  }
-
-  // The memory's note of what was drawn behind a node, -1 for the text
-  void note(int64_t node, int64_t number) { (node < 0 ? root_note_ : nodes_[node].note) = number; }
-
-  // Tells the memory which nodes its notes are of.
-  void name(Memory& memory) const {
-    if (root_note_ >= 0) memory.name(growth_.row, root_note_, -1);
-    for (size_t i = 0; i < nodes_.size(); ++i) {
-      if (nodes_[i].note >= 0) memory.name(growth_.row, nodes_[i].note, static_cast<int64_t>(i));
-    }
-  }
-
-  // Passes that wrote it
-  int64_t passes() const { return passes_; }
-
  private:
   // The chance that a new node must exceed to be among the best
   double lowest() const {
@@ -138,37 +81,33 @@ class Tree {
     for (const Node& node : nodes_) least = std::min(least, node.chance);
     return least;
   }
-
-  Growth growth_;
-  const Wanted& wanted_;
-  std::vector<Node> nodes_;
-  std::vector<int64_t> frontier_;
-  int64_t planted_ = 0, passes_ = 1, root_note_ = -1;
 };
+
+// Nodes of trees that are read in one pass, those of a tree side by side; -1: its text
+using Asked = std::vector<std::pair<Tree*, int64_t>>;
 
 class Gardener {
  public:
   Gardener(const Session& session, const Wanted& wanted, Team& team)
       : session_(session), wanted_(wanted), team_(team), share_(share_of(team)) {}
 
-  void grow(std::vector<Tree>& trees, const Texts& texts) {
-    const int64_t width = session_.model->width();
-    session_.scores.reserve(static_cast<int64_t>(trees.size()) * width);
+  void grow(const std::vector<std::unique_ptr<Tree>>& trees, const Texts& texts) {
+    Asked asked;
+    for (const auto& tree : trees) asked.push_back({tree.get(), -1});
+    place(asked);
     pass([&] {
-      session_.run(team_, texts.lanes(), texts.tokens.data(), texts.last, session_.scores.data(),
+      session_.run(team_, texts.lanes(), texts.tokens.data(), texts.last, logits_,
                    ends(static_cast<int64_t>(trees.size())));
     });
-    std::vector<std::pair<Tree*, int64_t>> asked;
-    for (Tree& tree : trees) asked.push_back({&tree, -1});
-    for (int64_t depth = 1;; ++depth) {
-      mend(asked, depth);
-      look(asked, depth);
+    for (int64_t passes = 1;; ++passes) {
+      mend(asked);
+      wanted_.scores ? open(asked) : look(asked);
       Grove grove;
       asked.clear();
-      for (Tree& tree : trees) {
-        tree.settle(depth);
-        tree.plant(grove);
-        for (const int64_t i : tree.frontier()) asked.push_back({&tree, i});
+      for (const auto& tree : trees) {
+        tree->settle(passes);
+        tree->plant(grove);
+        for (const int64_t i : tree->frontier()) asked.push_back({tree.get(), i});
       }
       if (asked.empty()) return;
       for (int64_t i = 0; i < grove.size(); ++i) {
@@ -178,10 +117,9 @@ class Gardener {
       if (strange_) return;
       std::vector<int64_t> all(asked.size());
       for (size_t i = 0; i < all.size(); ++i) all[i] = static_cast<int64_t>(i);
-      session_.scores.reserve(grove.size() * width);
+      place(asked);
       pass([&] {
-        session_.run(team_, grove.lanes(), grove.tokens(), all, session_.scores.data(),
-                     ends(grove.size()));
+        session_.run(team_, grove.lanes(), grove.tokens(), all, logits_, ends(grove.size()));
       });
     }
   }
@@ -199,6 +137,17 @@ class Gardener {
     passes_ += Clock::now() - begin;
   }
 
+  // Settles where the logits of a pass go: a single row's to where they are kept.
+  void place(const Asked& asked) {
+    const int64_t width = session_.model->width();
+    if (wanted_.scores && wanted_.rows.size() == 1) {
+      logits_ = wanted_.scores + static_cast<const DrawnTree&>(*asked[0].first).laws() * width;
+    } else {
+      session_.scores.reserve(static_cast<int64_t>(asked.size()) * width);
+      logits_ = session_.scores.data();
+    }
+  }
+
   // Where the hidden states of a pass go, null where nobody wants them
   float* ends(int64_t lanes) {
     if (!wanted_.memory) return nullptr;
@@ -207,34 +156,57 @@ class Gardener {
   }
 
   // Lets the memory mend the logits of some nodes.
-  void mend(const std::vector<std::pair<Tree*, int64_t>>& asked, int64_t depth) {
+  void mend(const Asked& asked) {
     if (!wanted_.memory) return;
     std::vector<Memory::Place> places;
     for (size_t i = 0; i < asked.size(); ++i) {
-      const Growth& growth = asked[i].first->growth();
+      const auto& [tree, node] = asked[i];
+      const Growth& growth = tree->growth();
       const int64_t at = static_cast<int64_t>(i);
-      places.push_back({growth.row, growth.start + depth - 1,
+      places.push_back({growth.row, growth.start + tree->depth(node),
                         session_.ends + at * session_.model->hidden,
-                        session_.scores + at * session_.model->width()});
+                        logits_ + at * session_.model->width()});
     }
     wanted_.memory->mend(*session_.kernels, share_, places);
     for (size_t i = 0; i < asked.size(); ++i) asked[i].first->note(asked[i].second, places[i].note);
   }
 
-  // Adds to each tree what may come behind its node, by the logits of that.
-  void look(const std::vector<std::pair<Tree*, int64_t>>& asked, int64_t depth) {
+  // Lets each tree draw what comes behind its nodes from the logits of those.
+  void open(const Asked& asked) {
+    const int64_t width = session_.model->width();
+    std::vector<const float*> from;
+    std::vector<float*> to;
+    std::vector<double*> sums;
+    for (size_t i = 0, before = 0; i < asked.size(); ++i) {
+      const auto& tree = static_cast<const DrawnTree&>(*asked[i].first);
+      before = i > 0 && asked[i - 1].first == &tree ? before + 1 : 0;
+      const int64_t law = tree.growth().number * wanted_.room + tree.laws() + before;
+      from.push_back(logits_ + static_cast<int64_t>(i) * width);
+      to.push_back(wanted_.scores + law * width);
+      sums.push_back(wanted_.logsumexp + law);
+    }
+    warp(from, to, width, wanted_.filters, share_);
+    const std::vector<Row> rows = measured({to.begin(), to.end()}, width, Filters{}, share_);
+    for (size_t i = 0; i < asked.size(); ++i) {
+      *sums[i] = rows[i].logsumexp();
+      static_cast<DrawnTree&>(*asked[i].first).open(asked[i].second, rows[i]);
+    }
+  }
+
+  // Adds to each tree what may come behind its nodes, by the logits of those.
+  void look(const Asked& asked) {
     const int64_t width = session_.model->width();
     const bool greedy = wanted_.filters.greedy();
     std::vector<Row> rows;
     std::vector<Row*> all;
     for (size_t i = 0; i < asked.size(); ++i) {
-      rows.push_back(row_of(session_.scores.data() + static_cast<int64_t>(i) * width, width,
+      rows.push_back(row_of(logits_ + static_cast<int64_t>(i) * width, width,
                             greedy ? Filters{} : wanted_.filters));
     }
     for (Row& row : rows) all.push_back(&row);
     measure(all, share_);
     for (size_t begin = 0, end; begin < asked.size(); begin = end) {
-      Tree& tree = *asked[begin].first;
+      auto& tree = static_cast<RacedTree&>(*asked[begin].first);
       std::vector<const Row*> own;
       std::vector<int64_t> parents;
       for (end = begin; end < asked.size() && asked[end].first == &tree; ++end) {
@@ -243,7 +215,8 @@ class Gardener {
         parents.push_back(asked[end].second);
       }
       const Growth& growth = tree.growth();
-      const Runners runners{growth.seed, growth.start + depth - 1, wanted_.index, greedy};
+      const int64_t depth = tree.depth(asked[begin].second);  // they are all of one level
+      const Runners runners{growth.seed, growth.start + depth, wanted_.index, greedy};
       const auto orders = race(own, runners, growth.most, share_);
       for (size_t i = 0; i < orders.size(); ++i) {
         std::vector<double> mass;
@@ -263,12 +236,13 @@ class Gardener {
   const Wanted& wanted_;
   Team& team_;
   Share share_;
+  float* logits_ = nullptr;  // of the pass at hand
   bool strange_ = false;
   Clock::duration passes_{0};
 };
 
-// Nodes and passes of each row; entry, parent (-1: the text) and level of each, [rows, most]
-// apiece; and nanoseconds of the passes
+// Nodes and passes of each row; entry, parent (-1: the text), level and law (-1: none) of each,
+// [rows, most] apiece; and nanoseconds of the passes
 std::vector<int64_t> branched(const Session& session, Wanted given) {
   const int64_t height = static_cast<int64_t>(given.rows.size());
   for (const auto* list : {&given.deepest, &given.most, &given.seed, &given.start})
@@ -284,17 +258,31 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
   const std::vector<int64_t> lengths = given.lengths;
   const Texts texts = texts_of(session, std::move(given.tokens), lengths, given.rows, given.columns,
                                given.hidden, more);
+  STD_TORCH_CHECK(!given.scores || (given.logsumexp && given.room > widest &&
+                                    !given.filters.greedy() && given.levels == DrawnTree::kLevels),
+                  "llama_branch: drawn nodes need room for their laws, and levels of their own");
   if (given.memory) remember(*given.memory, session, given.rows);
-  std::vector<Tree> trees;
+  std::vector<std::unique_ptr<Tree>> trees;
   const double* at = given.told.data();
   for (int64_t r = 0; r < height; ++r) {
-    trees.emplace_back(
-        Growth{given.rows[r], given.columns[r] + lengths[r], given.hidden[r], given.deepest[r],
-               given.most[r], given.seed[r], given.start[r], at, at + given.levels},
-        given);
+    const Growth growth{r,
+                        given.rows[r],
+                        given.columns[r] + lengths[r],
+                        given.hidden[r],
+                        given.deepest[r],
+                        given.most[r],
+                        given.seed[r],
+                        given.start[r],
+                        at,
+                        at + given.levels};
+    if (given.scores) {
+      trees.push_back(std::make_unique<DrawnTree>(growth, given));
+    } else {
+      trees.push_back(std::make_unique<RacedTree>(growth, given));
+    }
     at += given.levels + given.deepest[r];
   }
-  std::vector<int64_t> report(height * (2 + 3 * widest) + 1);
+  std::vector<int64_t> report(height * (2 + 4 * widest) + 1);
   bool strange = false;
   Team::gather([&](Team& team) {
     Gardener gardener(session, given, team);
@@ -304,29 +292,31 @@ std::vector<int64_t> branched(const Session& session, Wanted given) {
   });
   STD_TORCH_CHECK(!strange, "llama_branch: a token was drawn that the model cannot read");
   for (int64_t r = 0; r < height; ++r) {
-    if (given.memory) trees[r].name(*given.memory);
-    const std::vector<Node>& nodes = trees[r].nodes();
+    if (given.memory) trees[r]->name(*given.memory);
+    const std::vector<Node>& nodes = trees[r]->nodes();
     report[r] = static_cast<int64_t>(nodes.size());
-    report[height + r] = trees[r].passes();
+    report[height + r] = trees[r]->passes();
     for (size_t i = 0; i < nodes.size(); ++i) {
       int64_t* to = report.data() + 2 * height + r * widest + static_cast<int64_t>(i);
       to[0] = nodes[i].entry;
       to[height * widest] = nodes[i].parent;
       to[2 * height * widest] = nodes[i].level;
+      to[3 * height * widest] = nodes[i].law < 0 ? -1 : r * given.room + nodes[i].law;
     }
   }
   return report;
 }
 
 // Numbers: session, rows, tokens of all texts, levels, top-k, the addresses of the drafter's and
-// the target's ids of each entry, and the memory; lengths, rows, columns, hidden, levels and nodes
-// at most, seed and start of every row, and the tokens. Reals: temperature, top-p, min-p, the least
-// chance; for every row what is told.
+// the target's ids of each entry, and the memory; the addresses of scores and sums, 0 for races,
+// and the rows of a tree there; lengths, rows, columns, hidden, levels and nodes at most, seed and
+// start of every row, and the tokens. Reals: temperature, top-p, min-p, the least chance; for every
+// row what is told.
 std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double* reals,
                             int64_t told_reals) {
-  STD_TORCH_CHECK(count >= 8, "llama_branch: too few numbers");
+  STD_TORCH_CHECK(count >= 11, "llama_branch: too few numbers");
   const int64_t height = numbers[1];
-  Board board(numbers + 8, numbers + count);
+  Board board(numbers + 11, numbers + count);
   Wanted given;
   for (auto* list : {&given.lengths, &given.rows, &given.columns, &given.hidden, &given.deepest,
                      &given.most, &given.seed, &given.start})
@@ -348,6 +338,9 @@ std::vector<int64_t> branch(const int64_t* numbers, int64_t count, const double*
   given.ids = reinterpret_cast<const int64_t*>(numbers[5]);
   given.index = reinterpret_cast<const int32_t*>(numbers[6]);
   given.memory = memory_of(numbers[7]);
+  given.scores = reinterpret_cast<float*>(numbers[8]);
+  given.logsumexp = reinterpret_cast<double*>(numbers[9]);
+  given.room = numbers[10];
   return branched(*llama_session(numbers[0]), std::move(given));
 }
 

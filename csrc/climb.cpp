@@ -14,6 +14,7 @@
 #include "race.h"
 #include "share.h"
 #include "texts.h"
+#include "traverse.h"
 #include "tree.h"
 
 namespace specdec {
@@ -25,6 +26,40 @@ struct Judged {
   std::vector<int64_t> tokens, parents;  // [rows, most]
   Filters filters;
   std::shared_ptr<Memory> memory;  // of what the trees were drawn from
+  // Where the target judges by the law of the draws: the law behind each row's text, [rows, most]
+  // what each node was drawn as and the law behind it, the scores of all laws [known, width], their
+  // logsumexp, and the target's id of each entry, null: its place. Null scores: the target draws
+  // its own tokens.
+  std::vector<int64_t> roots, entries, laws;
+  const float* scores = nullptr;
+  const double* logsumexp = nullptr;
+  const int32_t* index = nullptr;
+  int64_t known = 0, width = 0;
+
+  // Whether a node's entry, its token and the law it was drawn from are there
+  bool lawful(int64_t r, int64_t i) const {
+    const int64_t at = r * static_cast<int64_t>(tokens.size() / rows.size());
+    const int64_t parent = parents[at + i], entry = entries[at + i];
+    const int64_t law = parent < 0 ? roots[r] : laws[at + parent];
+    return law >= 0 && law < known && entry >= 0 && entry < width &&
+           tokens[at + i] == (index ? index[entry] : entry);
+  }
+
+  Drawing drawing(int64_t r) const {
+    const int64_t most = static_cast<int64_t>(tokens.size() / rows.size()), at = r * most;
+    return {counts[r],
+            tokens.data() + at,
+            parents.data() + at,
+            entries.data() + at,
+            laws.data() + at,
+            roots[r],
+            scores,
+            logsumexp,
+            width,
+            index ? IndexMap{index, width} : IndexMap{},
+            seed[r],
+            start[r]};
+  }
 };
 
 class Climber {
@@ -93,6 +128,8 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
     STD_TORCH_CHECK(height > 0 && list->size() == given.rows.size(),
                     "llama_climb: a number for each row");
   const int64_t most = static_cast<int64_t>(given.tokens.size()) / height;
+  STD_TORCH_CHECK(!given.scores || (given.logsumexp && !given.filters.greedy()),
+                  "llama_climb: laws have sums, and a temperature");
   STD_TORCH_CHECK(given.parents.size() == given.tokens.size() &&
                       static_cast<int64_t>(given.tokens.size()) == most * height,
                   "llama_climb: trees are [rows, most]");
@@ -112,6 +149,8 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
     for (int64_t i = 0; i < count; ++i) {
       const int64_t parent = given.parents[r * most + i];
       STD_TORCH_CHECK(parent >= -1 && parent < i, "llama_climb: a node stands behind its parent");
+      STD_TORCH_CHECK(!given.scores || given.lawful(r, i),
+                      "llama_climb: a node was drawn from a law behind its parent");
       paths.push_back(parent < 0 ? std::vector<int64_t>() : paths[parent]);
       paths.back().push_back(column + 1 + i);
       grove.put(known(given.tokens[r * most + i]), row, column + 1, given.hidden[r], paths.back());
@@ -131,14 +170,19 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
     std::vector<Memory::Said> said;
     for (int64_t r = 0; r < height; ++r) {
       std::vector<int64_t> passed, columns;
-      report[height + r] = climber.climb(r, logits + begins[r] * width, passed);
+      const float* own = logits + begins[r] * width;
+      if (given.scores) {
+        const Drawing drawing = given.drawing(r);
+        report[height + r] = Traverser(drawing, own, width, given.filters, share).traverse(passed);
+      } else {
+        report[height + r] = climber.climb(r, own, passed);
+      }
       report[r] = static_cast<int64_t>(passed.size());
       for (size_t i = 0; i < passed.size(); ++i) {
         report[2 * height + r * most + static_cast<int64_t>(i)] = passed[i];
         columns.push_back(given.columns[r] + 1 + passed[i]);
       }
       close_ranks(session, given.rows[r], given.columns[r] + 1, columns);
-      const float* own = logits + begins[r] * width;
       said.push_back({given.rows[r], -1, given.start[r], own});
       for (size_t i = 0; i < passed.size(); ++i)
         said.push_back({given.rows[r], passed[i], given.start[r] + static_cast<int64_t>(i) + 1,
@@ -151,15 +195,17 @@ std::vector<int64_t> climbed(const Session& session, Judged given) {
   return report;
 }
 
-// Numbers: session, rows, nodes of the largest tree, top-k, the memory; first, counts, rows,
-// columns, hidden, seed and start of every row, tokens and parents. Reals: temperature, top-p and
+// Numbers: session, rows, nodes of the largest tree, top-k, the memory; the addresses of scores,
+// sums and index, how many laws those are, and entries of each; first, counts, rows, columns,
+// hidden, seed and start of every row, tokens and parents; where there are scores, the law behind
+// every text, what each node was drawn as, and the law behind it. Reals: temperature, top-p and
 // min-p.
 std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* reals,
                            int64_t told_reals) {
-  STD_TORCH_CHECK(count >= 5 && (told_reals < 0 || told_reals == 3),
+  STD_TORCH_CHECK(count >= 10 && (told_reals < 0 || told_reals == 3),
                   "llama_climb: numbers are too few, or reals not three");
   const int64_t height = numbers[1];
-  Board board(numbers + 5, numbers + count);
+  Board board(numbers + 10, numbers + count);
   Judged given;
   for (auto* list : {&given.first, &given.counts, &given.rows, &given.columns, &given.hidden,
                      &given.seed, &given.start})
@@ -168,6 +214,15 @@ std::vector<int64_t> climb(const int64_t* numbers, int64_t count, const double* 
                   "llama_climb: trees are [rows, most], and not too large");
   given.tokens = board.next(height * numbers[2]);
   given.parents = board.next(height * numbers[2]);
+  given.scores = reinterpret_cast<const float*>(numbers[5]);
+  given.logsumexp = reinterpret_cast<const double*>(numbers[6]);
+  given.index = reinterpret_cast<const int32_t*>(numbers[7]);
+  given.known = numbers[8], given.width = numbers[9];
+  if (given.scores) {
+    given.roots = board.next(height);
+    given.entries = board.next(height * numbers[2]);
+    given.laws = board.next(height * numbers[2]);
+  }
   board.close();
   given.filters = {static_cast<float>(reals[0]), static_cast<int32_t>(numbers[3]),
                    static_cast<float>(reals[1]), static_cast<float>(reals[2])};

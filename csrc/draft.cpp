@@ -14,8 +14,6 @@
 #include <chrono>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <limits>
 #include <memory>
 #include <tuple>
 #include <vector>
@@ -26,13 +24,13 @@
 #include "rows.h"
 #include "share.h"
 #include "texts.h"
+#include "warp.h"
 
 namespace specdec {
 
 namespace {
 
 constexpr uint32_t kDraft = 0;  // randomness.Purpose
-constexpr float kForbidden = -std::numeric_limits<float>::infinity();
 
 // One row of the batch and what is drawn for it
 struct Writer {
@@ -78,62 +76,23 @@ class Chooser {
   // Draws a token for each writer from its logits [writers, width], which may be its own scores.
   void choose(const std::vector<Writer*>& writers, int64_t step, const float* logits) {
     const int64_t n = static_cast<int64_t>(writers.size());
-    if (!filters_.greedy()) warp(writers, step, logits);
     std::vector<const float*> from(n);
-    for (int64_t i = 0; i < n; ++i)
-      from[i] = filters_.greedy() ? logits + i * width_ : writers[i]->scores + step * width_;
+    for (int64_t i = 0; i < n; ++i) from[i] = logits + i * width_;
+    if (!filters_.greedy()) {
+      std::vector<float*> to(n);
+      for (int64_t i = 0; i < n; ++i) to[i] = writers[i]->scores + step * width_;
+      warp(from, to, width_, filters_, share_);
+      from.assign(to.begin(), to.end());
+    }
     Filters plain;  // the argmax needs no masses, its confidence does
     plain.temperature = filters_.greedy() && !ending_.any() ? 0.0f : 1.0f;
-    const std::vector<Row> rows = measured(from, plain);
+    const std::vector<Row> rows = measured(from, width_, plain, share_);
     share_(n, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) choose(*writers[i], step, rows[i], from[i]);
     });
   }
 
  private:
-  std::vector<Row> measured(const std::vector<const float*>& from, const Filters& filters) const {
-    std::vector<Row> rows(from.size());
-    std::vector<Row*> all;
-    for (size_t i = 0; i < from.size(); ++i) {
-      rows[i].data = reinterpret_cast<const char*>(from[i]);
-      rows[i].width = width_;
-      rows[i].filters = filters;
-      all.push_back(&rows[i]);
-    }
-    measure(all, share_);
-    return rows;
-  }
-
-  // The scores of a step: logits by temperature, -inf where a filter leaves no mass.
-  void warp(const std::vector<Writer*>& writers, int64_t step, const float* logits) const {
-    const int64_t n = static_cast<int64_t>(writers.size()), chunks = (width_ + kChunk - 1) / kChunk;
-    std::vector<Row> rows;
-    if (filters_.any()) {
-      std::vector<const float*> from(n);
-      for (int64_t i = 0; i < n; ++i) from[i] = logits + i * width_;
-      rows = measured(from, filters_);
-    }
-    if (!filters_.any() && filters_.temperature == 1.0f && n == 1 &&
-        logits == writers[0]->scores + step * width_)
-      return;
-    share_(n * chunks, 1, [&](int64_t begin, int64_t end) {
-      alignas(64) float scores[kChunk];
-      alignas(64) double weights[kChunk];
-      for (int64_t k = begin; k < end; ++k) {
-        const int64_t i = k / chunks, c = k % chunks, size = std::min(kChunk, width_ - c * kChunk);
-        float* to = writers[i]->scores + step * width_ + c * kChunk;
-        const bool undefined = filters_.any() && rows[i].undefined;
-        if (filters_.any() && !undefined) rows[i].weights(c, 1.0, weights);
-        const float* from = logits + i * width_ + c * kChunk;
-        chunk_kernels().load[kFloat32](from, size, filters_.temperature, scores);
-        for (int64_t j = 0; filters_.any() && j < size; ++j) {
-          if (undefined || !(weights[j] > 0.0)) scores[j] = kForbidden;
-        }
-        std::memcpy(to, scores, size * sizeof(float));
-      }
-    });
-  }
-
   void choose(Writer& writer, int64_t step, const Row& row, const float* scores) const {
     int64_t& drawn = writer.drawn[step];
     if (filters_.greedy()) {

@@ -104,7 +104,7 @@ def fast_generate(
         verification: "auto", "match" (sample and compare), "gumbel" (the same, the target's tokens being the winners of
             races whose numbers a drafter can know: the output is then the same with any drafter; Daliri et al., arXiv
             2408.07978), "token" (rejection sampling; Leviathan et al., arXiv 2211.17192) or "block" (the whole draft at
-            once, never fewer accepted tokens than "token" on average; Sun et al., arXiv 2403.10444). All are lossless.
+            once; Sun et al., arXiv 2403.10444, and of trees Weng et al., arXiv 2505.12398). All are lossless.
             "auto" takes "gumbel" where draft_tree="on", "block" where the drafter's law is known, else "match"; so it
             does, and "block" is refused, beside custom processors and criteria, who see each token.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
@@ -122,9 +122,9 @@ def fast_generate(
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
         assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
         draft_tree: "auto" lets a drafter propose several tokens for a place where that pays: methods "model" and "tli"
-            with an adaptive lookahead, at T=0 or by rule "gumbel", on a CPU, for targets of at least 32 million
-            parameters that run as one native operation. "on": for smaller ones too, and when sampling by rule "gumbel"
-            where no other is named; refused where it cannot be. "off": drafts are chains.
+            with an adaptive lookahead, at T=0, by rule "gumbel", and without a seed by "block", on a CPU, for targets
+            of at least 32 million parameters that run as one native operation. "on": for smaller ones and with a seed
+            too, by rule "gumbel" where no other is named; refused where it cannot be. "off": drafts are chains.
         draft_memory: "auto" mends the scores that drafts are drawn from by what the target said at like places of
             the text (``docs/memory.md``): methods "model" and "tli" when sampling, natively on the CPU, for memories
             of 256 MB at most, and not with a seed by rules "token" and "block". "on": there and at T=0 too. "off".
@@ -369,7 +369,7 @@ class _Loop:
                 history["unread"] = [len(text) for text in rows.tokens]
             lookahead: Lookahead
             if plan.tree:
-                lookahead = Branching(batch, 3 * plan.lookahead, outlook, nodes=plan.tree, **history)
+                lookahead = Branching(batch, 3 * plan.lookahead, outlook, nodes=plan.tree, drawn=plan.drawn, **history)
             else:
                 watched = methods.asks(plan, options) if resident is None else resident.watched
                 # Rounds on a device score as many lanes as are asked for, whether anybody drafts or not

@@ -9,7 +9,7 @@ from specdec_fast.costs import Costs, Outlook
 from specdec_fast.lookahead import Adaptive, Row, by_confidence
 from specdec_fast.trees import Growing
 
-__all__ = ["Branching", "nodes_for"]
+__all__ = ["DRAWN", "Branching", "nodes_for"]
 
 FLAT = 8  # positions of a native pass that take little longer than one
 LEAST = 3  # nodes: fewer are no tree
@@ -29,6 +29,8 @@ class Branching(Adaptive):
 
     Args:
         nodes: of a row's tree at most.
+        drawn: nodes are draws without replacement: they stay in any case, and so what is chosen is where to draw
+            another one. The levels of confidence are then those of :data:`DRAWN`.
 
     The others are those of :class:`Adaptive`.
     """
@@ -37,12 +39,16 @@ class Branching(Adaptive):
     MOST = 8  # levels
     WEIGHT = 12.0  # tested nodes that what is hoped of a confidence is worth
 
-    def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, **more: Any):
+    def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, drawn: bool = False, **more: Any):
         self._nodes = nodes
+        self.drawn = drawn
         super().__init__(rows, min(most, nodes, self.MOST), outlook, **more)
         self._goes_on = True
         costs: Costs = outlook.costs
-        self._position = _slope([costs.scoring(positions) for positions in range(1, nodes + 2)])
+        # A tree has a few nodes in any case: what counts is what more of them cost, not what the first ones do. A
+        # slope over few sizes is measured badly; where it is real, the largest pass is as much slower than the smallest
+        upper = _slope([costs.scoring(positions) for positions in range(nodes // 2 + 1, nodes + 2)])
+        self._position = min(upper, max(costs.scoring(nodes + 1) - costs.scoring(1), 0.0) / nodes)
         self._grown: dict[int, tuple[int, int]] = {}
 
     def growing(self, row: int, levels: int) -> Growing:
@@ -83,7 +89,7 @@ class Branching(Adaptive):
         return [costs.tree(levels, self._nodes if levels else 0) for levels in range(self._most + 1)]
 
     def _hopes(self, outlook: Outlook) -> list[float]:
-        return by_confidence(outlook, HOPES, self.WEIGHT)
+        return by_confidence(outlook, DRAWN if self.drawn else HOPES, self.WEIGHT)
 
     def _spent(self, own: Row, drafted: int) -> float:
         grown = self._grown.pop(self._rows.index(own), None)
@@ -99,3 +105,6 @@ def _slope(values: Sequence[float]) -> float:
 
 # What a node is worth by its confidence, whose square root is cut into equal steps
 HOPES = tuple(0.9 * ((step + 0.5) / Branching.STEPS) ** 2 for step in range(Branching.STEPS))
+# The same of draws: of a first child by its mass, whose square root is cut into eight steps, then of a second, third,
+# fourth and later one where those before it are rejected
+DRAWN = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.25, 0.18, 0.12, 0.08)

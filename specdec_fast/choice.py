@@ -9,12 +9,20 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast.intersection_mass import intersection_mass
-from specdec_fast.options import VERIFICATIONS, Options
+from specdec_fast.options import Options
 from specdec_fast.randomness import Philox
 from specdec_fast.token_map import token_map
 from specdec_fast.vocab import Vocabulary, intersection
 
-__all__ = ["Choice", "across_vocabularies", "any_common_text", "lacks_for_trees", "repetition", "without_drafter"]
+__all__ = [
+    "Choice",
+    "across_vocabularies",
+    "any_common_text",
+    "lacks_for_trees",
+    "races",
+    "repetition",
+    "without_drafter",
+]
 
 NEARLY_ALL = 0.95  # of the drafter's mass on shared tokens: what projection adds is then within its cost
 ALL = 0.999  # ... and TLI loses nothing that another method would keep
@@ -108,9 +116,8 @@ def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do
         return "draft_tree other than 'off'"
     if choice.method not in ("model", "tli") or choice.others or drafter is None:
         return "method='model' or method='tli'"
-    rules = VERIFICATIONS if not do_sample else ("auto", "gumbel") if options.draft_tree == "on" else ("gumbel",)
-    if options.verification not in rules:
-        return "verification='gumbel'"
+    if do_sample and options.verification not in ("auto", "block", "gumbel"):
+        return "verification='block' or verification='gumbel'"
     if in_order:
         return "no custom processor or criterion"
     if (schedule or ("adaptive" if options.num_assistant_tokens is None else "constant")) != "adaptive":
@@ -121,9 +128,18 @@ def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do
         return "Philox as the source of numbers"
     if model.device.type != "cpu" or drafter.device.type != "cpu":
         return "both models on the CPU"
-    if options.draft_tree == "auto" and model.num_parameters() < LARGE:
+    if options.draft_tree == "on":
+        return ""
+    if model.num_parameters() < LARGE:
         return f"a target of at least {LARGE} parameters"
-    return ""
+    # What a seed gives is then the same by every backend, of which only the native operations have trees
+    repeats = options.seed is not None or options.source is not None
+    return "verification='gumbel', where a seed is given" if do_sample and repeats and not races(options) else ""
+
+
+def races(options: Options) -> bool:
+    """Whether the trees of a sampling call are judged by rule *gumbel* rather than *block*."""
+    return options.verification == "gumbel" or (options.verification == "auto" and options.draft_tree == "on")
 
 
 def without_drafter(prompts: Tensor, mask: Tensor | None, in_order: bool) -> Choice:

@@ -176,6 +176,10 @@ class Engine:
                 continue
             way = [-1, *passed]
             met = [(level, i in passed) for i, level in enumerate(tree.levels[r]) if parents[i] in way]
+            if tree.origin is not None:  # what was drawn behind a node that stays was not tried
+                last = dict(zip(way, passed, strict=False))
+                tried = [i for i, parent in enumerate(parents) if parent in way and i <= last.get(parent, i)]
+                met = [(tree.levels[r][i], i in passed) for i in tried]
             if isinstance(self.lookahead, Branching):
                 self.lookahead.climbed(row, tree.passes[r], len(tokens), met)
             self.statistics.nodes += len(tokens)
@@ -280,9 +284,9 @@ class Engine:
 
     def _climb(self, rows: list[int], proposal: Proposal, draws: Draws) -> tuple[Tree, Climbed] | None:
         """Scores trees, and chains where their rule has no other operation, and judges them in one operation."""
-        if self._climbing is None or (proposal.tree is None and not self._climbing.temperature):
+        climbing, tree = self._climbing, proposal.tree
+        if climbing is None or (tree is None and (climbing.drawn or not climbing.temperature)):
             return None
-        tree = proposal.tree
         if tree is None:
             if proposal.told is None:
                 return None
@@ -293,7 +297,7 @@ class Engine:
             return None
         begin = time.perf_counter()
         first = [self.rows.tokens[row][-1] for row in rows]
-        climbed = self.target.climb(rows, first, tree, self._climbing, draws.keys)
+        climbed = self.target.climb(rows, first, tree, climbing, draws.keys)
         self._timed(rows, max(count) + 1, begin + climbed.seconds)
         return tree, climbed
 

@@ -55,10 +55,11 @@ class Fused:
 
     @property
     def climbing(self) -> Climbing | None:
-        """How the target draws its own tokens, for an operation that judges trees; None where it compares with none."""
-        if not (self.greedy or self.rule.name == "gumbel") or not runs_natively("verify"):
+        """How the target judges trees, for an operation that does it; None where its rule has none."""
+        drawn = self.rule.name == "block" and not self.greedy
+        if not (self.greedy or drawn or self.rule.name == "gumbel") or not runs_natively("verify"):
             return None
-        return Climbing(*self._law())
+        return Climbing(*self._law(), drawn)
 
     def _law(self) -> tuple[float, int, float, float]:
         """Temperature, top-k, top-p and min-p of the target."""

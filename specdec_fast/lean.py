@@ -111,7 +111,7 @@ class LeanModel:
         maps = [linear for layer in layers for linear in linears(layer)]
         matrices = [matrix(linear, rounded) for linear in [*maps, model.get_output_embeddings()]]
         self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
-        self._width = model.get_output_embeddings().weight.shape[0]
+        self.width = model.get_output_embeddings().weight.shape[0]
 
     def memory(self, rows: int, index: Tensor | None) -> Memory:
         """A memory for drafts of so many rows.
@@ -119,7 +119,7 @@ class LeanModel:
         Args:
             index: ``[K]`` the target's id of each logit; None: its place.
         """
-        return Memory(rows, self._embedding.shape[1], self._width, index)
+        return Memory(rows, self._embedding.shape[1], self.width, index)
 
     @property
     def bytes(self) -> int:
@@ -134,7 +134,7 @@ class LeanModel:
         other = self._restrictions.get(key)
         if other is None:
             other = copy.copy(self)
-            other._held, other._width = None, place.numel()
+            other._held, other.width = None, place.numel()
             for name in ("_weights", "_scales", "_offsets"):
                 parts = list(getattr(self, name))
                 if len(parts[-1]):
@@ -324,8 +324,8 @@ class LeanModel:
         laws, at, report = None, (0, 0), None
         if max(7 * rows + len(tokens) + 9, size) <= MOST:
             if temperature:
-                room = session.room(rows * most, self._width)
-                laws, at = room.laws((rows, most, self._width)), room.at
+                room = session.room(rows * most, self.width)
+                laws, at = room.laws((rows, most, self.width)), room.at
             ids = 0 if choices is None else choices.at
             board = [session.number, rows, len(tokens), levels, top_k, ids, *at, number_of(memory)]
             for line in (lengths, places, start, hidden, steps, seed, position, tokens):

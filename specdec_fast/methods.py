@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import sampling
 from specdec_fast.branching import Branching, nodes_for
 from specdec_fast.cache import ragged_layers
-from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, without_drafter
+from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, races, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
@@ -84,6 +84,11 @@ class Plan:
     rows: frozenset[int] | None = None
     tree: int = 0
     remembers: bool = False
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the nodes of trees are draws, which are judged by the law that they were drawn from."""
+        return self.verification == "block"
 
 
 def check_model(model: PreTrainedModel, argument: str) -> None:
@@ -179,7 +184,7 @@ def make_plan(
         choice = Choice("autoregressive", "a guidance processor runs a model of its own at every token")
     method = choice.method
     verification, why = _verification(options, method, do_sample, in_order)
-    if not missing and do_sample:
+    if not missing and do_sample and races(options):
         verification, why = "gumbel", "drafts branch, and the target's own draws need no law of the drafter"
     given, default = options.num_assistant_tokens, DEFAULT_LOOKAHEAD
     if method == "prompt_lookup":
@@ -387,12 +392,12 @@ def build_drafter(
     confidence = options.assistant_confidence_threshold or 0.0
     window = options.assistant_window
     how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
-    races = plan.verification == "gumbel"
+    raced = plan.verification == "gumbel"
     # An argmax seldom changes by what a memory knows, and its cost is not won back
     remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
     if plan.method == "model":
         same = ModelWriter(
-            drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=races, remembers=remembers
+            drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=raced, remembers=remembers
         )
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
@@ -439,7 +444,7 @@ def build_drafter(
         warpers=warpers,
         choices=shared.drafter_ids,
         **how,
-        races=races,
+        races=raced,
         names=shared.target_ids,
         remembers=remembers,
     )

@@ -6,10 +6,23 @@ law of a rounded copy of them. Shapes: ``N`` rows, ``V`` entries a row.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["accept", "block_chance", "block_weights", "draw", "log_prob", "masses", "race", "residual", "subtract_at"]
+__all__ = [
+    "accept",
+    "block_chance",
+    "block_weights",
+    "draw",
+    "log_prob",
+    "masses",
+    "race",
+    "residual",
+    "subtract_at",
+    "traverse",
+]
 
 
 def masses(scores: Tensor) -> Tensor:
@@ -167,3 +180,46 @@ def race(weights: Tensor, u: Tensor) -> Tensor:
     times = torch.where(weights == 0, torch.inf, -torch.log1p(-u) / weights)
     first = times.min(-1)
     return torch.where(first.values < torch.inf, first.indices, -1)  # NaN is not below
+
+
+def traverse(
+    p: Tensor, q: Tensor, tokens: Sequence[int], parents: Sequence[int], stays: Callable[[int, float], bool]
+) -> tuple[list[int], Tensor]:
+    """Block verification on a tree whose nodes are draws without replacement (``docs/trees.md``).
+
+    Children are judged in the order in which they were drawn, each with all that is behind it before the next: a child
+    x gets the weight ``min(1, f(x) / q(x))``, f being what is left of the target's law (of mass w, the node's own
+    weight) and q the drafter's law of what was not drawn before. If it is rejected, ``max(0, f - q)`` is left, divided
+    by its sum and ``1 - w``. A node whose children are all rejected stays with what its weight has become. On a chain
+    this is block verification (Sun et al., arXiv 2403.10444); the order, from the leaves to the root, is that of
+    traversal verification (Weng et al., arXiv 2505.12398).
+
+    Args:
+        p: ``[1 + N, V]`` float64, the target's law behind the text and behind each node.
+        q: ``[1 + N, V]`` float64, the drafter's. Behind a node without children it is not looked at.
+        tokens, parents: ``[N]``; a node stands behind its parent (-1: the text) and behind the siblings drawn before.
+        stays: whether the coin of a node (its place) that wins with a chance wins; asked at most once for each.
+
+    Returns:
+        the nodes that stay, one behind the other, and ``[V]`` the law of the token behind them.
+    """
+    passed: list[int] = []
+
+    def visit(node: int, weight: float) -> Tensor | None:
+        left, undrawn = weight * p[node + 1], q[node + 1].clone()
+        for child in (i for i, parent in enumerate(parents) if parent == node):
+            own, token = undrawn / undrawn.sum(), tokens[child]
+            chance = min(float(left[token] / own[token]), 1.0) if own[token] > 0 else 0.0
+            if (found := visit(child, chance)) is not None:
+                passed.insert(0, child)
+                return found
+            less = (left - own).clamp(min=0)
+            whole = float(less.sum()) + (1 - weight)
+            # Nothing is left only where a rejection has no chance, and so by rounding
+            left, weight = (less / whole, float(less.sum()) / whole) if whole > 0 else (p[node + 1], 1.0)
+            undrawn[token] = 0
+        return left / left.sum() if node < 0 or stays(node, weight) else None
+
+    law = visit(-1, 1.0)
+    assert law is not None
+    return passed, law

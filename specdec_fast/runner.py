@@ -19,7 +19,7 @@ from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
 from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
 from specdec_fast.memory import Memory
-from specdec_fast.trees import Climbed, Climbing, Growing, Tree
+from specdec_fast.trees import Climbed, Climbing, Growing, Grown, Tree
 from specdec_fast.trial import distance, trial_ids
 
 __all__ = ["Runner", "left_align", "supports_ragged_batches"]
@@ -216,7 +216,8 @@ class Runner:
         least: float,
         keys: tuple[list[int], list[int]],
         memory: Memory | None = None,
-    ) -> tuple[list[list[int]], list[list[int]], list[list[int]], list[int]]:
+        drawn: bool = False,
+    ) -> Grown:
         """Feeds tokens to rows and drafts trees behind them in one operation: :func:`specdec_fast.trees.branch`.
 
         Nothing of a tree is in the cache afterwards. Only where the texts' pass is :meth:`quick`.
@@ -226,7 +227,20 @@ class Runner:
         start, hidden = [self.length[row] for row in rows], [self.hidden[row] for row in rows]
         cache = self._units[0][1]
         written = trees.branch(
-            self._lean, texts, rows, start, hidden, cache, choosing, choices, index, growing, least, *keys, memory
+            self._lean,
+            texts,
+            rows,
+            start,
+            hidden,
+            cache,
+            choosing,
+            choices,
+            index,
+            growing,
+            least,
+            *keys,
+            memory,
+            drawn,
         )
         for row, text in zip(rows, texts, strict=True):
             self.length[row] += len(text)

@@ -59,7 +59,16 @@ def outlook_for(
     constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
     if plan.schedule != "adaptive" or plan.method == "autoregressive":
         return Outlook(constant), None
-    shape = plan.method, batch, do_sample, lean is None, model.dtype, torch.get_num_threads(), plan.tree
+    shape = (
+        plan.method,
+        batch,
+        do_sample,
+        lean is None,
+        model.dtype,
+        torch.get_num_threads(),
+        plan.tree,
+        plan.verification,
+    )
     known = observed(*pair, shape)
     if options.seed is not None or options.source is not None:
         return Outlook(constant), known

@@ -131,7 +131,7 @@ def test_trees_are_mended_at_their_nodes():
     for _ in range(20):
         position = [len(text)]
         shape = [0], [0], [0]
-        entries, parents, levels, passes = trees.branch(
+        entries, parents, levels, _, passes, _ = trees.branch(
             mirror.lean, [text], *shape, mirror.caches, Choosing(1.0), None, None, [growing], 0.0, [7], position,
             mirror.memory,
         )  # fmt: skip
@@ -267,7 +267,7 @@ def test_greedy_text_is_the_targets(kind, tree, rows, counted, monkeypatch):
         monkeypatch.setattr(warmup, "constant_costs", lambda *_: constant_costs(10**9, 10**6))  # else nothing pays
         how = {"draft_tree": "on", "seed": 5, **parties(kind)}
         branch = trees.branch
-        monkeypatch.setattr(trees, "branch", lambda *given: [counted.append(given[-1]), branch(*given)][1])
+        monkeypatch.setattr(trees, "branch", lambda *given: [counted.append(given[-2]), branch(*given)][1])
     text = fast_generate(target, prompt, draft_memory="on", **how, **shared)
     assert torch.equal(text, target.generate(prompt, **shared))
     assert counted and counted[-1] is not None

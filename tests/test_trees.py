@@ -263,6 +263,7 @@ def test_what_is_wrong_with_a_tree_is_said(change):
     session = one.caches[0][1].session
     given = {
         "session": session.number, "rows": 1, "most": 1, "top_k": 0, "memory": 0,
+        "scores": 0, "sums": 0, "index": 0, "laws": 0, "entries": 0,
         "first": 7, "count": 1, "row": 0, "column": 2, "hidden": 0, "seed": 5, "start": 2, "token": 3, "parent": -1,
     }  # fmt: skip
     assert len(torch.ops.specdec_fast.llama_climb(list(given.values()), [0.0, 1.0, 0.0])) == 5
@@ -289,7 +290,7 @@ def plainly_grown(logits_of, growing, least, choosing, choices, index, seed, pos
                 logits.unsqueeze(0),
                 *(
                     torch.tensor([v], dtype=t)
-                    for v, t in zip(law, (torch.float32, torch.int32, *[torch.float32] * 2), strict=True)
+                    for v, t in zip(law[:4], (torch.float32, torch.int32, *[torch.float32] * 2), strict=True)
                 ),
                 torch.tensor([seed]),
                 torch.tensor([position + depth - 1]),
@@ -358,7 +359,7 @@ def test_a_tree_grows_as_single_passes_say(choosing, most):
             seed[row],
             position[row],
         )
-        assert [part[row] for part in written] == expected
+        assert [part[row] for part in (written.entries, written.parents, written.levels, written.passes)] == expected
         assert joint.length[row] == len(texts[row])
         again = joint.read([row], [[9]], [1])[0, 0]
         assert torch.equal(again, logits_of(row, [9])), "nothing of the tree is left"
@@ -520,7 +521,7 @@ def test_a_drafter_whose_positions_end():
     ("change", "message"),
     [
         ({"method": "slem"}, "method="),
-        ({"verification": "block", "do_sample": True}, "verification='gumbel'"),
+        ({"verification": "token", "do_sample": True}, "verification='gumbel'"),
         ({"num_assistant_tokens": 4}, "num_assistant_tokens_schedule"),
         ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold"),
         ({"stopping_criteria": [lambda *_: torch.zeros(1, dtype=torch.bool)]}, "custom"),

@@ -32,7 +32,7 @@ from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, pad
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
-from specdec_fast.trees import Tree
+from specdec_fast.trees import Origin, Tree
 from specdec_fast.verification import Draws
 
 __all__ = ["CompactDrafter", "Context", "ModelWriter", "SameText", "SlemDrafter", "Watcher", "common"]
@@ -181,16 +181,29 @@ class ModelWriter:
         missing = self._missing(rows)
         if choosing is None or not self._runner.quick([len(text) for text in missing]):
             return None
+        if branching.drawn and not choosing.temperature:  # an argmax is no draw
+            return None
         keys = draws.rows(places).keys
         wanted = [growing[r] for r in places]
         least = branching.least(rows)
-        grown = self._runner.branch(rows, missing, choosing, self._entries, index, wanted, least, keys, self.memory)
+        drawn = branching.drawn
+        grown = self._runner.branch(
+            rows, missing, choosing, self._entries, index, wanted, least, keys, self.memory, drawn
+        )
         ids = None if index is None else index.list
-        for r, row, drawn, behind, sure, passes in zip(places, rows, *grown, strict=True):
+        for at, (r, row) in enumerate(zip(places, rows, strict=True)):
             self._drafted[row] = []
-            tree.tokens[r] = drawn if ids is None else [ids[entry] for entry in drawn]
-            tree.parents[r], tree.levels[r], tree.passes[r] = behind, sure, passes
-        return tree
+            entries = grown.entries[at]
+            tree.tokens[r] = entries if ids is None else [ids[entry] for entry in entries]
+            tree.parents[r], tree.levels[r], tree.passes[r] = grown.parents[at], grown.levels[at], grown.passes[at]
+        if (laws := grown.laws) is None:
+            return tree
+        nothing: list[list[int]] = [[] for _ in active]
+        origin = Origin([0] * len(active), nothing, list(nothing), laws, index)
+        for at, r in enumerate(places):
+            origin.roots[r] = at * laws.shape[1]
+            origin.entries[r], origin.behind[r] = grown.entries[at], grown.behind[at]
+        return tree._replace(origin=origin)
 
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
         if (at_once := self._at_once(active, count, draws)) is not None:
