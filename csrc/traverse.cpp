@@ -56,14 +56,13 @@ bool Traverser::visit(int64_t node, double weight, int64_t depth, std::vector<in
     }
     measure({&law.row}, share_);
     double undrawn = 1.0;
-    for (size_t i = 0; i < drawn.size(); ++i) {
-      const int64_t child = drawn[i];
+    for (const int64_t child : drawn) {
       const double chance = this->weight(rest, node, child, law.row, undrawn, depth);
       if (visit(child, chance, depth + 1, passed)) {
         passed.push_back(child);
         return true;
       }
-      subtract(rest, node, law, i, undrawn, depth);
+      subtract(rest, node, law, undrawn, depth);
       undrawn -= std::exp(law.row.log_prob(tree_.entries[child]));
     }
   }
@@ -85,8 +84,7 @@ double Traverser::weight(const Rest& rest, int64_t node, int64_t child, const Ro
   return own > 0.0 ? std::min(left / own, 1.0) : 0.0;
 }
 
-void Traverser::subtract(Rest& rest, int64_t node, const Law& law, size_t drawn, double undrawn,
-                         int64_t depth) {
+void Traverser::subtract(Rest& rest, int64_t node, const Law& law, double undrawn, int64_t depth) {
   const Row& own = row(node);
   double* left = masses(depth);
   const bool first = rest.masses.empty();
@@ -100,10 +98,7 @@ void Traverser::subtract(Rest& rest, int64_t node, const Law& law, size_t drawn,
       if (first) own.weights(c, rest.weight, to);
       std::fill_n(taken, all, 0.0);
       law.subtract(c, n, taken);
-      for (size_t i = 0; i < drawn; ++i) {
-        const int64_t id = tree_.tokens[children(node)[i]];
-        if (id / kChunk == c) taken[id % kChunk] = 0.0;
-      }
+      // Of what was drawn before nothing is left to be taken: it was rejected since f was below Q
       const double scale = rest.scale;
       for (int64_t j = 0; j < all; ++j) to[j] = to[j] * scale + taken[j] * factor;
       rest.masses[c] = chunk_kernels().positive_sum(to, all);

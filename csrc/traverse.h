@@ -53,9 +53,8 @@ class Traverser {
   // How likely a child stays, by what is left at its parent
   double weight(const Rest& rest, int64_t node, int64_t child, const Row& law, double undrawn,
                 int64_t depth);
-  // Takes the law, but for the children that were drawn before, from what is left at a node.
-  void subtract(Rest& rest, int64_t node, const Law& law, size_t drawn, double undrawn,
-                int64_t depth);
+  // Takes a law, of which so much is not drawn yet, from what is left at a node.
+  void subtract(Rest& rest, int64_t node, const Law& law, double undrawn, int64_t depth);
   int64_t settled(const Rest& rest, int64_t node, int64_t depth);
   double* masses(int64_t depth) const;
 
