@@ -111,7 +111,7 @@ void Traverser::subtract(Rest& rest, int64_t node, const Law& law, double undraw
     rest.weight = sum / whole;
     rest.scale = 1.0 / whole;
   } else {  // rounding alone comes here: a rejection has no chance
-    rest.weight = 1.0;
+    rest.weight = rest.scale = 1.0;
     rest.masses.clear();
   }
 }

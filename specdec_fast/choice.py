@@ -128,6 +128,8 @@ def lacks_for_trees(model: PreTrainedModel, options: Options, choice: Choice, do
         return "Philox as the source of numbers"
     if model.device.type != "cpu" or drafter.device.type != "cpu":
         return "both models on the CPU"
+    if do_sample and not races(options) and options.assistant_temperature == 0:
+        return "a drafter that draws (an assistant_temperature above 0) or verification='gumbel'"
     if options.draft_tree == "on":
         return ""
     if model.num_parameters() < LARGE:

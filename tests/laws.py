@@ -176,9 +176,11 @@ def chi_square(counts: Tensor, law: Tensor) -> float:
     return float(scipy.stats.chi2.sf(statistic, len(expected) - 1))
 
 
-def pairs_p_value(target: PreTrainedModel, prompt: Tensor, text: Tensor, width: int) -> float:
+def pairs_p_value(
+    target: PreTrainedModel, prompt: Tensor, text: Tensor, width: int, chain: LogitsProcessorList | None = None
+) -> float:
     """The least p-value of each two neighbours among four tokens behind a prompt, ``text [N, P + 4]``, by their law."""
-    law = joint_law(target, prompt[0], 4, LogitsProcessorList())
+    law = joint_law(target, prompt[0], 4, LogitsProcessorList() if chain is None else chain)
     parts = law.sum((2, 3)), law.sum((0, 3)), law.sum((0, 1))
     counts = (pair_counts(text, prompt.shape[1] + first, width) for first in range(3))
     return min(chi_square(counted, part) for counted, part in zip(counts, parts, strict=True))

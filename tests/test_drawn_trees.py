@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from laws import TARGET_PIECES, model, pairs_p_value
+from laws import SAMPLING, TARGET_PIECES, model, pairs_p_value, warpers
 from test_trees import parties
 from tiny import model as tiny
 
@@ -20,6 +20,7 @@ from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.runner import Runner
 from specdec_fast.trees import Climbing, Growing, Origin
 
+TOKENS = len(TARGET_PIECES)
 WIDTH = 3
 LENGTH = 4  # tokens of an output whose law is looked at
 
@@ -261,22 +262,26 @@ def law_of(logits, sampling):
 
 def drawn(rng, nodes, width):
     """A tree of draws from laws of its own: tokens, parents, the law behind each node, and the laws' scores."""
-    tokens, parents, behind, scores = [], [], [-1] * nodes, [sharp(rng, width)]
-    for place in range(nodes):
+    tokens, parents, behind, scores = [], [], [-1] * nodes, [rough(rng, width)]
+    while (place := len(tokens)) < nodes:
         parent = rng.randrange(-1, place) if place and rng.random() < 0.7 else -1
         if parent >= 0 and behind[parent] < 0:
             behind[parent] = len(scores)
-            scores.append(sharp(rng, width))
-        law = scores[0 if parent < 0 else behind[parent]].double().softmax(0)
+            scores.append(rough(rng, width))
+        law = reference.masses(scores[0 if parent < 0 else behind[parent]])
         law[[tokens[i] for i in range(place) if parents[i] == parent]] = 0
-        tokens.append(int(reference.draw(law.unsqueeze(0), torch.tensor([rng.random()], dtype=torch.float64))))
-        parents.append(parent)
+        if law.sum() > 1e-6:
+            tokens.append(int(reference.draw(law.unsqueeze(0), torch.tensor([rng.random()], dtype=torch.float64))))
+            parents.append(parent)
     return tokens, parents, behind, torch.stack(scores)
 
 
-def sharp(rng, width):
+def rough(rng, width):
+    """Scores some of which forbid their entry, or leave nothing for the others."""
     scores = 0.6 * torch.randn(width, generator=torch.Generator().manual_seed(rng.randrange(1 << 30)))
     scores[rng.randrange(width)] = -torch.inf
+    if rng.random() < 0.1:
+        scores[[rng.randrange(width) for _ in range(20)]] = torch.inf
     return scores
 
 
@@ -290,13 +295,17 @@ def laws_in(scores):
 
 @needs_ops
 @pytest.mark.parametrize("climbing", [PLAIN, FILTERED], ids=["plain", "filtered"])
-@pytest.mark.parametrize("kind", ["same", "compact"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(kind, torch.float32) for kind in ("same", "compact", "wider", "long", "long compact")]
+    + [("same", torch.bfloat16), ("compact", torch.bfloat16)],
+)
 def test_a_tree_of_draws_is_judged_as_the_reference_says(kind, dtype, climbing):
-    own = copy.deepcopy(tiny("llama")).to(dtype)
+    """Long rows are read in several pieces; a wider drafter has entries that the target knows nothing of."""
+    own = model(5003, 31) if "long" in kind else copy.deepcopy(tiny("llama")).to(dtype)
     lean, width, rng = lean_model(own, rounded=False), own.config.vocab_size, random.Random(5)
-    index = None if kind == "same" else Index(torch.arange(1, width, 2))
-    ids = torch.arange(width) if index is None else index.ids
+    index = Index(torch.arange(1, width, 2)) if "compact" in kind else None
+    ids = torch.arange(width + 7 * (kind == "wider")) if index is None else index.ids
     lengths = set()
     for trial in range(12):
         texts, first = [[rng.randrange(width) for _ in range(n)] for n in (9, 4, 6)], [1, 2, 3]
@@ -325,11 +334,12 @@ def test_a_tree_of_draws_is_judged_as_the_reference_says(kind, dtype, climbing):
 
             nodes = range(-1, len(tree.tokens[row]))
             p = torch.stack([law_of(behind_of(node), climbing) for node in nodes])
+            p = torch.nn.functional.pad(p, (0, max(int(ids[-1]) + 1 - width, 0)))
             q = torch.zeros_like(p)
             for node in nodes:
                 which = 0 if node < 0 else made[row][2][node]
                 if which >= 0:
-                    q[node + 1, ids] = made[row][3][which].double().softmax(0)
+                    q[node + 1, ids] = reference.masses(made[row][3][which])
 
             def stays(node, weight, row=row, seed=seed, position=position):
                 return bool(number(seed[row], position[row], node, Purpose.ACCEPT) < weight)
@@ -340,7 +350,7 @@ def test_a_tree_of_draws_is_judged_as_the_reference_says(kind, dtype, climbing):
             assert said.token[row] == int(reference.draw(law.unsqueeze(0), u.unsqueeze(0)))
             assert joint.length[row] == len(texts[row]) + 1 + len(passed)
             lengths.add(len(passed))
-    assert len(lengths) > 2
+    assert len(lengths) > 2 or ("long" in kind and climbing is FILTERED), "of so many a filter leaves too few to meet"
 
 
 @needs_ops
@@ -349,9 +359,9 @@ def test_a_chain_is_judged_as_the_operation_for_chains_does():
     lean, width, rng = lean_model(own, rounded=False), own.config.vocab_size, random.Random(6)
     kept = []
     for trial in range(60):
-        scores = torch.stack([sharp(rng, width) for _ in range(4)])
+        scores = torch.stack([rough(rng, width) for _ in range(4)])
         u = torch.tensor([rng.random() for _ in range(4)], dtype=torch.float64)
-        tokens = reference.draw(scores.double().softmax(-1), u).tolist()
+        tokens = reference.draw(reference.masses(scores), u).tolist()
         text = [rng.randrange(width) for _ in range(8)]
         keys = [trial], [9]
         laws = laws_in(scores)
@@ -370,6 +380,25 @@ def test_a_chain_is_judged_as_the_operation_for_chains_does():
         assert said[0] == said[1]
         kept.append(said[0][0])
     assert len(set(kept)) > 2
+
+
+@needs_ops
+def test_a_node_whose_scores_are_no_law_has_no_children():
+    own = copy.deepcopy(model(TOKENS, 31))
+    own.model.embed_tokens.weight.data[5] = torch.nan
+    lean = type(lean_model(model(TOKENS, 31), rounded=False))(own, rounded=False)
+    law = torch.full((2, TOKENS), -9.0)
+    law[0, 5], law[1, 3] = 0.0, 0.0
+    tree = trees.Tree([[5, 3]], [[-1, 0]], [[0, 0]], [1])
+    tree = tree._replace(origin=Origin([0], [[5, 3]], [[1, -1]], laws_in(law), None))
+    said = []
+    for seed in range(60):
+        one = Runner(own, 1, lean=lean)
+        one.read([0], [[1, 2]], [1])
+        passed, token, _ = one.climb([0], [4], tree, PLAIN, ([seed], [3]))
+        assert passed in ([[]], [[0]]) and (token == [-1]) == (passed == [[0]])
+        said.append(token[0])
+    assert 0 < said.count(-1) < 60
 
 
 def plainly_drawn(logits_of, growing, least, choosing, choices, seed, position):
@@ -432,10 +461,13 @@ def plainly_drawn(logits_of, growing, least, choosing, choices, seed, position):
 
 
 @needs_ops
-@pytest.mark.parametrize("choosing", [Choosing(1.0), Choosing(0.7, 6, 0.9, 0.02)], ids=["plain", "filtered"])
-@pytest.mark.parametrize("most", [1, 3, 7, 20])
-def test_a_tree_is_drawn_as_single_passes_say(choosing, most):
-    width = len(TARGET_PIECES)
+@pytest.mark.parametrize(
+    "choosing",
+    [Choosing(1.0), Choosing(0.7, 6, 0.9, 0.02), Choosing(0.05)],
+    ids=["plain", "filtered", "hardly anything left"],
+)
+@pytest.mark.parametrize(("most", "width"), [(1, TOKENS), (3, TOKENS), (7, TOKENS), (20, TOKENS), (20, 5003)])
+def test_a_tree_is_drawn_as_single_passes_say(choosing, most, width):
     own = model(width, 32, sharpness=0.8)
     choices, index = torch.arange(0, width, 2), torch.arange(len(range(0, width, 2))) * 3 + 1
     lean = lean_model(own).restricted(choices)
@@ -472,7 +504,7 @@ def test_a_tree_is_drawn_as_single_passes_say(choosing, most):
             assert joint.length[row] == len(texts[row])
             again = joint.read([row], [[9]], [1])[0, 0]
             assert torch.equal(again, logits_of(row, [9])), "nothing of the tree is left"
-    assert True in branching or most == 1
+    assert True in branching or most == 1 or choosing.temperature < 0.1
 
 
 @needs_ops
@@ -520,27 +552,54 @@ def climbed(monkeypatch):
 
 TREES = {"draft_tree": "on", "verification": "block", "do_sample": True}
 PROMPT = torch.tensor([[1, 2, 5, 3, 4, 1, 2]])
-TOKENS = len(TARGET_PIECES)
 
 
-def p_value(kind, monkeypatch, **more):
+def p_value(kind, monkeypatch, sampling="plain", **more):
     """Of the text of many rows, whose trees all run as the operation."""
     target = model(TOKENS, 31, sharpness=0.8)
     for one in (lean_model(target, rounded=False), lean_model(parties(kind)["assistant_model"])):
         monkeypatch.setattr(one, "_most", 1 << 20)
-    many = {"num_return_sequences": 6000, "max_new_tokens": 4, "top_k": 0, "seed": 12}
+    many = {"num_return_sequences": 6000, "max_new_tokens": 4, "top_k": 0, "seed": 12} | SAMPLING[sampling]
     text = fast_generate(target, PROMPT, **TREES, **many, **parties(kind), **more)
-    return pairs_p_value(copy.deepcopy(target).float(), PROMPT, text, TOKENS)
+    return pairs_p_value(copy.deepcopy(target).float(), PROMPT, text, TOKENS, warpers(**SAMPLING[sampling]))
 
 
 @needs_ops
-@pytest.mark.parametrize("memory", ["off", "on"])
+@pytest.mark.parametrize(("memory", "sampling"), [("off", "plain"), ("on", "plain"), ("on", "top_p"), ("off", "top_k")])
 @pytest.mark.parametrize("kind", ["model", "tli"])
-def test_the_output_has_the_targets_law(kind, memory, monkeypatch, cheap, climbed):
-    assert p_value(kind, monkeypatch, draft_memory=memory) > 1e-4
+def test_the_output_has_the_targets_law(kind, memory, sampling, monkeypatch, cheap, climbed):
+    assert p_value(kind, monkeypatch, sampling, draft_memory=memory) > 1e-4
     tree, said = climbed[0]
     assert any(len(set(parents)) < len(parents) for parents in tree.parents)
     assert {len(passed) for passed in said.passed} >= {0, 1, 2}
+
+
+@needs_ops
+@pytest.mark.parametrize("kind", ["model", "tli"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nodes_are_drawn_from_the_laws_that_are_told(kind, rows, cheap, monkeypatch):
+    """Mended ones too, whether they are kept where a pass has written them (one row) or copied."""
+    grown = []
+
+    def seen(*arguments):
+        tree = BRANCH(*arguments)
+        grown.append((*arguments[-4:-2], tree, tree.laws.scores, tree.laws.logsumexp))
+        return tree
+
+    monkeypatch.setattr(runner.trees, "branch", seen)
+    given = {"seed": 3, "max_new_tokens": 40, "top_k": 0, "draft_memory": "on", **parties(kind)}
+    fast_generate(model(TOKENS, 31, sharpness=0.8), PROMPT.repeat(rows, 1), **TREES, **given)
+    assert len(grown) > 5
+    for seed, position, tree, scores, sums in grown:
+        scores, sums = scores.flatten(0, 1), sums.flatten()
+        for row, entries in enumerate(tree.entries):
+            for node, (entry, parent) in enumerate(zip(entries, tree.parents[row], strict=True)):
+                law = row * tree.laws.shape[1] if parent < 0 else tree.behind[row][parent]
+                assert float(scores[law].double().logsumexp(0)) == pytest.approx(float(sums[law]), abs=1e-9)
+                masses = reference.masses(scores[law])
+                masses[[entries[i] for i in range(node) if tree.parents[row][i] == parent]] = 0
+                u = number(seed[row], position[row], node, Purpose.DRAFT)
+                assert entry == int(reference.draw(masses.unsqueeze(0), u.unsqueeze(0)))
 
 
 def taken_back(*arguments, **more):
@@ -621,6 +680,7 @@ def test_stops_and_continuation(cheap):
         ({"seed": 4}, False),
         ({"seed": 4, "draft_tree": "on", "verification": "block"}, True),
         ({"assistant_temperature": 0.0}, False),
+        ({"source": Philox()}, False),
         ({"draft_tree": "off"}, False),
         ({"num_assistant_tokens": 4}, False),
     ],

@@ -522,6 +522,7 @@ def test_a_drafter_whose_positions_end():
     [
         ({"method": "slem"}, "method="),
         ({"verification": "token", "do_sample": True}, "verification='gumbel'"),
+        ({"verification": "block", "do_sample": True, "assistant_temperature": 0.0}, "assistant_temperature"),
         ({"num_assistant_tokens": 4}, "num_assistant_tokens_schedule"),
         ({"assistant_confidence_threshold": 0.4}, "assistant_confidence_threshold"),
         ({"stopping_criteria": [lambda *_: torch.zeros(1, dtype=torch.bool)]}, "custom"),
