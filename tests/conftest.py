@@ -40,3 +40,18 @@ def plain_drafters(monkeypatch):
     from specdec_fast.drafters import model
 
     monkeypatch.setattr(model, "lean_model", lambda *_, **__: None)
+
+
+@pytest.fixture
+def climbed(monkeypatch):
+    """Trees that a target judges, and what was said of them."""
+    from specdec_fast import trees
+
+    climb, found = trees.climb, []
+
+    def counted(lean, first, tree, *arguments):
+        found.append((tree, climb(lean, first, tree, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(trees, "climb", counted)
+    return found

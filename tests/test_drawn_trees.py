@@ -537,19 +537,6 @@ def cheap(monkeypatch):
     monkeypatch.setattr(methods, "nodes_for", lambda rows: 7)
 
 
-@pytest.fixture
-def climbed(monkeypatch):
-    """Trees judged, and what was said of them."""
-    found = []
-
-    def counted(lean, first, tree, *arguments):
-        found.append((tree, CLIMB(lean, first, tree, *arguments)))
-        return found[-1][1]
-
-    monkeypatch.setattr(runner.trees, "climb", counted)
-    return found
-
-
 TREES = {"draft_tree": "on", "verification": "block", "do_sample": True}
 PROMPT = torch.tensor([[1, 2, 5, 3, 4, 1, 2]])
 
@@ -621,15 +608,16 @@ def of_one_law(lean, first, tree, *rest):
     return CLIMB(lean, first, tree, *rest)
 
 
-def by_own_tokens(lean, first, tree, places, start, hidden, cache, climbing, seed, position):
-    """The target runs races against nodes that come from no race, with numbers of one position for all."""
-    said = CLIMB(lean, first, tree, places, start, hidden, cache, climbing, [0] * len(seed), position)
-    return said._replace(token=[line[0] if line else said.token[r] for r, line in enumerate(tree.tokens)])
+def of_one_drafter(lean, first, tree, *rest):
+    """What the first draw was is committed where nothing stays, as if the drafter's law were the target's."""
+    said = CLIMB(lean, first, tree, *rest)
+    token = [line[0] if line and not passed else t for line, passed, t in zip(tree.tokens, *said[:2], strict=True)]
+    return said._replace(token=token)
 
 
 @needs_ops
 @pytest.mark.parametrize(
-    ("name", "fault"), [("branch", taken_back), ("climb", of_one_law), ("climb", by_own_tokens)], ids=lambda x: str(x)
+    ("name", "fault"), [("branch", taken_back), ("climb", of_one_law), ("climb", of_one_drafter)], ids=lambda x: str(x)
 )
 def test_a_planted_fault_changes_the_law(name, fault, monkeypatch, cheap):
     monkeypatch.setattr(runner.trees, name, fault)

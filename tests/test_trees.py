@@ -381,19 +381,6 @@ def _cheap_drafts(monkeypatch):
     monkeypatch.setattr(warmup, "constant_costs", lambda *_: constant_costs(10**9, 10**6))
 
 
-@pytest.fixture
-def climbed(monkeypatch):
-    """Trees judged, and what was said of them."""
-    found = []
-
-    def counted(lean, first, tree, *arguments):
-        found.append((tree, CLIMB(lean, first, tree, *arguments)))
-        return found[-1][1]
-
-    monkeypatch.setattr(runner.trees, "climb", counted)
-    return found
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("kind", ["model", "tli"])
 @pytest.mark.parametrize("do_sample", [False, True])
