@@ -3,7 +3,8 @@
     python benchmarks/draft_memory.py --target PATH --prompts benchmarks/prompts_prose.json --temperature 1
 
 Each prompt is a message of a chat. Printed are, over all calls, tokens a round, milliseconds a round, and tokens a
-second beside plain decoding, for the lookahead that adapts and for one that does not.
+second beside plain decoding, for the lookahead that adapts and for one that does not, and for trees (docs/trees.md)
+where they are asked for.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ def main(
     temperature: float = 1.0,
     tokens: int = 96,
     repetitions: int = 2,
-    branching: Annotated[bool, typer.Option(help="trees as well")] = False,
+    branching: Annotated[bool, typer.Option(help="trees as well, of draws and of races")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="where the figures go")] = None,
 ) -> None:
     """Prints one line a system."""
+    if not temperature and branching:
+        raise typer.BadParameter("greedy trees are all of one kind: leave out --branching")
     model, own = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).eval() for path in (
         target, drafter or default_drafter(),
     ))  # fmt: skip
@@ -45,10 +48,12 @@ def main(
     parties = {"assistant_model": own, "tokenizer": names, "assistant_tokenizer": own_names, "method": method}
     systems: dict[str, dict[str, Any]] = {"plain": {"method": "autoregressive"}}
     for memory in ("off", "on"):
-        systems[f"adaptive, memory {memory}"] = {**parties, "draft_memory": memory}
-        systems[f"4 tokens, memory {memory}"] = {**parties, **CONSTANT, "draft_memory": memory, "draft_tree": "off"}
+        own_way = {**parties, "draft_memory": memory}
+        systems[f"adaptive, memory {memory}"] = {**own_way, "draft_tree": "off"}
+        systems[f"4 tokens, memory {memory}"] = {**own_way, **CONSTANT, "draft_tree": "off"}
         if branching:
-            systems[f"trees, memory {memory}"] = {**parties, "draft_memory": memory, "draft_tree": "on"}
+            systems[f"trees of draws, memory {memory}"] = {**own_way, "draft_tree": "on", "verification": "block"}
+            systems[f"trees of races, memory {memory}"] = {**own_way, "draft_tree": "on"}
     asked = []
     for prompt in json.loads(prompts.read_text("utf-8")):
         chat = [{"role": "user", "content": prompt}]
