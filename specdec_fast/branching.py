@@ -12,6 +12,7 @@ from specdec_fast.trees import Growing
 __all__ = ["DRAWN", "Branching", "nodes_for"]
 
 FLAT = 8  # positions of a native pass that take little longer than one
+CHANCES = (0.45, 0.2, 0.12, 0.1, 0.08, 0.06, 0.05)  # that a target comes by the best nodes of a tree, roughly
 LEAST = 3  # nodes: fewer are no tree
 
 
@@ -42,13 +43,13 @@ class Branching(Adaptive):
     def __init__(self, rows: int, most: int, outlook: Outlook, *, nodes: int, drawn: bool = False, **more: Any):
         self._nodes = nodes
         self.drawn = drawn
-        super().__init__(rows, min(most, nodes, self.MOST), outlook, **more)
-        self._goes_on = True
         costs: Costs = outlook.costs
         # A tree has a few nodes in any case: what counts is what more of them cost, not what the first ones do. A
         # slope over few sizes is measured badly; where it is real, the largest pass is as much slower than the smallest
         upper = _slope([costs.scoring(positions) for positions in range(nodes // 2 + 1, nodes + 2)])
         self._position = min(upper, max(costs.scoring(nodes + 1) - costs.scoring(1), 0.0) / nodes)
+        super().__init__(rows, min(most, nodes, self.MOST), outlook, **more)
+        self._goes_on = True
         self._grown: dict[int, tuple[int, int]] = {}
 
     def growing(self, row: int, levels: int) -> Growing:
@@ -86,7 +87,11 @@ class Branching(Adaptive):
             self.sure_accepted[step] += stays
 
     def _rounds(self, costs: Costs) -> list[float]:
-        return [costs.tree(levels, self._nodes if levels else 0) for levels in range(self._most + 1)]
+        usual = self._nodes
+        if self.drawn:  # as many as pay for their position, so that what a round is held to cost is what its trees do
+            least = self._position * (1 + sum(CHANCES)) / costs.tree(3, self._nodes)
+            usual = min(sum(chance >= least for chance in CHANCES), usual)
+        return [costs.tree(levels, max(levels, usual) if levels else 0) for levels in range(self._most + 1)]
 
     def _hopes(self, outlook: Outlook) -> list[float]:
         return by_confidence(outlook, DRAWN if self.drawn else HOPES, self.WEIGHT)

@@ -736,3 +736,13 @@ def test_a_node_costs_what_a_larger_tree_costs_more(score, free):
     outlook = Outlook(Costs(tuple(score), step=0.1, measured=True))
     for one in (Branching(1, 8, outlook, nodes=7, drawn=drawn) for drawn in (False, True)):
         assert one[0] and (one.least([0]) == pytest.approx(0.0)) == free
+
+
+@pytest.mark.parametrize(("each", "nodes"), [(0.0, 7), (0.05, 5), (0.3, 2)])
+def test_a_round_is_held_to_cost_what_its_tree_does(each, nodes):
+    """Where a position costs something, trees are small; charged as large ones they would be given up."""
+    costs = Costs(tuple(1.0 + each * n for n in range(8)), step=0.05, measured=True)
+    branching = Branching(1, 8, Outlook(costs), nodes=7, drawn=True)
+    assert branching._round[0] == 1.0
+    assert branching._round[1] == pytest.approx(costs.tree(1, nodes))
+    assert branching._round[6] == pytest.approx(costs.tree(6, max(nodes, 6)))
