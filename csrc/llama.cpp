@@ -110,28 +110,37 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
   x.reserve(m * hidden), normal.reserve(std::max(m, last) * hidden), added.reserve(m * hidden);
   fused.reserve(m * width), seen.reserve(m * mixed), opened.reserve(m * 2 * inner);
   gated.reserve(m * inner);
-  for (int64_t i = 0; i < m; ++i) embed(token[i], x + i * hidden);
+  // To the next product's input, a lane at a time
+  const auto normalised = [&](int64_t i, int64_t lane, const float* weight) {
+    pass.normalise(x + lane * hidden, weight, normal + i * hidden, hidden);
+    inputs.take(form, i, normal + i * hidden, hidden);
+  };
+  const auto more = [&](int64_t i) { pass.add(x + i * hidden, added + i * hidden, hidden); };
+  pass.each(m, [&](int64_t i) { embed(token[i], x + i * hidden); });
   for (int64_t l = 0; l < layers; ++l) {
     const Matrix* matrix = &matrices[7 * l];
-    pass.normalise(x.data(), norms + 2 * l * hidden, normal.data(), m, hidden);
-    pass.apply({matrix, matrix + 1, matrix + 2}, inputs.of(form, normal.data(), m, hidden),
-               fused.data(), m);
+    const float* norm = norms + 2 * l * hidden;
+    pass.each(m, [&](int64_t i) {
+      if (l) more(i);
+      normalised(i, i, norm);
+    });
+    pass.apply({matrix, matrix + 1, matrix + 2}, inputs.data(), fused.data(), m);
     pass.attend(fused.data(), caches[l], turns, head_norms ? head_norms + 2 * l * dim : nullptr,
-                seen.data());
-    pass.apply({matrix + 3}, inputs.of(form, seen.data(), m, mixed), added.data(), m);
-    pass.add(x.data(), added.data(), m * hidden);
-    pass.normalise(x.data(), norms + (2 * l + 1) * hidden, normal.data(), m, hidden);
-    pass.gated(matrix[4], matrix[5], inputs.of(form, normal.data(), m, hidden), opened.data(),
-               gated.data(), m);
-    pass.apply({matrix + 6}, inputs.of(form, gated.data(), m, inner), added.data(), m);
-    pass.add(x.data(), added.data(), m * hidden);
+                seen.data(), [&](int64_t i) { inputs.take(form, i, seen + i * mixed, mixed); });
+    pass.apply({matrix + 3}, inputs.data(), added.data(), m);
+    pass.each(m, [&](int64_t i) {
+      more(i);
+      normalised(i, i, norm + hidden);
+    });
+    pass.apply({matrix + 4, matrix + 5}, inputs.data(), opened.data(), m);
+    pass.gate(opened.data(), gated.data(), m, inner,
+              [&](int64_t i) { inputs.take(form, i, gated + i * inner, inner); });
+    pass.apply({matrix + 6}, inputs.data(), added.data(), m);
   }
-  for (int64_t i = 0; i < last; ++i) {
-    pass.normalise(x + asked[i] * hidden, norms + 2 * layers * hidden, normal + i * hidden, 1,
-                   hidden);
-  }
+  if (layers) pass.each(m, more);
+  pass.each(last, [&](int64_t i) { normalised(i, asked[i], norms + 2 * layers * hidden); });
   if (ends) std::memcpy(ends, normal.data(), last * hidden * sizeof(float));
-  pass.apply({&matrices.back()}, inputs.of(form, normal.data(), last, hidden), logits, last);
+  pass.apply({&matrices.back()}, inputs.data(), logits, last);
 }
 
 }  // namespace specdec

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -14,8 +15,13 @@
 
 namespace specdec {
 
-constexpr int64_t kPiece =
-    1 << 15;  // bytes of weights a thread takes at once: a microsecond or two
+// Bytes of weights a thread takes at once: a microsecond or two; and for more inputs than a tile
+// has, where they are read from the first cache as often as there are rows to take them (kBlock of
+// pass_product.h), as long as every thread has several pieces
+constexpr int64_t kPiece = 1 << 15, kLargePiece = 73728, kFewInputs = 8, kFewPieces = 4;
+constexpr int64_t kSharedLanes = 4;   // inputs from which on threads share what is done to each
+constexpr int64_t kMostQueries = 48;  // of one head that share a piece of attention
+constexpr int64_t kMostMatrices = 3;  // that read the same inputs
 
 // A buffer whose start suits vectors; what it holds at first does not matter
 template <class Entry>
@@ -59,11 +65,12 @@ class Inputs {
     held_.reserve(bytes);
   }
 
-  const void* of(Form form, const float* x, int64_t m, int64_t k) {
-    const int64_t apart = kernels_.room(form, k);
-    for (int64_t i = 0; i < m; ++i) kernels_.prepare(form, x + i * k, k, held_ + i * apart);
-    return held_.data();
+  // The i-th of some inputs, from x [k]; for the same form and k all lie behind one another
+  void take(Form form, int64_t i, const float* x, int64_t k) {
+    kernels_.prepare(form, x, k, held_ + i * kernels_.room(form, k));
   }
+
+  const void* data() { return held_.data(); }
 
  private:
   const PassKernels& kernels_;
@@ -105,55 +112,72 @@ class Pass {
        Buffer<float>& partial)
       : team_(team), kernels_(kernels), shape_(shape), lanes_(lanes), partial_(partial) {}
 
-  void normalise(const float* x, const float* weight, float* y, int64_t m, int64_t n) const {
-    for (int64_t i = 0; i < m; ++i)
-      kernels_.normalise(x + i * n, weight, y + i * n, n, shape_.epsilon);
+  void normalise(const float* x, const float* weight, float* y, int64_t n) const {
+    kernels_.normalise(x, weight, y, n, shape_.epsilon);
   }
 
   void add(float* x, const float* more, int64_t n) const { kernels_.add(x, more, n); }
+
+  // body(i) for each of m inputs, shared where that is worth calling others for
+  template <class Body>
+  void each(int64_t m, const Body& body) const {
+    if (m >= kSharedLanes) return team_.share(m, body);
+    for (int64_t i = 0; i < m; ++i) body(i);
+  }
 
   // y [m, sum of rows] of m prepared inputs by matrices that read the same ones, outputs side by
   // side
   void apply(std::initializer_list<const Matrix*> matrices, const void* x, float* y,
              int64_t m) const {
-    int64_t rows = 0, pieces = 0;
-    for (const Matrix* matrix : matrices) rows += matrix->rows, pieces += count(*matrix);
+    std::array<Cut, kMostMatrices> cuts;
+    int64_t rows = 0, pieces = 0, number = 0;
+    for (const Matrix* matrix : matrices) {
+      const int64_t at_once = rows_of(*matrix, m), count = (matrix->rows + at_once - 1) / at_once;
+      cuts[number++] = {matrix, at_once, pieces, y + rows};
+      rows += matrix->rows;
+      pieces += count;
+    }
     team_.share(pieces, [&](int64_t piece) {
-      float* out = y;
-      for (const Matrix* matrix : matrices) {
-        if (piece < count(*matrix)) {
-          return part(*matrix, piece, x, out, m, rows, start(*matrix, piece + 1));
-        }
-        piece -= count(*matrix);
-        out += matrix->rows;
-      }
+      int64_t i = number - 1;
+      while (piece < cuts[i].first) --i;
+      part(cuts[i], piece - cuts[i].first, x, m, rows);
     });
   }
 
-  // y [m, rows] = silu(opening x) * (raising x); scratch [m, 2 rows]
-  void gated(const Matrix& opening, const Matrix& raising, const void* x, float* scratch, float* y,
-             int64_t m) const {
-    const int64_t rows = opening.rows, wide = 2 * rows;
-    apply({&opening, &raising}, x, scratch, m);
+  // y [m, n] = silu(opened) * up of opened [m, n | n], and done(i) for each of m
+  template <class Done>
+  void gate(const float* opened, float* y, int64_t m, int64_t n, const Done& done) const {
+    const auto some = [&](int64_t i, int64_t begin, int64_t end) {
+      const float* at = opened + 2 * i * n + begin;
+      kernels_.gate(at, at + n, y + i * n + begin, end - begin);
+    };
+    if (m >= kSharedLanes) {
+      team_.share(m, [&](int64_t i) {
+        some(i, 0, n);
+        done(i);
+      });
+      return;
+    }
     constexpr int64_t kSome = 256;
-    const int64_t parts = (rows + kSome - 1) / kSome;
+    const int64_t parts = (n + kSome - 1) / kSome;
     team_.share(m * parts, [&](int64_t piece) {
-      const int64_t i = piece / parts, begin = piece % parts * kSome;
-      const float* opened = scratch + i * wide + begin;
-      kernels_.gate(opened, opened + rows, y + i * rows + begin, std::min(kSome, rows - begin));
+      const int64_t begin = piece % parts * kSome;
+      some(piece / parts, begin, std::min(begin + kSome, n));
     });
+    for (int64_t i = 0; i < m; ++i) done(i);
   }
 
   // Turns queries and keys of `fused [m, queries | keys | values]`, writes keys and values into the
-  // cache, and attends: out [m, heads * dim]
+  // cache, and attends: out [m, heads * dim], and done(i) for each of m
+  template <class Done>
   void attend(float* fused, const Stored& stored, const float* rotations, const float* norms,
-              float* out) const {
+              float* out, const Done& done) const {
     const Shape& s = shape_;
     const int64_t width = (s.heads + 2 * s.kv_heads) * s.dim, group = s.heads / s.kv_heads;
     const auto place = [&](int64_t row, int64_t head) {
       return (row * s.kv_heads + head) * stored.capacity * s.dim;
     };
-    for (int64_t i = 0; i < lanes_.count; ++i) {
+    each(lanes_.count, [&](int64_t i) {
       float* lane = fused + i * width;
       for (int64_t h = 0; norms && h < s.heads + s.kv_heads; ++h) {
         const float* weight = norms + (h < s.heads ? 0 : s.dim);
@@ -168,37 +192,44 @@ class Pass {
         write(lane + (s.heads + h) * s.dim, stored, stored.keys, at);
         write(lane + (s.heads + s.kv_heads + h) * s.dim, stored, stored.values, at);
       }
-    }
+    });
     std::vector<Reading> readings = plan(stored.window);
-    const int64_t scratch = group * (kSpan + (s.dim + 15) / 16 * 16);
-    int64_t sums = 0, most = 0;
+    int64_t sums = 0, most = 0, seen = 0;
     for (Reading& reading : readings) {
+      const int64_t count = reading.end - reading.begin;
       reading.sums = sums;
-      sums += (reading.end - reading.begin) * group * (s.dim + 2);
-      most = std::max(most, reading.end - reading.begin);
+      sums += count * group * (s.dim + 2);
+      most = std::max(most, count);
+      seen += count * s.kv_heads;
     }
     partial_.reserve(sums * s.kv_heads);
     float* const found = partial_.data();
-    const int64_t pieces = static_cast<int64_t>(readings.size()) * s.kv_heads * most;
+    // Lanes of a piece share what is read, but every thread needs pieces
+    const int64_t some = std::clamp<int64_t>(seen / (kFewPieces * team_.size()), 1,
+                                             std::max<int64_t>(kMostQueries / group, 1));
+    const int64_t parts = (most + some - 1) / some;
+    const int64_t pieces = static_cast<int64_t>(readings.size()) * s.kv_heads * parts;
     team_.share(pieces, [&](int64_t piece) {
-      const Reading& reading = readings[piece / most / s.kv_heads];
-      const int64_t head = piece / most % s.kv_heads, i = reading.begin + piece % most;
-      if (i >= reading.end) return;
-      thread_local std::vector<float> scores;
-      scores.resize(scratch + 16);
-      float* at = found + head * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
-      const Sight sight{fused + i * width + head * group * s.dim,
-                        first(i, stored.window),
-                        lanes_.column[i],
-                        at,
-                        at + group * s.dim,
-                        at + group * (s.dim + 1),
-                        lanes_.fork ? lanes_.fork[i] : std::numeric_limits<int64_t>::max(),
-                        lanes_.path ? lanes_.path[i] : nullptr};
-      const int64_t row = place(lanes_.row[i], head), size = stored.half ? 2 : 4;
+      const Reading& reading = readings[piece / parts / s.kv_heads];
+      const int64_t head = piece / parts % s.kv_heads;
+      const int64_t begin = reading.begin + piece % parts * some,
+                    end = std::min(begin + some, reading.end);
+      if (begin >= end) return;
+      thread_local Buffer<float> scratch;
+      thread_local std::vector<Sight> sights;
+      scratch.reserve(kernels_.attend_room(end - begin, group, s.dim));
+      sights.clear();
+      for (int64_t i = begin; i < end; ++i) {
+        float* at = found + head * sums + reading.sums + (i - reading.begin) * group * (s.dim + 2);
+        sights.push_back({fused + i * width + head * group * s.dim, first(i, stored.window),
+                          lanes_.column[i], at, at + group * s.dim, at + group * (s.dim + 1),
+                          lanes_.fork ? lanes_.fork[i] : std::numeric_limits<int64_t>::max(),
+                          lanes_.path ? lanes_.path[i] : nullptr});
+      }
+      const int64_t row = place(lanes_.row[begin], head), size = stored.half ? 2 : 4;
       kernels_.attend(stored.half, static_cast<const char*>(stored.keys) + row * size,
                       static_cast<const char*>(stored.values) + row * size, reading.span * kSpan,
-                      &sight, 1, group, s.dim, s.scaling, scores.data());
+                      sights.data(), end - begin, group, s.dim, s.scaling, scratch.data());
     });
     // Spans of a lane come in order, so a sum over them is the same whatever shares the pass
     team_.share(lanes_.count, [&](int64_t i) {
@@ -218,6 +249,7 @@ class Pass {
         kernels_.merge(parts.data(), peaks.data(), masses.data(),
                        static_cast<int64_t>(parts.size()), s.dim, out + (i * s.heads + h) * s.dim);
       }
+      done(i);
     });
   }
 
@@ -227,31 +259,36 @@ class Pass {
     int64_t span, begin, end, sums;
   };
 
-  int64_t rows_of(const Matrix& matrix) const {
+  // A matrix in pieces of some rows, the first of which has a number among those of its product,
+  // and where its outputs begin
+  struct Cut {
+    const Matrix* matrix;
+    int64_t rows, first;
+    float* y;
+  };
+
+  int64_t rows_of(const Matrix& matrix, int64_t m) const {
     // Rows of numbers are taken by three or four at once (pass_product.h)
     const int64_t step = matrix.form == kPacked ? kSide : 12;
-    const int64_t rows = kPiece / std::max<int64_t>(matrix.row_bytes(), 1);
+    const int64_t bytes = std::max<int64_t>(matrix.row_bytes(), 1);
+    int64_t rows = kPiece / bytes;
+    if (m > kFewInputs) {
+      const int64_t several = matrix.rows / (kFewPieces * team_.size());
+      rows = std::max(rows, std::min(kLargePiece / bytes, several));
+    }
     return std::max<int64_t>(rows / step * step, step);
   }
 
-  // Where a piece's weights lie
-  const void* start(const Matrix& matrix, int64_t piece) const {
-    return static_cast<const char*>(matrix.weight) + piece * rows_of(matrix) * matrix.row_bytes();
-  }
-
-  int64_t count(const Matrix& matrix) const {
-    return (matrix.rows + rows_of(matrix) - 1) / rows_of(matrix);
-  }
-
-  void part(const Matrix& matrix, int64_t piece, const void* x, float* y, int64_t m, int64_t stride,
-            const void* after) const {
-    const int64_t begin = piece * rows_of(matrix),
-                  end = std::min(begin + rows_of(matrix), matrix.rows);
-    kernels_.product(matrix.form, matrix.weight, matrix.scale, x, m, matrix.columns, begin, end, y,
-                     stride, after);
+  void part(const Cut& cut, int64_t piece, const void* x, int64_t m, int64_t stride) const {
+    const Matrix& matrix = *cut.matrix;
+    const int64_t begin = piece * cut.rows, end = std::min(begin + cut.rows, matrix.rows);
+    const char* after =
+        static_cast<const char*>(matrix.weight) + (begin + cut.rows) * matrix.row_bytes();
+    kernels_.product(matrix.form, matrix.weight, matrix.scale, x, m, matrix.columns, begin, end,
+                     cut.y, stride, after);
     if (!matrix.offset) return;
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t n = begin; n < end; ++n) y[i * stride + n] += matrix.offset[n];
+      for (int64_t n = begin; n < end; ++n) cut.y[i * stride + n] += matrix.offset[n];
     }
   }
 

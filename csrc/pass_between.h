@@ -1,5 +1,5 @@
-// What lies between the products of pass.h: norms, the gate, rotary positions, attention; part of
-// pass_vector.h.
+// What lies between the products of pass.h: norms, the gate, rotary positions, attention of one
+// lane after another; part of pass_vector.h.
 
 namespace {
 
@@ -145,73 +145,6 @@ inline void gather(const float* weights, const Columns<Stored>& columns, int64_t
   gather_singly<kGroup>(weights, columns, dim, out);
 }
 
-#ifdef SPECDEC_DOT
-// The same in products of bfloat16, two columns at a time: values as they are stored, weights
-// rounded to it, kWidth times 32 entries from `begin` on
-template <int kGroup, int kWidth>
-inline void gather_pairs(const uint16_t (*weights)[kSpan], const Columns<uint16_t>& columns,
-                         int64_t dim, int64_t begin, float* out) {
-  __m512 low[kGroup][kWidth] = {}, high[kGroup][kWidth] = {};
-  const auto take = [&](const uint16_t* one, const uint16_t* other, int64_t c) {
-    __m512bh weight[kGroup];
-#pragma GCC unroll 4
-    for (int g = 0; g < kGroup; ++g) {
-      int32_t two;
-      __builtin_memcpy(&two, weights[g] + c, sizeof two);
-      weight[g] = (__m512bh)_mm512_set1_epi32(two);
-    }
-#pragma GCC unroll 4
-    for (int d = 0; d < kWidth; ++d) {
-      const __m512i first = _mm512_loadu_si512(one + begin + d * 32);
-      const __m512i second =
-          other ? _mm512_loadu_si512(other + begin + d * 32) : _mm512_setzero_si512();
-      const __m512bh lower = (__m512bh)_mm512_unpacklo_epi16(first, second);
-      const __m512bh upper = (__m512bh)_mm512_unpackhi_epi16(first, second);
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroup; ++g) {
-        low[g][d] = _mm512_dpbf16_ps(low[g][d], lower, weight[g]);
-        high[g][d] = _mm512_dpbf16_ps(high[g][d], upper, weight[g]);
-      }
-    }
-  };
-  int64_t c = 0;
-  for (; c + 2 <= columns.level; c += 2)
-    take(columns.values + c * dim, columns.values + (c + 1) * dim, c);
-  const auto at = [&](int64_t k) {
-    return k < columns.level ? columns.values + k * dim
-                             : columns.base + columns.path[k - columns.level] * dim;
-  };
-  for (; c < columns.count; c += 2) take(at(c), c + 1 < columns.count ? at(c + 1) : nullptr, c);
-  const __m512i front = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i back =
-      _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroup; ++g) {
-#pragma GCC unroll 4
-    for (int d = 0; d < kWidth; ++d) {
-      float* to = out + g * dim + begin + d * 32;
-      _mm512_storeu_ps(to, _mm512_permutex2var_ps(low[g][d], front, high[g][d]));
-      _mm512_storeu_ps(to + 16, _mm512_permutex2var_ps(low[g][d], back, high[g][d]));
-    }
-  }
-}
-
-template <int kGroup>
-inline void gather(const float* weights, const Columns<uint16_t>& columns, int64_t dim,
-                   float* out) {
-  if (dim % 32) return gather_singly<kGroup>(weights, columns, dim, out);
-  alignas(64) uint16_t halves[kGroup][kSpan];
-#pragma GCC unroll 4
-  for (int g = 0; g < kGroup; ++g) {
-    narrow_all(weights + g * kSpan, halves[g], columns.count);
-    if (columns.count % 2) halves[g][columns.count] = 0;
-  }
-  int64_t d = 0;
-  for (; d + 64 <= dim; d += 64) gather_pairs<kGroup, 2>(halves, columns, dim, d, out);
-  for (; d < dim; d += 32) gather_pairs<kGroup, 1>(halves, columns, dim, d, out);
-}
-#endif
-
 // How queries meet keys. Where the machine multiplies bfloat16 itself, those stored in it meet
 // queries rounded to it, as they do in a model of that type.
 template <class Stored>
@@ -334,17 +267,6 @@ void merge(const float* const* parts, const float* peaks, const float* masses, i
     float total = 0;
     for (int64_t p = 0; p < n; ++p) total += exponential(splat(peaks[p] - peak))[0] * parts[p][d];
     out[d] = total / mass;
-  }
-}
-
-void attend(bool half, const void* keys, const void* values, int64_t begin, const Sight* sights,
-            int64_t lane_count, int64_t group, int64_t dim, float scaling, float* scratch) {
-  if (half) {
-    attend_to(static_cast<const uint16_t*>(keys), static_cast<const uint16_t*>(values), begin,
-              sights, lane_count, group, dim, scaling, scratch);
-  } else {
-    attend_to(static_cast<const float*>(keys), static_cast<const float*>(values), begin, sights,
-              lane_count, group, dim, scaling, scratch);
   }
 }
 

@@ -1,4 +1,4 @@
-// Products of pass.h: weights as rows of numbers and as packed bytes; part of pass_vector.h.
+// Products of pass.h: weights as rows of numbers; part of pass_vector.h, behind pass_packed.h.
 //
 // At a few inputs a product is bound by reading the weights. So a tile of weights is used for every
 // input while it is in the registers, and what comes some kilobytes later is on its way from memory
@@ -7,8 +7,6 @@
 namespace {
 
 using specdec::Form;
-using specdec::kDeep;
-using specdec::kSide;
 
 // Rows of numbers times inputs in float32
 template <class Weight>
@@ -41,15 +39,13 @@ struct Dot {
 };
 #endif
 
-// sum[i * kRows + r] of kRows rows and kInputs inputs, `apart` entries apart; with kAhead, as much
-// is fetched from `next` on
-template <class Scheme, int kRows, int kInputs, bool kAhead>
-[[gnu::noinline]] void tile(const typename Scheme::Entry* w, const typename Scheme::Input* x,
-                            int64_t k, int64_t apart, [[maybe_unused]] const char* next,
-                            float* sum) {
-  Lanes total[kInputs * kRows] = {};
+// Adds the products of `whole` columns of rows `k` apart
+template <class Scheme, int kRows, int kInputs, int kAhead>
+[[gnu::always_inline]] inline void along(const typename Scheme::Entry* w,
+                                         const typename Scheme::Input* x, int64_t whole, int64_t k,
+                                         int64_t apart, [[maybe_unused]] const char* next,
+                                         Lanes* total) {
   constexpr int64_t kStride = Scheme::kStep * sizeof(*w);
-  const int64_t whole = k / Scheme::kStep * Scheme::kStep;
   for (int64_t j = 0; j < whole; j += Scheme::kStep) {
     decltype(Scheme::weight(w)) weight[kRows];
 #pragma GCC unroll 8
@@ -57,7 +53,7 @@ template <class Scheme, int kRows, int kInputs, bool kAhead>
       weight[r] = Scheme::weight(w + r * k + j);
       // Into the second cache: the first is too small for what is on its way beside the inputs,
       // and what is pushed out of it before its use is fetched from memory again
-      if constexpr (kAhead) __builtin_prefetch(next + r * kStride, 0, 2);
+      if (kAhead >> r & 1) __builtin_prefetch(next + r * kStride, 0, 2);
     }
     if constexpr (kAhead) next += kRows * kStride;
 #pragma GCC unroll 8
@@ -67,19 +63,63 @@ template <class Scheme, int kRows, int kInputs, bool kAhead>
       for (int r = 0; r < kRows; ++r) Scheme::fold(total[i * kRows + r], weight[r], in);
     }
   }
-  if (whole < k) {
+}
+
+// Those of the last columns, fewer than a step
+template <class Scheme, int kRows, int kInputs>
+[[gnu::always_inline]] inline void rest(const typename Scheme::Entry* w,
+                                        const typename Scheme::Input* x, int64_t left, int64_t k,
+                                        int64_t apart, Lanes* total) {
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const auto weight = Scheme::weight(w + r * k + whole, k - whole);
+  for (int r = 0; r < kRows; ++r) {
+    const auto weight = Scheme::weight(w + r * k, left);
 #pragma GCC unroll 8
-      for (int i = 0; i < kInputs; ++i)
-        Scheme::fold(total[i * kRows + r], weight, Scheme::input(x + i * apart + whole));
-    }
+    for (int i = 0; i < kInputs; ++i)
+      Scheme::fold(total[i * kRows + r], weight, Scheme::input(x + i * apart));
   }
-  constexpr int kCount = kInputs * kRows, kRest = kCount % 16;
+}
+
+template <int kCount>
+[[gnu::always_inline]] inline void close_all(const Lanes* total, float* sum) {
+  constexpr int kRest = kCount % 16;
 #pragma GCC unroll 8
   for (int i = 0; i + 16 <= kCount; i += 16) close<16>(total + i, sum + i);
   if constexpr (kRest > 0) close<kRest>(total + kCount - kRest, sum + kCount - kRest);
+}
+
+// sum[i * kRows + r] of kRows rows and kInputs inputs, `apart` entries apart; meanwhile as much is
+// fetched from `next` on, or of every kRows vectors of it those that `kAhead` has a bit for
+template <class Scheme, int kRows, int kInputs, int kAhead>
+[[gnu::noinline]] void tile(const typename Scheme::Entry* w, const typename Scheme::Input* x,
+                            int64_t k, int64_t apart, [[maybe_unused]] const char* next,
+                            float* sum) {
+  Lanes total[kInputs * kRows] = {};
+  const int64_t whole = k / Scheme::kStep * Scheme::kStep;
+  along<Scheme, kRows, kInputs, kAhead>(w, x, whole, k, apart, next, total);
+  if (whole < k) rest<Scheme, kRows, kInputs>(w + whole, x + whole, k - whole, k, apart, total);
+  close_all<kInputs * kRows>(total, sum);
+}
+
+// The same for `some` of the columns: sums begin where `first`, go on from `kept` otherwise, and
+// are left there unless they are the `last`
+template <class Scheme, int kRows, int kInputs, int kAhead>
+[[gnu::noinline]] void part_of_tile(const typename Scheme::Entry* w,
+                                    const typename Scheme::Input* x, int64_t some, int64_t k,
+                                    int64_t apart, const char* next, bool first, bool last,
+                                    Lanes* kept, float* sum) {
+  constexpr int kCount = kInputs * kRows;
+  Lanes total[kCount] = {};
+  if (!first) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kCount; ++i) total[i] = kept[i];
+  }
+  const int64_t whole = some / Scheme::kStep * Scheme::kStep;
+  along<Scheme, kRows, kInputs, kAhead>(w, x, whole, k, apart, next, total);
+  if (whole < some)
+    rest<Scheme, kRows, kInputs>(w + whole, x + whole, some - whole, k, apart, total);
+  if (last) return close_all<kCount>(total, sum);
+#pragma GCC unroll 32
+  for (int i = 0; i < kCount; ++i) kept[i] = total[i];
 }
 
 // How many sums the registers hold: rows for one input, rows for more, inputs, and rows for more
@@ -96,37 +136,12 @@ constexpr int kAlone = 2, kRows = 2, kInputs = 1, kFew = 1, kLow = 2;
 // the last row of a tile is behind
 constexpr int64_t kFarLeast = 16384, kFarBehind = 2048;
 
-// Bytes of inputs that the first cache holds beside weights; and of weights that share a span of
-// inputs where there are more
-constexpr int64_t kShared = 24576;
-
-template <int kCount>
-struct Count {
-  static constexpr int value = kCount;
-};
-
-// body(Count<n>(), first) for spans of n <= kMost that cover [0, m), as equal as may be
-template <int kMost, class Body>
-inline void spans(int64_t m, const Body& body) {
-  for (int64_t i = 0; i < m;) {
-    const int64_t left = m - i, parts = (left + kMost - 1) / kMost, n = (left + parts - 1) / parts;
-    if (n == 1) body(Count<1>(), i);
-    if constexpr (kMost > 1) {
-      if (n == 2) body(Count<2>(), i);
-    }
-    if constexpr (kMost > 2) {
-      if (n == 3) body(Count<3>(), i);
-      if (n == 4) body(Count<4>(), i);
-      if (n == 5) body(Count<5>(), i);
-      if (n == 6) body(Count<6>(), i);
-    }
-    if constexpr (kMost > 6) {
-      if (n == 7) body(Count<7>(), i);
-      if (n == 8) body(Count<8>(), i);
-    }
-    i += n;
-  }
-}
+// Bytes of inputs and a strip of weights up to which all columns are taken at once, and at most
+// where they are not; bytes of weights that share what is in the first cache of the inputs
+constexpr int64_t kBoth = 33792, kPart = 28672, kBlock = 73728;
+// Strips of rows that share a part: as few, and as many where there are several parts
+constexpr int64_t kFewStrips = 4, kMostStrips = 8;
+constexpr int kAll = 255;  // of a tile's vectors that come next, those that it fetches
 
 // With kLong, what comes is fetched early: the rows that follow each other in memory, and at their
 // end what lies `after`
@@ -151,19 +166,19 @@ inline void rows_by_inputs(const typename Scheme::Entry* w, const typename Schem
       __builtin_memcpy(y + (i + l) * stride + n, sum + l * kR, sizeof(float) * kR);
   };
   const auto strip = [&](auto rows) {
-    spans<kInputs>(m, [&](auto inputs, int64_t i) {
+    spans<kInputs, kLong>(m, [&](auto inputs, int64_t i) {
       if constexpr (rows.value <= kLow || inputs.value <= kFew) {
         if (i == 0) {
-          some(rows, inputs, Count<true>(), i);
+          some(rows, inputs, Count<kAll>(), i);
         } else {
-          some(rows, inputs, Count<false>(), i);
+          some(rows, inputs, Count<0>(), i);
         }
       }
     });
   };
   const int64_t parts = (m + kInputs - 1) / kInputs;
   if (m == 1) {
-    for (; n + kAlone <= end; n += kAlone) some(Count<kAlone>(), Count<1>(), Count<true>(), 0);
+    for (; n + kAlone <= end; n += kAlone) some(Count<kAlone>(), Count<1>(), Count<kAll>(), 0);
   }
   // Three inputs by four rows were found slow where weights come from memory, and only there
   if (m > (kLong && kFew > 2 ? 2 : kFew) * parts) {
@@ -174,203 +189,62 @@ inline void rows_by_inputs(const typename Scheme::Entry* w, const typename Schem
   for (; n < end; ++n) strip(Count<1>());
 }
 
-// The same for many inputs: some strips of rows share each span of inputs while that is in the
-// first cache. Every sum is made as above. Returns the first row that is left.
+// The same for inputs that the first cache is too small for: strips of rows share each span of
+// inputs, some columns at a time. What the next block needs is fetched by the first spans of this
+// one. Every sum is made as above. Returns the first row that is left.
 template <class Scheme>
 [[gnu::noinline]] int64_t blocks_by_inputs(const typename Scheme::Entry* w,
                                            const typename Scheme::Input* x, int64_t m, int64_t k,
                                            int64_t apart, int64_t begin, int64_t end, float* y,
                                            int64_t stride, const void* after) {
-  const int64_t row = k * static_cast<int64_t>(sizeof(*w));
-  const int64_t block = most(kShared / (kLow * row), 1) * kLow;
+  constexpr int64_t kEntry = sizeof(*w);
+  const int64_t row = k * kEntry;
+  const int64_t strips = least(most(kBlock / (kLow * row), kFewStrips), (end - begin) / kLow);
+  const int64_t block = strips * kLow;
   int64_t first = begin;
+  if (!block) return first;
+  alignas(64) Lanes kept[kMostStrips * kLow * kInputs];
   for (; first + block <= end; first += block) {
-    spans<kInputs>(m, [&](auto inputs, int64_t i) {
+    int64_t count = 0;
+    spans<kInputs, true>(m, [&](auto inputs, int64_t i) {
       constexpr int kI = inputs.value;
-      alignas(64) float sum[(kLow * kI + 15) / 16 * 16];
-      for (int64_t n = first; n < first + block; n += kLow) {
-        if (i == 0) {
-          const char* next = reinterpret_cast<const char*>(w) + (n + kLow) * row;
-          next += most(kFarLeast - kLow * row, kFarBehind - row);
-          const int64_t beyond = next - reinterpret_cast<const char*>(w) - end * row;
-          if (beyond >= 0) next = static_cast<const char*>(after) + beyond;
-          tile<Scheme, kLow, kI, true>(w + n * k, x + i * apart, k, apart, next, sum);
-        } else {
-          tile<Scheme, kLow, kI, false>(w + n * k, x + i * apart, k, apart, nullptr, sum);
-        }
+      // Sums of parts cost some time in between; less of it than is won where there are few spans
+      const int64_t both = (kI + kLow) * row;
+      const int64_t parts =
+          both > kBoth && m < 3 * kInputs && strips <= kMostStrips ? (both + kPart - 1) / kPart : 1;
+      const int64_t part = up((k + parts - 1) / parts, Scheme::kStep);
+      const auto through = [&](auto ahead) {
+        alignas(64) float sum[(kLow * kI + 15) / 16 * 16];
+        for (int64_t j = 0; j < k; j += part) {
+          const int64_t some = least(part, k - j);
+          const bool last = j + some == k;
+          for (int64_t s = 0; s < strips; ++s) {
+            const int64_t n = first + s * kLow;
+            const char* next =
+                reinterpret_cast<const char*>(w) + (n + block) * row + kLow * j * kEntry;
+            const int64_t beyond = next - reinterpret_cast<const char*>(w) - end * row;
+            if (beyond >= 0) next = static_cast<const char*>(after) + beyond;
+            part_of_tile<Scheme, kLow, kI, ahead.value>(w + n * k + j, x + i * apart + j, some, k,
+                                                        apart, next, j == 0, last,
+                                                        kept + s * kLow * kI, sum);
+            if (!last) continue;
 #pragma GCC unroll 8
-        for (int l = 0; l < kI; ++l)
-          __builtin_memcpy(y + (i + l) * stride + n, sum + l * kLow, sizeof(float) * kLow);
-      }
+            for (int l = 0; l < kI; ++l)
+              __builtin_memcpy(y + (i + l) * stride + n, sum + l * kLow, sizeof(float) * kLow);
+          }
+        }
+      };
+      // A third of it with each of the first three spans, or where there are two, more at first
+      const int64_t nth = count++;
+      if (m <= kInputs) return through(Count<7>());
+      if (m <= 2 * kInputs) return nth ? through(Count<4>()) : through(Count<3>());
+      if (nth == 0) return through(Count<1>());
+      if (nth == 1) return through(Count<2>());
+      return nth == 2 ? through(Count<4>()) : through(Count<0>());
     });
   }
   return first;
 }
-
-// Packed weights ------------------------------------------------------------------------------
-
-#ifdef SPECDEC_DOT
-// An input beside packed weights: 16 bits of it, as two bytes: x = scale * (256 high + low), each
-// in [-128, 127]. Weights are bytes without a sign, so 128 times the bytes' sums is taken off.
-struct Digits {
-  float scale;
-  int32_t high, low;  // sums of the bytes
-  int32_t unused[13];
-};
-constexpr int64_t kHead = sizeof(Digits);
-
-inline void to_digits(const float* x, int64_t k, void* out) {
-  int8_t* high = static_cast<int8_t*>(out) + kHead;
-  int8_t* low = high + up(k, 64);
-  const auto some = [&](int64_t j) {
-    return j + kLanes <= k ? 0xffff : static_cast<__mmask16>((1u << (k - j)) - 1);
-  };
-  __m512 peaks = _mm512_setzero_ps(), wrong = _mm512_setzero_ps();
-  for (int64_t j = 0; j < k; j += kLanes) {
-    const __m512 value = _mm512_maskz_loadu_ps(some(j), x + j);
-    peaks = _mm512_max_ps(peaks, _mm512_abs_ps(value));
-    wrong = _mm512_fmadd_ps(value, _mm512_setzero_ps(), wrong);
-  }
-  const float peak = _mm512_reduce_max_ps(peaks), not_finite = _mm512_reduce_add_ps(wrong);
-  Digits digits = {};
-  // An input that is not finite comes out of the product as a NaN
-  digits.scale = not_finite != 0.0f ? not_finite : peak > 1e-30f ? peak / 32512 : 0.0f;
-  const __m512 factor = _mm512_set1_ps(digits.scale > 0 ? 1.0f / digits.scale : 0.0f);
-  __m512i upper_sum = _mm512_setzero_si512(), lower_sum = upper_sum;
-  for (int64_t j = 0; j < up(k, kDeep); j += kLanes) {
-    const __m512 value = j < k ? _mm512_maskz_loadu_ps(some(j), x + j) : _mm512_setzero_ps();
-    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(value, factor));
-    const __m512i upper = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8);
-    const __m512i lower = _mm512_sub_epi32(whole, _mm512_slli_epi32(upper, 8));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(high + j), _mm512_cvtepi32_epi8(upper));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(low + j), _mm512_cvtepi32_epi8(lower));
-    upper_sum = _mm512_add_epi32(upper_sum, upper);
-    lower_sum = _mm512_add_epi32(lower_sum, lower);
-  }
-  digits.high = _mm512_reduce_add_epi32(upper_sum);
-  digits.low = _mm512_reduce_add_epi32(lower_sum);
-  __builtin_memcpy(out, &digits, sizeof digits);
-}
-
-constexpr int64_t kFar =
-    4096;  // bytes ahead that are fetched, on the way along neighbouring blocks
-
-// kBlocks times 16 rows, kInputs inputs. Sums of integers may be split, here over kSplit steps of
-// the columns, so that few of them keep the machine busy too.
-template <int kBlocks, int kInputs, int kSplit>
-inline void packed_tile(const uint8_t* w, const float* scale, const char* x, int64_t k,
-                        int64_t apart, int64_t n, int64_t end, float* y, int64_t stride) {
-  constexpr int kSums = kInputs * kBlocks;
-  const int64_t deep = up(k, kDeep), block = deep * kSide, second = up(k, 64);
-  __m512i high[kSplit][kSums], low[kSplit][kSums];
-#pragma GCC unroll 4
-  for (int s = 0; s < kSplit; ++s) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kSums; ++i) high[s][i] = low[s][i] = _mm512_setzero_si512();
-  }
-  const auto step = [&](int s, int64_t j) {
-    __m512i weight[kBlocks];
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-      weight[b] = _mm512_loadu_si512(w + b * block + j * kSide);
-      __builtin_prefetch(w + (kBlocks > 1 ? kBlocks * block : kFar) + b * block + j * kSide);
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < kInputs; ++i) {
-      int32_t four;
-      __builtin_memcpy(&four, x + i * apart + kHead + j, 4);
-      const __m512i upper = _mm512_set1_epi32(four);
-      __builtin_memcpy(&four, x + i * apart + kHead + second + j, 4);
-      const __m512i lower = _mm512_set1_epi32(four);
-#pragma GCC unroll 8
-      for (int b = 0; b < kBlocks; ++b) {
-        __m512i &up = high[s][i * kBlocks + b], &down = low[s][i * kBlocks + b];
-        up = _mm512_dpbusd_epi32(up, weight[b], upper);
-        down = _mm512_dpbusd_epi32(down, weight[b], lower);
-      }
-    }
-  };
-  int64_t j = 0;
-  for (; j + kSplit * kDeep <= deep; j += kSplit * kDeep) {
-#pragma GCC unroll 4
-    for (int s = 0; s < kSplit; ++s) step(s, j + s * kDeep);
-  }
-  for (; j < deep; j += kDeep) step(0, j);
-#pragma GCC unroll 8
-  for (int i = 0; i < kInputs; ++i) {
-    Digits digits;
-    __builtin_memcpy(&digits, x + i * apart, sizeof digits);
-    const __m512i off_high = _mm512_set1_epi32(128 * digits.high),
-                  off_low = _mm512_set1_epi32(128 * digits.low);
-    const __m512 factor = _mm512_set1_ps(digits.scale);
-#pragma GCC unroll 8
-    for (int b = 0; b < kBlocks; ++b) {
-      __m512i up = high[0][i * kBlocks + b], down = low[0][i * kBlocks + b];
-#pragma GCC unroll 4
-      for (int s = 1; s < kSplit; ++s) {
-        up = _mm512_add_epi32(up, high[s][i * kBlocks + b]);
-        down = _mm512_add_epi32(down, low[s][i * kBlocks + b]);
-      }
-      const int64_t left = end - n - b * kSide;
-      const __mmask16 mask = left >= kSide ? 0xffff : static_cast<__mmask16>((1u << left) - 1);
-      const __m512 upper = _mm512_cvtepi32_ps(_mm512_sub_epi32(up, off_high)),
-                   lower = _mm512_cvtepi32_ps(_mm512_sub_epi32(down, off_low));
-      const __m512 whole = _mm512_fmadd_ps(upper, _mm512_set1_ps(256.0f), lower);
-      const __m512 row = _mm512_maskz_loadu_ps(mask, scale + n + b * kSide);
-      _mm512_mask_storeu_ps(y + i * stride + n + b * kSide, mask,
-                            _mm512_mul_ps(_mm512_mul_ps(whole, factor), row));
-    }
-  }
-}
-
-inline void packed_by_inputs(const uint8_t* w, const float* scale, const char* x, int64_t m,
-                             int64_t k, int64_t apart, int64_t begin, int64_t end, float* y,
-                             int64_t stride) {
-  const int64_t block = up(k, kDeep) * kSide;
-  int64_t n = begin;
-  const auto some = [&](auto blocks, auto inputs, auto split, int64_t i) {
-    packed_tile<blocks.value, inputs.value, split.value>(
-        w + n / kSide * block, scale, x + i * apart, k, apart, n, end, y + i * stride, stride);
-  };
-  if (m == 1) {  // one stream of memory
-    for (; n < end; n += kSide) some(Count<1>(), Count<1>(), Count<4>(), 0);
-  }
-  for (; n + kSide < end; n += 2 * kSide)
-    spans<6>(m, [&](auto inputs, int64_t i) { some(Count<2>(), inputs, Count<1>(), i); });
-  if (n < end)
-    spans<6>(m, [&](auto inputs, int64_t i) { some(Count<1>(), inputs, Count<1>(), i); });
-}
-#else
-// 16 rows, one input
-inline void packed_by_inputs(const uint8_t* w, const float* scale, const char* x, int64_t m,
-                             int64_t k, int64_t apart, int64_t begin, int64_t end, float* y,
-                             int64_t stride) {
-  const int64_t deep = up(k, kDeep);
-  for (int64_t n = begin; n < end; n += kSide) {
-    const uint8_t* block = w + n * deep;
-    for (int64_t i = 0; i < m; ++i) {
-      const float* in = reinterpret_cast<const float*>(x + i * apart);
-      constexpr int kSums = 64 / kWide;
-      Floats total[kSums] = {};
-      for (int64_t j = 0; j < deep; j += kDeep) {
-        Floats pattern;
-        float* entries = reinterpret_cast<float*>(&pattern);
-#pragma GCC unroll 4
-        for (int f = 0; f < kWide; f += 4) __builtin_memcpy(entries + f, in + j, 16);
-#pragma GCC unroll 16
-        for (int s = 0; s < kSums; ++s)
-          total[s] += load_packed(block + j * kSide + s * kWide) * pattern;
-      }
-      float sum[64];
-      __builtin_memcpy(sum, total, sizeof sum);
-      for (int64_t r = 0; r < least(kSide, end - n); ++r) {
-        const float* four = sum + 4 * r;
-        y[i * stride + n + r] = ((four[0] + four[2]) + (four[1] + four[3])) * scale[n + r];
-      }
-    }
-  }
-}
-#endif
 
 // Products --------------------------------------------------------------------------------------
 
@@ -380,12 +254,16 @@ constexpr bool kDot = true;
 constexpr bool kDot = false;
 #endif
 
+// Inputs whose entries of one column would share few sets of the first cache lie a line further
+// apart
+int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 512; }
+
 int64_t room([[maybe_unused]] Form form, int64_t k) {
 #ifdef SPECDEC_DOT
   if (form == specdec::kPacked) return kHead + 2 * up(k, 64);
-  if (form == specdec::kHalf) return up(2 * k, 64);
+  if (form == specdec::kHalf) return spread(up(2 * k, 64));
 #endif
-  return up(4 * k, 64);
+  return spread(up(4 * k, 64));
 }
 
 void narrow_all(const float* x, uint16_t* y, int64_t n) {
@@ -432,7 +310,7 @@ void product(Form form, const void* w, const float* scale, const void* x, int64_
                                        m, k, bytes / 4, begin, end, y, stride, after);
   } else {
 #ifdef SPECDEC_DOT
-    if (m > kInputs && m * bytes > kShared)
+    if (m > 2 && (m + kLow) * 2 * k > kBoth)
       begin =
           blocks_by_inputs<Dot>(static_cast<const uint16_t*>(w), static_cast<const uint16_t*>(x), m,
                                 k, bytes / 2, begin, end, y, stride, after);

@@ -7,15 +7,17 @@
 
 // clang-format off: each builds on the one before
 #include "pass_lanes.h"
+#include "pass_packed.h"
 #include "pass_product.h"
 #include "pass_between.h"
+#include "pass_attend.h"
 // clang-format on
 
 namespace {
 
 constexpr specdec::PassKernels pass_named(const char* name) {
-  return {name, room,   prepare, product, normalise, add_to,
-          gate, rotate, attend,  merge,   mix,       narrow_all};
+  return {name,   room,        prepare, product, normalise, add_to,    gate,
+          rotate, attend_room, attend,  merge,   mix,       narrow_all};
 }
 
 }  // namespace

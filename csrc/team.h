@@ -59,6 +59,8 @@ class Team {
     }
   }
 
+  int64_t size() const { return size_; }
+
   // Calls piece(i) for every i below count; returns when all are done. A thread takes neighbouring
   // pieces while its own share lasts.
   template <class Piece>

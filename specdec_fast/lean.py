@@ -3,7 +3,7 @@
 On a CPU a pass at a few positions takes as long as its weights take to be read and its modules to be called. Models
 built like Llama (RMSNorm before attention and before a gated SiLU MLP, rotary positions) are therefore run by one fused
 operation. Each model is compared with its own forward pass once; where they differ, or the structure is another, the
-model runs as it is; so do long passes, long prompts above all.
+model runs as it is; so do passes longer than what is faster that way on this machine.
 
 A target is run on its own weights, in their precision; sums, and what lies between matrices, are float32. A drafter is
 run on weights rounded to 8 bits: a draft token is verified against the very scores it was drawn from, so this changes
@@ -154,6 +154,13 @@ class LeanModel:
         if self._rounded:
             return [lanes <= self._most for lanes in count]
         return [len(count) * max(count) <= self._most] * len(count)
+
+    def piece(self, rows: int) -> int:
+        """How many columns of a long text to read at once; 0 where it is better read in one pass of the model's own.
+
+        A drafter's text is not cut: whether a row's were would hang on the others.
+        """
+        return self._most // rows if self._most >= MOST_HALVES and not self._rounded else 0
 
     def __call__(
         self, tokens: Tensor, columns: Tensor, hidden: list[int], cache: RaggedCache, lanes: list[int]

@@ -140,10 +140,12 @@ class Runner:
             tokens, count = self._with_history(rows, tokens, count)
         elif embeds is None and self.joint and len(rows) > 1 and not any(self.length[row] for row in rows):
             tokens, count = self._read_once(rows, tokens, list(count), max(tail))
-        if self.prefill_chunk and tokens.shape[1] > self.prefill_chunk and embeds is None:
+        most = self.prefill_chunk or (self._lean.piece(len(rows)) if self._lean is not None else 0)
+        if most and tokens.shape[1] > most and embeds is None:
             done = min(count) - max(tail)
-            for first in range(0, done, self.prefill_chunk):
-                piece = tokens[:, first : min(first + self.prefill_chunk, done)]
+            done -= 0 if self.prefill_chunk else done % most  # what is over is read with the last ones
+            for first in range(0, done, most):
+                piece = tokens[:, first : min(first + most, done)]
                 self._feed(rows, piece, [piece.shape[1]] * len(rows), [1] * len(rows), None)
             if done > 0:
                 tokens, count = tokens[:, done:], [c - done for c in count]

@@ -121,16 +121,17 @@ def test_a_position_gets_the_same_bits_whatever_shares_its_pass(family, rounded_
         assert torch.equal(whole, steps)
 
 
-def test_many_positions_get_the_bits_of_few():
-    """Matrices wide enough for rows to be taken in blocks, in numbers that no block divides."""
-    wide = SHAPE | {"hidden_size": 536, "intermediate_size": 1100, "num_hidden_layers": 1}
+@pytest.mark.parametrize(("hidden", "inner"), [(536, 1100), (2048, 2508), (88, 5000)])
+def test_many_positions_get_the_bits_of_few(hidden, inner):
+    """Matrices wide enough for blocks of rows and parts of columns, in numbers that none of them divides."""
+    wide = SHAPE | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1}
     model = made(LlamaConfig(**wide), torch.bfloat16)
     lean = on("dot", model, False)
     ids = torch.randint(97, (1, 93), generator=torch.Generator().manual_seed(2))
     assert lean.takes([93])[0]
     whole = Runner(model, 1, lean=lean).feed([0], ids, [93], [93])[0]
     runner = Runner(model, 1, lean=lean)
-    for size in (7, 12):  # the larger matrix takes twelve in blocks, the smaller one does not
+    for size in (1, 3, 5, 7, 8, 9, 12, 17, 24):  # spans of inputs of every kind
         runner.rollback(0, 0)
         few = [runner.feed([0], part, [part.shape[1]], [part.shape[1]])[0] for part in ids.split(size, 1)]
         assert torch.equal(whole, torch.cat(few))
@@ -149,6 +150,83 @@ def test_bfloat16_columns_are_read_in_pairs(dim, group):
     for lean in (pairs, single):
         error = feed(Runner(model, 2, lean=lean, visible=visible), ids) - exact
         assert error.square().mean().sqrt() < 0.03 * exact.std()
+
+
+def attending(heads, kv_heads, dim, window=0):
+    """One whose attention matters, in bfloat16, and the same in float32."""
+    sizes = {"hidden_size": 8 * heads, "head_dim": dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
+    shape = SHAPE | sizes | {"max_position_embeddings": 512}
+    config = MistralConfig(**shape, sliding_window=window) if window else LlamaConfig(**shape)
+    exact = made(config)
+    for layer in exact.model.layers:
+        layer.self_attn.q_proj.weight.data *= 3
+    model = copy.deepcopy(exact).to(torch.bfloat16)
+    for mine, its in zip(exact.parameters(), model.parameters(), strict=True):
+        mine.data = its.data.float()
+    return model, exact
+
+
+HEADS = [(2, 2, 32, 0), (6, 2, 64, 0), (7, 1, 96, 0), (4, 1, 160, 0), (4, 2, 32, 5), (6, 2, 64, 130), (3, 1, 128, 40)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), HEADS)
+def test_lanes_that_share_what_is_read_get_the_bits_of_single_ones(heads, kv_heads, dim, window):
+    """Two rows, one behind padding, by passes of many sizes: within a span of columns, across its end, behind it."""
+    model, exact = attending(heads, kv_heads, dim, window)
+    lean = on("dot", model, False)
+    visible = torch.ones(2, 9, dtype=torch.bool)
+    visible[0, :5] = False
+    ids = torch.randint(97, (2, 300), generator=torch.Generator().manual_seed(6))
+    single = Runner(model, 2, lean=lean, visible=visible)
+    steps = [single.feed([0, 1], ids[:, i : i + 1], [1, 1], [1, 1]) for i in range(300)]
+    alone = torch.cat(steps, 1)
+    for size in (3, 8, 17, 100):
+        runner, at, parts = Runner(model, 2, lean=lean, visible=visible), 0, []
+        while at < 300:
+            n = min(size, 300 - at)
+            parts.append(runner.feed([0, 1], ids[:, at : at + n], [n, n], [n, n]))
+            at += n
+        together = torch.cat(parts, 1)
+        assert torch.equal(together[0, 5:], alone[0, 5:]) and torch.equal(together[1], alone[1])
+    wanted, its = (Runner(one, 2, visible=visible).feed([0, 1], ids, [300] * 2, [300] * 2) for one in (exact, model))
+    error, usual = ((one.float() - wanted)[:, 5:].square().mean() for one in (alone, its))
+    assert error < 1.5 * usual
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch):
+    """Where the operation is faster than the model's own passes at every length."""
+    model, _ = attending(6, 2, 64)
+    lean = on("dot", model, False)
+    if not lean.piece(1):
+        pytest.skip("needs a CPU that multiplies bfloat16 in vectors and has no tiles for it")
+    ids = torch.randint(97, (2, 500), generator=torch.Generator().manual_seed(6))
+    own = Runner._model_forward
+    monkeypatch.setattr(Runner, "_model_forward", None)
+    sizes, read = [], type(lean).__call__
+    monkeypatch.setattr(type(lean), "__call__", lambda *given: sizes.append(given[1].shape[1]) or read(*given))
+    said = Runner(model, 2, lean=lean, joint=True).feed([0, 1], ids, [500, 490], [2, 1])
+    assert sizes == [128, 128, 128, 116]
+    some = Runner(model, 1, lean=lean, prefill_chunk=200).feed([0], ids[:1], [500], [2])
+    assert sizes[4:] == [200, 200, 98, 2] and torch.equal(some[0], said[0])
+    monkeypatch.setattr(Runner, "_model_forward", own)
+    Runner(model, 2, lean=lean, joint=True).feed([0, 1], ids, [500, 90], [1, 1])  # too short a row to share pieces
+    assert len(sizes) == 8
+
+
+@pytest.mark.parametrize("place", [8, 9, 127, 128, 130])
+def test_a_position_is_not_touched_by_what_comes_behind_it(place):
+    """A draft may hold anything: what is no number stays behind the position it comes with."""
+    model, _ = attending(6, 2, 64)
+    model.model.embed_tokens.weight.data[96] = float("nan")
+    lean = on("dot", model, False)
+    ids = torch.randint(96, (1, 140), generator=torch.Generator().manual_seed(6))
+    wanted = Runner(model, 1, lean=lean).feed([0], ids, [140], [140])[0]
+    ids[0, place] = 96
+    for size in (7, 140):
+        runner = Runner(model, 1, lean=lean)
+        parts = [runner.feed([0], part, [part.shape[1]], [part.shape[1]])[0] for part in ids.split(size, 1)]
+        said = torch.cat(parts)
+        assert torch.equal(said[:place], wanted[:place]) and said[place:].isnan().all()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
