@@ -103,10 +103,12 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
   const int64_t mixed = shape.heads * dim, width = mixed + 2 * shape.kv_heads * dim;
   const Form form = matrices[0].form;
   thread_local Desk desk;
-  auto& [given, x, normal, added, fused, seen, opened, gated, partial] = desk;
-  const Pass pass(team, kernels, shape, lanes, partial);
-  Inputs inputs(kernels, given,
-                std::max(m, last) * kernels.room(form, std::max({hidden, mixed, inner})));
+  Buffer<float>&x = desk.x, &normal = desk.normal, &added = desk.added, &fused = desk.fused;
+  Buffer<float>&seen = desk.seen, &opened = desk.opened, &gated = desk.gated;
+  const Pass pass(team, kernels, shape, lanes, desk.partial);
+  const auto room = [&](int64_t k) { return kernels.room(form, k); };
+  Inputs inputs(kernels, desk.inputs,
+                std::max(m, last) * std::max({room(hidden), room(mixed), room(inner)}));
   x.reserve(m * hidden), normal.reserve(std::max(m, last) * hidden), added.reserve(m * hidden);
   fused.reserve(m * width), seen.reserve(m * mixed), opened.reserve(m * 2 * inner);
   gated.reserve(m * inner);

@@ -15,12 +15,14 @@
 
 namespace specdec {
 
-// Bytes of weights a thread takes at once: a microsecond or two; and for more inputs than a tile
-// has, where they are read from the first cache as often as there are rows to take them (kBlock of
-// pass_product.h), as long as every thread has several pieces
+// Bytes of weights a thread takes at once: a microsecond or two; and for more inputs than a few,
+// which are read again for every piece (kBlock of pass_product.h), as long as every thread has
+// several
 constexpr int64_t kPiece = 1 << 15, kLargePiece = 73728, kFewInputs = 8, kFewPieces = 4;
 constexpr int64_t kSharedLanes = 4;   // inputs from which on threads share what is done to each
 constexpr int64_t kMostQueries = 48;  // of one head that share a piece of attention
+// Floats of attention before its parts are merged: lanes are taken by so many
+constexpr int64_t kMostSums = 1 << 22;
 constexpr int64_t kMostMatrices = 3;  // that read the same inputs
 
 // A buffer whose start suits vectors; what it holds at first does not matter
@@ -173,10 +175,7 @@ class Pass {
   void attend(float* fused, const Stored& stored, const float* rotations, const float* norms,
               float* out, const Done& done) const {
     const Shape& s = shape_;
-    const int64_t width = (s.heads + 2 * s.kv_heads) * s.dim, group = s.heads / s.kv_heads;
-    const auto place = [&](int64_t row, int64_t head) {
-      return (row * s.kv_heads + head) * stored.capacity * s.dim;
-    };
+    const int64_t width = (s.heads + 2 * s.kv_heads) * s.dim;
     each(lanes_.count, [&](int64_t i) {
       float* lane = fused + i * width;
       for (int64_t h = 0; norms && h < s.heads + s.kv_heads; ++h) {
@@ -188,16 +187,30 @@ class Pass {
       kernels_.rotate(lane, s.heads + s.kv_heads, turn, turn + s.dim, s.dim);
       for (int64_t h = 0; h < s.kv_heads; ++h) {
         const int64_t column = lanes_.place ? lanes_.place[i] : lanes_.column[i];
-        const int64_t at = place(lanes_.row[i], h) + column * s.dim;
+        const int64_t at = start(stored, lanes_.row[i], h) + column * s.dim;
         write(lane + (s.heads + h) * s.dim, stored, stored.keys, at);
         write(lane + (s.heads + s.kv_heads + h) * s.dim, stored, stored.values, at);
       }
     });
-    std::vector<Reading> readings = plan(stored.window);
+    int64_t spans = 1;
+    for (int64_t i = 0; i < lanes_.count; ++i)
+      spans = std::max(spans, lanes_.column[i] / kSpan + 1);
+    const int64_t at_once = std::max<int64_t>(kMostSums / (spans * s.heads * (s.dim + 2)), 1);
+    for (int64_t i = 0; i < lanes_.count; i += at_once)
+      attend_some(fused, stored, i, std::min(i + at_once, lanes_.count), out, done);
+  }
+
+ private:
+  // What attend does for the lanes [from, to), whose keys and values are written
+  template <class Done>
+  void attend_some(const float* fused, const Stored& stored, int64_t from, int64_t to, float* out,
+                   const Done& done) const {
+    const Shape& s = shape_;
+    const int64_t width = (s.heads + 2 * s.kv_heads) * s.dim, group = s.heads / s.kv_heads;
+    const std::vector<Reading> readings = plan(stored.window, from, to);
     int64_t sums = 0, most = 0, seen = 0;
-    for (Reading& reading : readings) {
+    for (const Reading& reading : readings) {
       const int64_t count = reading.end - reading.begin;
-      reading.sums = sums;
       sums += count * group * (s.dim + 2);
       most = std::max(most, count);
       seen += count * s.kv_heads;
@@ -226,13 +239,14 @@ class Pass {
                           lanes_.fork ? lanes_.fork[i] : std::numeric_limits<int64_t>::max(),
                           lanes_.path ? lanes_.path[i] : nullptr});
       }
-      const int64_t row = place(lanes_.row[begin], head), size = stored.half ? 2 : 4;
+      const int64_t row = start(stored, lanes_.row[begin], head), size = stored.half ? 2 : 4;
       kernels_.attend(stored.half, static_cast<const char*>(stored.keys) + row * size,
                       static_cast<const char*>(stored.values) + row * size, reading.span * kSpan,
                       sights.data(), end - begin, group, s.dim, s.scaling, scratch.data());
     });
     // Spans of a lane come in order, so a sum over them is the same whatever shares the pass
-    team_.share(lanes_.count, [&](int64_t i) {
+    team_.share(to - from, [&](int64_t lane) {
+      const int64_t i = from + lane;
       thread_local std::vector<const float*> parts;
       thread_local std::vector<float> peaks, masses;
       for (int64_t h = 0; h < s.heads; ++h) {
@@ -253,7 +267,6 @@ class Pass {
     });
   }
 
- private:
   // Lanes [begin, end) of one row read one span of its columns
   struct Reading {
     int64_t span, begin, end, sums;
@@ -292,6 +305,11 @@ class Pass {
     }
   }
 
+  // Where a row's columns of one head begin
+  int64_t start(const Stored& stored, int64_t row, int64_t head) const {
+    return (row * shape_.kv_heads + head) * stored.capacity * shape_.dim;
+  }
+
   void write(const float* x, const Stored& stored, void* to, int64_t at) const {
     if (stored.half) {
       kernels_.narrow(x, static_cast<uint16_t*>(to) + at, shape_.dim);
@@ -308,11 +326,13 @@ class Pass {
   }
 
   // Neighbouring lanes of a row share a reading
-  std::vector<Reading> plan(int64_t window) const {
+  std::vector<Reading> plan(int64_t window, int64_t from, int64_t to) const {
     std::vector<Reading> readings;
-    for (int64_t begin = 0, end; begin < lanes_.count; begin = end) {
+    int64_t sums = 0;
+    const int64_t each_lane = shape_.heads / shape_.kv_heads * (shape_.dim + 2);
+    for (int64_t begin = from, end; begin < to; begin = end) {
       int64_t low = first(begin, window), high = lanes_.column[begin];
-      for (end = begin + 1; end < lanes_.count && lanes_.row[end] == lanes_.row[begin]; ++end) {
+      for (end = begin + 1; end < to && lanes_.row[end] == lanes_.row[begin]; ++end) {
         low = std::min(low, first(end, window));
         high = std::max(high, lanes_.column[end]);
       }
@@ -325,9 +345,10 @@ class Pass {
             ++i;
             continue;
           }
-          const int64_t from = i;
+          const int64_t lane = i;
           while (i < end && sees(i)) ++i;
-          readings.push_back({span, from, i, 0});
+          readings.push_back({span, lane, i, sums});
+          sums += (i - lane) * each_lane;
         }
       }
     }

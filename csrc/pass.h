@@ -52,8 +52,8 @@ struct PassKernels {
   void (*rotate)(float* x, int64_t heads, const float* cosine, const float* sine, int64_t dim);
   // Attention to the columns in [begin, begin + kSpan) that each lane sees, at least one; keys and
   // values [columns, dim] in float32 or bfloat16 (queries and weights are rounded to it beside
-  // these where the machine multiplies them); lanes of one row share what is read. Scratch is as
-  // many floats as attend_room says, at an address that suits vectors.
+  // these where the machine multiplies them, and lanes of one row may share what is read).
+  // Scratch is as many floats as attend_room says, at an address that suits vectors.
   int64_t (*attend_room)(int64_t lanes, int64_t group, int64_t dim);
   void (*attend)(bool half, const void* keys, const void* values, int64_t begin,
                  const Sight* sights, int64_t lanes, int64_t group, int64_t dim, float scaling,

@@ -130,19 +130,13 @@ inline void gather_some(const float* weights, const Columns<Stored>& columns, in
 }
 
 template <int kGroup, class Stored>
-inline void gather_singly(const float* weights, const Columns<Stored>& columns, int64_t dim,
-                          float* out) {
+inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, float* out) {
   constexpr int kWidth = kParts == 1 ? 4 : 1;
   int64_t d = 0;
   for (; d + kWidth * kLanes <= dim; d += kWidth * kLanes)
     gather_some<kGroup, kWidth>(weights, columns, dim, d, d + kWidth * kLanes, out);
   for (; d < dim; d += kLanes)
     gather_some<kGroup, 1>(weights, columns, dim, d, least(d + kLanes, dim), out);
-}
-
-template <int kGroup, class Stored>
-inline void gather(const float* weights, const Columns<Stored>& columns, int64_t dim, float* out) {
-  gather_singly<kGroup>(weights, columns, dim, out);
 }
 
 // How queries meet keys. Where the machine multiplies bfloat16 itself, those stored in it meet

@@ -11,9 +11,9 @@ struct Count {
   static constexpr int value = kCount;
 };
 
-// How many of `left` inputs the next span takes: as equal shares as may be, or with kFull as many
-// as a span can have (seven of eight were found to take as long as eight), but none alone at the
-// end
+// How many of `left` inputs the next span takes: as equal shares as may be; with kFull as many as a
+// span can have (seven of eight were found to take as long as eight), but for the last two spans
+// where one input would be left
 template <int kMost, bool kFull>
 inline int64_t share_of(int64_t left) {
   const int64_t parts = (left + kMost - 1) / kMost;

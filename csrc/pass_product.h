@@ -224,9 +224,9 @@ template <class Scheme>
                 reinterpret_cast<const char*>(w) + (n + block) * row + kLow * j * kEntry;
             const int64_t beyond = next - reinterpret_cast<const char*>(w) - end * row;
             if (beyond >= 0) next = static_cast<const char*>(after) + beyond;
-            part_of_tile<Scheme, kLow, kI, ahead.value>(w + n * k + j, x + i * apart + j, some, k,
-                                                        apart, next, j == 0, last,
-                                                        kept + s * kLow * kI, sum);
+            part_of_tile<Scheme, kLow, kI, ahead.value>(
+                w + n * k + j, x + i * apart + j, some, k, apart, next, j == 0, last,
+                kept + (parts > 1 ? s * kLow * kI : 0), sum);
             if (!last) continue;
 #pragma GCC unroll 8
             for (int l = 0; l < kI; ++l)
@@ -254,8 +254,8 @@ constexpr bool kDot = true;
 constexpr bool kDot = false;
 #endif
 
-// Inputs whose entries of one column would share few sets of the first cache lie a line further
-// apart
+// Inputs whose entries of one column would share few sets of the first cache lie further apart, by
+// so many lines that eight inputs begin at sets of their own
 int64_t spread(int64_t bytes) { return bytes % 2048 ? bytes : bytes + 512; }
 
 int64_t room([[maybe_unused]] Form form, int64_t k) {

@@ -41,7 +41,7 @@ class Runner:
         rows: how many rows.
         visible: ``[rows, P]`` bool, the prompt columns that are not padding; None where all are.
         use_cache: False: everything is computed anew in each pass, as ``generate(use_cache=False)`` does.
-        prefill_chunk: feed long inputs in pieces of this many columns.
+        prefill_chunk: feed long inputs in pieces of this many columns; None: as suits ``lean``.
         head: replaces the model's LM head: maps ``[.., H]`` final hidden states to logits.
         joint: whether rows share a forward pass; None: find out.
         lean: takes the model's place in short passes, where padding is on the left; its logits are those of ``head``.
@@ -143,7 +143,10 @@ class Runner:
         most = self.prefill_chunk or (self._lean.piece(len(rows)) if self._lean is not None else 0)
         if most and tokens.shape[1] > most and embeds is None:
             done = min(count) - max(tail)
-            done -= 0 if self.prefill_chunk else done % most  # what is over is read with the last ones
+            if not self.prefill_chunk:  # pieces alike, the last of which goes with the rest
+                pieces = -(-tokens.shape[1] // most)
+                most = -(-tokens.shape[1] // pieces)
+                done = min((pieces - 1) * most, done // most * most)
             for first in range(0, done, most):
                 piece = tokens[:, first : min(first + most, done)]
                 self._feed(rows, piece, [piece.shape[1]] * len(rows), [1] * len(rows), None)

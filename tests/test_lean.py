@@ -121,7 +121,7 @@ def test_a_position_gets_the_same_bits_whatever_shares_its_pass(family, rounded_
         assert torch.equal(whole, steps)
 
 
-@pytest.mark.parametrize(("hidden", "inner"), [(536, 1100), (2048, 2508), (88, 5000)])
+@pytest.mark.parametrize(("hidden", "inner"), [(536, 1100), (2048, 2508), (88, 5000), (1024, 1056)])
 def test_many_positions_get_the_bits_of_few(hidden, inner):
     """Matrices wide enough for blocks of rows and parts of columns, in numbers that none of them divides."""
     wide = SHAPE | {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": 1}
@@ -152,10 +152,10 @@ def test_bfloat16_columns_are_read_in_pairs(dim, group):
         assert error.square().mean().sqrt() < 0.03 * exact.std()
 
 
-def attending(heads, kv_heads, dim, window=0):
+def attending(heads, kv_heads, dim, window=0, **more):
     """One whose attention matters, in bfloat16, and the same in float32."""
     sizes = {"hidden_size": 8 * heads, "head_dim": dim, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
-    shape = SHAPE | sizes | {"max_position_embeddings": 512}
+    shape = SHAPE | sizes | {"max_position_embeddings": 600} | more
     config = MistralConfig(**shape, sliding_window=window) if window else LlamaConfig(**shape)
     exact = made(config)
     for layer in exact.model.layers:
@@ -166,11 +166,18 @@ def attending(heads, kv_heads, dim, window=0):
     return model, exact
 
 
+@pytest.fixture
+def usual_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 HEADS = [(2, 2, 32, 0), (6, 2, 64, 0), (7, 1, 96, 0), (4, 1, 160, 0), (4, 2, 32, 5), (6, 2, 64, 130), (3, 1, 128, 40)]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), HEADS)
-def test_lanes_that_share_what_is_read_get_the_bits_of_single_ones(heads, kv_heads, dim, window):
+def test_lanes_that_share_what_is_read_get_the_bits_of_single_ones(heads, kv_heads, dim, window, usual_threads):
     """Two rows, one behind padding, by passes of many sizes: within a span of columns, across its end, behind it."""
     model, exact = attending(heads, kv_heads, dim, window)
     lean = on("dot", model, False)
@@ -180,7 +187,8 @@ def test_lanes_that_share_what_is_read_get_the_bits_of_single_ones(heads, kv_hea
     single = Runner(model, 2, lean=lean, visible=visible)
     steps = [single.feed([0, 1], ids[:, i : i + 1], [1, 1], [1, 1]) for i in range(300)]
     alone = torch.cat(steps, 1)
-    for size in (3, 8, 17, 100):
+    for size, threads in ((3, 2), (8, 2), (8, 1), (17, 3), (100, 2)):
+        torch.set_num_threads(threads)
         runner, at, parts = Runner(model, 2, lean=lean, visible=visible), 0, []
         while at < 300:
             n = min(size, 300 - at)
@@ -205,12 +213,19 @@ def test_long_prompts_are_read_in_pieces(monkeypatch):
     sizes, read = [], type(lean).__call__
     monkeypatch.setattr(type(lean), "__call__", lambda *given: sizes.append(given[1].shape[1]) or read(*given))
     said = Runner(model, 2, lean=lean, joint=True).feed([0, 1], ids, [500, 490], [2, 1])
-    assert sizes == [128, 128, 128, 116]
+    assert sizes == [125, 125, 125, 125]
+    sizes.clear()
+    longer = torch.randint(97, (1, 517), generator=torch.Generator().manual_seed(6))
+    whole = Runner(model, 1, lean=lean).feed([0], longer, [517], [6])  # 5 of them a draft
+    assert sizes == [173, 173, 171]
+    steps = Runner(model, 1, lean=lean, prefill_chunk=32).feed([0], longer, [517], [6])
+    assert torch.equal(whole, steps)
+    sizes.clear()
     some = Runner(model, 1, lean=lean, prefill_chunk=200).feed([0], ids[:1], [500], [2])
-    assert sizes[4:] == [200, 200, 98, 2] and torch.equal(some[0], said[0])
+    assert sizes == [200, 200, 98, 2] and torch.equal(some[0], said[0])
     monkeypatch.setattr(Runner, "_model_forward", own)
     Runner(model, 2, lean=lean, joint=True).feed([0, 1], ids, [500, 90], [1, 1])  # too short a row to share pieces
-    assert len(sizes) == 8
+    assert len(sizes) == 4
 
 
 @pytest.mark.parametrize("place", [8, 9, 127, 128, 130])
@@ -227,6 +242,24 @@ def test_a_position_is_not_touched_by_what_comes_behind_it(place):
         parts = [runner.feed([0], part, [part.shape[1]], [part.shape[1]])[0] for part in ids.split(size, 1)]
         said = torch.cat(parts)
         assert torch.equal(said[:place], wanted[:place]) and said[place:].isnan().all()
+
+
+def test_a_position_is_not_touched_by_what_it_does_not_see():
+    """Padding, and what has left a window: one layer, so nobody in between hands it on."""
+    model, _ = attending(6, 2, 64, window=40, num_hidden_layers=1)
+    model.model.embed_tokens.weight.data[96] = float("nan")
+    lean = on("dot", model, False)
+    visible = torch.ones(1, 5, dtype=torch.bool)
+    visible[0, :5] = torch.tensor([False, False, False, True, True])
+    ids = torch.randint(96, (1, 200), generator=torch.Generator().manual_seed(6))
+    wanted = Runner(model, 1, lean=lean, visible=visible).feed([0], ids, [200], [200])[0]
+    ids[0, :3], ids[0, 101] = 96, 96
+    for size in (1, 7, 200):
+        runner = Runner(model, 1, lean=lean, visible=visible)
+        parts = [runner.feed([0], part, [part.shape[1]], [part.shape[1]])[0] for part in ids.split(size, 1)]
+        said = torch.cat(parts)
+        clean = [*range(3, 101), *range(141, 200)]
+        assert torch.equal(said[clean], wanted[clean]) and said[101:141].isnan().all()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

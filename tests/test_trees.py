@@ -34,6 +34,13 @@ def wide_heads(**more):
     return build_model("llama", hidden_size=48, head_dim=64, num_attention_heads=6, num_key_value_heads=2, **more)
 
 
+def wide_windows():
+    """The same, with a window that ends within a tree's path."""
+    return build_model(
+        "mistral", hidden_size=48, head_dim=32, num_attention_heads=6, num_key_value_heads=2, sliding_window=3
+    )
+
+
 def own_token(logits, climbing, seed, position):
     """The target's own token behind ``logits [V]``, by the plain code."""
     if not climbing.temperature:
@@ -166,10 +173,11 @@ def _read(one, row, text):
 
 
 @pytest.mark.parametrize("climbing", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral", "wide_heads"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2_windows", "mistral", "wide_heads", "wide_windows"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_tree_is_judged_as_its_texts_are(kind, dtype, climbing):
-    own = (wide_heads() if kind == "wide_heads" else copy.deepcopy(tiny(kind))).to(dtype)
+    wide = {"wide_heads": wide_heads, "wide_windows": wide_windows}.get(kind)
+    own = (wide() if wide else copy.deepcopy(tiny(kind))).to(dtype)
     lean = lean_model(own, rounded=False)
     assert lean is not None
     width, rng = own.config.vocab_size, random.Random(3)
@@ -211,6 +219,22 @@ def test_a_tree_is_judged_as_its_texts_are(kind, dtype, climbing):
             rounding = {} if dtype == torch.float32 else {"rtol": 0, "atol": 0}
             torch.testing.assert_close(after, logits_of(row, tail), **rounding)
     assert any(said.passed)
+
+
+def test_siblings_that_are_no_numbers_touch_nobody():
+    own = wide_heads().bfloat16()
+    own.model.embed_tokens.weight.data[5] = float("nan")
+    lean = lean_model(own, rounded=False)
+    said = {}
+    for other in (5, 8):
+        runner = Runner(own, 1, lean=lean)
+        _read(runner, 0, list(range(10, 31)))
+        first = int(runner.read([0], [[31]], [1])[0, -1].argmax())
+        runner.rollback(0, 21)
+        tree = Tree([[other, first, other, first, other]], [[-1, -1, 0, 1, 1]], [[0] * 5], [1])
+        climbed = runner.climb([0], [31], tree, GREEDY, ([5], [23]))
+        said[other] = (climbed.passed[0], climbed.token[0], runner.read([0], [[11]], [1])[0, 0].tolist())
+    assert said[5] == said[8] and said[5][0][0] == 1
 
 
 def test_a_row_without_a_tree_beside_one_with():
