@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 import weakref
 
 import pytest
@@ -199,6 +200,25 @@ def test_lanes_that_share_what_is_read_get_the_bits_of_single_ones(heads, kv_hea
     wanted, its = (Runner(one, 2, visible=visible).feed([0, 1], ids, [300] * 2, [300] * 2) for one in (exact, model))
     error, usual = ((one.float() - wanted)[:, 5:].square().mean() for one in (alone, its))
     assert error < 1.5 * usual
+
+
+def test_inputs_of_every_width_have_room():
+    """Those of 1,024 columns lie further apart than those of 1,056. In a thread where no earlier pass made room."""
+    wide = SHAPE | {"hidden_size": 1024, "intermediate_size": 1056, "num_hidden_layers": 1}
+    model = made(LlamaConfig(**wide), torch.bfloat16)
+    runner = Runner(model, 1, lean=on("dot", model, False))
+    ids = torch.randint(97, (1, 100), generator=torch.Generator().manual_seed(2))
+    said = []
+
+    def run():
+        few = [runner.feed([0], part, [1], [1])[0] for part in ids.split(1, 1)]
+        runner.rollback(0, 0)
+        said.append(torch.equal(runner.feed([0], ids, [100], [100])[0], torch.cat(few)))
+
+    alone = threading.Thread(target=run)
+    alone.start()
+    alone.join()
+    assert said == [True]
 
 
 def test_long_prompts_are_read_in_pieces(monkeypatch):

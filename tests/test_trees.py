@@ -448,6 +448,34 @@ def test_wide_heads_in_bfloat16_write_the_text_of_plain_decoding(do_sample, clim
         assert torch.equal(fast_generate(target, PROMPT, **shared, **other), text), other
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_the_same_tokens_behind_a_prompt_read_in_pieces(do_sample, monkeypatch):
+    target = wide_heads(vocabulary=WIDTH).bfloat16()
+    lean = lean_model(target, rounded=False)
+    if not lean.piece(1):
+        pytest.skip("needs a CPU that multiplies bfloat16 in vectors and has no tiles for it")
+    monkeypatch.setattr(type(lean), "piece", lambda lean, rows: 0 if lean._rounded else 64 // rows)
+    prompt = torch.randint(1, WIDTH - 1, (2, 150), generator=torch.Generator().manual_seed(7))
+    shared = {"do_sample": do_sample, "top_k": 0, "seed": 5, "max_new_tokens": 30, "verification": "gumbel"}
+    if not do_sample:
+        del shared["verification"]
+    text = fast_generate(target, prompt, **shared, **parties("tli"))
+    assert last_speculation().accepted
+    plain = {"method": "autoregressive"}
+    assert torch.equal(fast_generate(target, prompt, **shared, **plain), text)
+    with monkeypatch.context() as whole:
+        whole.setattr(type(lean), "piece", lambda *_: 0)
+        whole.setattr(lean, "_most", 1 << 20)
+        assert torch.equal(fast_generate(target, prompt, **shared, **plain), text)
+    read = Runner._feed
+
+    def fault(one, rows, tokens, count, tail, embeds):  # a piece is read as if it were another
+        return read(one, rows, tokens.flip(1) if tokens.shape[1] > 20 else tokens, count, tail, embeds)
+
+    monkeypatch.setattr(Runner, "_feed", fault)
+    assert not torch.equal(fast_generate(target, prompt, **shared, **plain), text)
+
+
 @pytest.mark.parametrize("kind", ["model", "tli"])
 @pytest.mark.parametrize("law", [{"temperature": 0.6}, {"top_p": 0.8}, {"min_p": 0.1, "temperature": 1.5}])
 def test_the_same_tokens_by_every_law(law, kind):
