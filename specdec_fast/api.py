@@ -17,8 +17,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, sampling, warmup
 from specdec_fast.branching import Branching
-from specdec_fast.cache import check_cache, ragged_layers
-from specdec_fast.continuation import load, store
+from specdec_fast.cache import CACHE_NAMES, check_cache, given_cache, ragged_layers
+from specdec_fast.continuation import columns_before, load, store
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.device_plan import Call, mode_of, open_session, resident_outlook
 from specdec_fast.device_session import Session
@@ -87,7 +87,7 @@ def fast_generate(
     """Generates with a drafter; the output has exactly the law of ``model`` alone.
 
     Takes every argument of ``model.generate`` and returns what it returns: ``sequences [B, L]``, or with
-    ``return_dict_in_generate=True`` a ``GenerateDecoderOnlyOutput`` (scores, logits, ``past_key_values``) that also
+    ``return_dict_in_generate=True`` a ``GenerateDecoderOnlyOutput`` (scores, logits, the cache) that also
     carries the statistics as ``output.speculation``. After a plain tensor they are in
     :func:`specdec_fast.last_speculation`.
 
@@ -189,9 +189,9 @@ def fast_generate(
         raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
     if settings.get("token_healing"):
         raise ValueError("token_healing is not supported: call model.heal_tokens on the prompt, then fast_generate")
-    cache = kwargs.get("past_key_values")
+    name, cache = given_cache(kwargs)
     if cache is not None and not isinstance(cache, Cache):
-        raise TypeError(f"past_key_values must be a Cache, such as DynamicCache, not {type(cache).__name__}")
+        raise TypeError(f"{name} must be a Cache, such as DynamicCache, not {type(cache).__name__}")
     for name in _OTHER_SPECULATION:
         if kwargs.get(name) or getattr(generation_config, name, None):
             raise ValueError(f"{name} asks for an assisted decoding of Transformers' own: use model.generate for it")
@@ -254,7 +254,8 @@ _OTHER_SPECULATION = ("assistant_early_exit", "assistant_ensemble_weight", "spec
 
 
 _DEFAULTS = GenerationConfig()
-_FORWARDED = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds")
+_FORWARDED = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
+_CACHE_FIELD = next(name for name in CACHE_NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
 
 
 class _Loop:
@@ -302,13 +303,13 @@ class _Loop:
             raise ValueError("rows that end early need padding: set pad_token_id")
 
         embeds = model_kwargs.get("inputs_embeds")
-        cache = model_kwargs.get("past_key_values")
+        name, cache = given_cache(model_kwargs)
         past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
-            raise ValueError("use_cache=False cannot continue past_key_values: leave out one of them")
-        shift = _shift(config, columns, past, mask, embeds)
+            raise ValueError(f"use_cache=False cannot continue {name}: leave out one of them")
+        shift = columns_before(config, columns, past, mask, embeds, name)
         if isinstance(cache, Cache):
-            check_cache(cache, batch, ragged_layers(model.config) or 0, shift + max(limit, columns + 1) - 1)
+            check_cache(cache, name, batch, ragged_layers(model.config) or 0, shift + max(limit, columns + 1) - 1)
         visible = None if mask is None else mask.bool().to(input_ids.device)
         if visible is not None and visible.shape[1] != shift + columns:
             raise ValueError(
@@ -436,7 +437,7 @@ class _Loop:
         if not config.return_dict_in_generate:
             return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}
-        output = SpeculativeOutput(sequences=sequences.clone(), past_key_values=cache, **fields)  # type: ignore[arg-type]
+        output = SpeculativeOutput(sequences=sequences.clone(), **fields, **{_CACHE_FIELD: cache})  # type: ignore[arg-type]
         output.speculation = statistics
         return output
 
@@ -455,25 +456,6 @@ def _refuse_inputs(inputs: Iterable[str]) -> None:
     """Refuses inputs of the model's forward pass that the loop does not hand on."""
     if unknown := sorted(set(inputs) - {"input_ids", *_FORWARDED}):
         raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
-
-
-def _shift(config: GenerationConfig, columns: int, past: int, mask: Tensor | None, embeds: Tensor | None) -> int:
-    """Columns of the target's text in front of those of ``input_ids``."""
-    if embeds is not None:
-        if past:
-            raise ValueError("inputs_embeds cannot continue past_key_values: pass input_ids")
-        return embeds.shape[1] - columns
-    if not past:
-        return 0
-    # As `generate`: the mask covers all text; ids that are as long as it repeat what the cache holds
-    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", columns)
-    if whole == columns:
-        if past >= columns:
-            raise ValueError(
-                f"past_key_values holds {past} columns and input_ids has {columns}: at least one token must be new"
-            )
-        return 0
-    return past
 
 
 def _check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:

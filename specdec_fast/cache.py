@@ -7,6 +7,8 @@ matches them column by column.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +16,41 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["RaggedCache", "check_cache", "ragged_layers", "read_cache", "write_cache"]
+__all__ = [
+    "CACHE_NAMES",
+    "RaggedCache",
+    "cache_argument",
+    "cache_of",
+    "check_cache",
+    "given_cache",
+    "ragged_layers",
+    "read_cache",
+    "write_cache",
+]
 
+CACHE_NAMES = ("cache", "past_key_values")  # since Transformers 5.24, and before
 GROWTH = 256  # columns a buffer grows by at least, so that growing costs one copy in hundreds of tokens
+
+
+def cache_argument(kind: Any) -> str:
+    """What the forward of a class of models or layers calls its cache; empty where it takes none."""
+    return _cache_argument(kind)
+
+
+@functools.cache
+def _cache_argument(kind: Any) -> str:
+    takes = inspect.signature(kind.forward).parameters
+    return next((name for name in CACHE_NAMES if name in takes), "")
+
+
+def cache_of(output: Any) -> Any:
+    """The cache in what a model or ``generate`` returns."""
+    return output.cache if hasattr(output, "cache") else output.past_key_values
+
+
+def given_cache(arguments: dict[str, Any]) -> tuple[str, Any]:
+    """A caller's cache among keyword arguments, and by which name; None where there is none."""
+    return next(((n, arguments[n]) for n in CACHE_NAMES if arguments.get(n) is not None), (CACHE_NAMES[0], None))
 
 
 @dataclass
@@ -163,10 +197,11 @@ def ragged_layers(config: Any) -> int | None:
     return len(layers) if plain and layers else None
 
 
-def check_cache(cache: Any, rows: int, layers: int, columns: int) -> None:
+def check_cache(cache: Any, name: str, rows: int, layers: int, columns: int) -> None:
     """Refuses a caller's cache that cannot be read, or cannot hold the result.
 
     Args:
+        name: of the argument.
         rows: of the call.
         layers: of the model.
         columns: the longest result's.
@@ -177,23 +212,21 @@ def check_cache(cache: Any, rows: int, layers: int, columns: int) -> None:
     past = int(cache.get_seq_length())
     if len(cache.layers) != layers and (past or cache.layers):
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, the model {layers}: pass a cache that this model returned"
+            f"{name} has {len(cache.layers)} layers, the model {layers}: pass a cache that this model returned"
         )
     for layer in cache.layers:
         kind = type(layer).__name__
         if not layer.is_sliding and 0 <= layer.get_max_length() < columns:
             raise ValueError(
-                f"past_key_values is a static cache of {layer.get_max_length()} columns, this call may need {columns}: "
+                f"{name} is a static cache of {layer.get_max_length()} columns, this call may need {columns}: "
                 "make it larger, or lower max_new_tokens"
             )
         if not past or not layer.is_initialized:
             continue  # layers that share another layer's keys never fill their own
         if layer.keys is None or layer.values is None or (not layer.is_sliding and layer.keys.shape[2] < past):
-            raise ValueError(f"past_key_values has layers of type {kind}, which cannot be read: pass a DynamicCache")
+            raise ValueError(f"{name} has layers of type {kind}, which cannot be read: pass a DynamicCache")
         if layer.keys.shape[0] != rows:
-            raise ValueError(
-                f"past_key_values has {layer.keys.shape[0]} rows, the call {rows}: give it one row a sequence"
-            )
+            raise ValueError(f"{name} has {layer.keys.shape[0]} rows, the call {rows}: give it one row a sequence")
 
 
 def read_cache(source: Any, target: RaggedCache) -> None:

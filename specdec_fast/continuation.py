@@ -6,11 +6,13 @@ import copy
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import GenerationConfig
 
 from specdec_fast.cache import RaggedCache, read_cache, write_cache
 from specdec_fast.runner import Runner
 
-__all__ = ["load", "store"]
+__all__ = ["columns_before", "load", "store"]
 
 
 def load(target: Runner, cache: Any, past: int) -> None:
@@ -47,3 +49,22 @@ def store(target: Runner, cache: Any, columns: int) -> None:
             layer.values = torch.cat([part.values[:, :, :columns] for part in parts])
             layer.is_initialized = True
     write_cache(joined, cache, columns)
+
+
+def columns_before(
+    config: GenerationConfig, columns: int, past: int, mask: Tensor | None, embeds: Tensor | None, name: str
+) -> int:
+    """Columns of the target's text in front of those of ``input_ids``; ``name`` is that of the cache's argument."""
+    if embeds is not None:
+        if past:
+            raise ValueError(f"inputs_embeds cannot continue {name}: pass input_ids")
+        return embeds.shape[1] - columns
+    if not past:
+        return 0
+    # As `generate`: the mask covers all text; ids that are as long as it repeat what the cache holds
+    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", columns)
+    if whole == columns:
+        if past >= columns:
+            raise ValueError(f"{name} holds {past} columns and input_ids has {columns}: at least one token must be new")
+        return 0
+    return past

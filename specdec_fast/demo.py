@@ -13,6 +13,7 @@ from rich.text import Text
 from torch import Tensor
 
 from specdec_fast import fast_generate, last_speculation
+from specdec_fast.cache import cache_argument, cache_of
 from specdec_fast.console import (
     Session,
     Settings,
@@ -223,7 +224,8 @@ def margin_at(model: Any, ids: Tensor) -> Margin:
     """Looks at the target's choice behind a text ``[1, n]``, n > 1, in one forward pass."""
     whole = model(ids, use_cache=False).logits[0, -1].float()
     before = model(ids[:, :-1], use_cache=True)
-    stepwise = model(ids[:, -1:], past_key_values=before.past_key_values, use_cache=True).logits[0, -1].float()
+    past = {cache_argument(type(model)): cache_of(before)}
+    stepwise = model(ids[:, -1:], **past, use_cache=True).logits[0, -1].float()
     values, tokens = whole.topk(min(10, whole.shape[0]))
     first, second = (int(token) for token in tokens[:2])
     return Margin(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from specdec_fast import dispatch
+from specdec_fast.cache import cache_argument
 from specdec_fast.layer_ops import layer_heads, layer_product, layer_product_scaled, layer_scale
 from specdec_fast.round_ops import pass_turns
 from specdec_fast.static_cache import Place, StaticLayer
@@ -183,17 +184,18 @@ def _plain(linear: nn.Module) -> bool:
 
 @functools.cache
 def _few_operations(kind: Any, backend: str) -> Any:
+    argument = cache_argument(kind)
+
     def forward(
         self: Any,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         use_cache: bool | None = False,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **others: Any,
     ) -> Tensor:
-        stored = _stored(self, hidden_states, past_key_values)
+        stored = _stored(self, hidden_states, others.get(argument))
         turns = position_embeddings
         if stored is None or turns is None or turns[0].shape[-1] != self.self_attn.head_dim:
             plain: Tensor = kind.forward(
@@ -201,12 +203,12 @@ def _few_operations(kind: Any, backend: str) -> Any:
                 hidden_states,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
                 position_embeddings=position_embeddings,
                 **others,
             )
             return plain
+        others.pop(argument)
         return _layer(self, hidden_states, attention_mask, turns, stored, backend, others)
 
     return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "fused": True})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
 from specdec_fast.branching import Branching, nodes_for
-from specdec_fast.cache import ragged_layers
+from specdec_fast.cache import CACHE_NAMES, cache_argument, ragged_layers
 from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, races, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter
@@ -112,10 +111,10 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
             f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: use "
             "model.generate for it"
         )
-    if "past_key_values" not in inspect.signature(type(model).forward).parameters:
+    if not cache_argument(type(model)):
         raise ValueError(
-            f"{argument}: {name} has no key-value cache to roll back (its forward takes no past_key_values): use "
-            "model.generate for it"
+            f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "
+            f"{' nor '.join(CACHE_NAMES)}): use model.generate for it"
         )
 
 

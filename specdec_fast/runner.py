@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast import attention, trees
-from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers
 from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
 from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
@@ -406,7 +406,8 @@ class Runner:
         level = unit.window.columns is None
         start = [self.length[row] for row in rows]
         visible = None if self._visible is None else self._visible[rows]
-        arguments: dict[str, Any] = {"use_cache": True, "past_key_values": unit.cache, "return_dict": True}
+        cache = cache_argument(type(self.model))
+        arguments: dict[str, Any] = {"use_cache": True, cache: unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
         if _takes(self.model, "position_ids"):
             # Lanes behind a row's count are ignored, but a learned position must exist for them too

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
-from specdec_fast.cache import RaggedCache, RaggedLayer, Window
+from specdec_fast.cache import CACHE_NAMES, RaggedCache, RaggedLayer, Window
 
 __all__ = ["Place", "StaticCache", "StaticLayer", "capacity_for", "rows_for"]
 
@@ -101,6 +101,7 @@ class StaticCache(RaggedCache):
     """The cache of one model for ``rows`` rows of ``capacity`` columns.
 
     Args:
+        argument: of the model's forward that takes it.
         capacity: columns, one more than the longest text.
         device: of the model.
         windows: of each layer, None: full attention.
@@ -109,6 +110,7 @@ class StaticCache(RaggedCache):
         graphs: captured passes that concern this cache alone (:mod:`specdec_fast.prompt_passes`).
     """
 
+    argument: str = CACHE_NAMES[0]
     capacity: int = LEAST_CAPACITY
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: tuple[int | None, ...] = ()

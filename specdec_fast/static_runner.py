@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
-from specdec_fast.cache import RaggedCache, ragged_layers
+from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.static_cache import Place, StaticCache, capacity_for
@@ -63,7 +63,7 @@ def static_forward(
         "input_ids": tokens.clamp(0, ids - 1),
         "position_ids": position_ids,
         "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-        "past_key_values": cache.cache,
+        cache.argument: cache.cache,
         "use_cache": True,
         "return_dict": True,
     }
@@ -106,7 +106,8 @@ def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     windows = tuple(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers)
-    cache = StaticCache(rows, len(layers), capacity=capacity, device=model.device, windows=windows)
+    argument = cache_argument(type(model))
+    cache = StaticCache(rows, len(layers), argument=argument, capacity=capacity, device=model.device, windows=windows)
     # Only a pass tells how many heads of what size and type a layer keeps
     StaticRunner(model, cache, 1).feed([0], torch.zeros((1, 1), dtype=torch.long), [1], [1])
     cache.forget()

@@ -9,8 +9,10 @@ from tiny import PAD, model, noisy, prompts, same
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from specdec_fast import fast_generate, last_speculation
+from specdec_fast.cache import CACHE_NAMES, cache_argument, cache_of
 
 DICT = {"return_dict_in_generate": True}
+NAME = cache_argument(type(model()))  # Transformers has changed it
 ARCHITECTURES = ("llama", "mistral", "gemma3", "gpt2", "bloom", "qwen2_windows")
 
 
@@ -101,9 +103,25 @@ def test_static_caches(architecture, tokens):
         inputs = extended(inputs, expected, seed=seed, new=2)
 
 
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_cache_goes_by_every_name_that_generate_has_for_it(name):
+    if CACHE_NAMES.index(name) < CACHE_NAMES.index(NAME):
+        with pytest.raises(ValueError, match=name):  # as generate's own: it would be ignored
+            fast_generate(model(), **prompts(), **{name: DynamicCache()}, max_new_tokens=3)
+        return
+    turn = fast_generate(model(), **prompts(), **DICT, max_new_tokens=5, assistant_model=noisy())
+    assert turn[name] is getattr(turn, name) is cache_of(turn)
+    second = extended(prompts(), turn.sequences)
+    expected = model().generate(**second, max_new_tokens=6)
+    for own in ({}, {"assistant_model": noisy()}, {"assistant_model": noisy(), "compile": "static"}):
+        given = {name: copy.deepcopy(turn[name])}
+        assert torch.equal(fast_generate(model(), **second, **given, max_new_tokens=6, **own), expected)
+        assert given[name].get_seq_length() == expected.shape[1] - 1
+
+
 def test_a_static_cache_that_is_too_small_is_refused_at_once():
     cache = StaticCache(config=model().config, max_cache_len=12)
-    with pytest.raises(ValueError, match=r"past_key_values is a static cache of 12 columns.* may need 18"):
+    with pytest.raises(ValueError, match=rf"{NAME} is a static cache of 12 columns.* may need 18"):
         fast_generate(model(), **prompts(), past_key_values=cache, max_new_tokens=10)
     assert cache.get_seq_length() == 0
     fast_generate(model(), **prompts(), past_key_values=cache, max_new_tokens=4)
@@ -123,19 +141,19 @@ def test_caches_that_do_not_fit_are_refused(change, words):
     cache = model().generate(**prompts(2), **DICT, max_new_tokens=5).past_key_values
     change(cache)
     ids = prompts(2, length=20)
-    with pytest.raises(ValueError, match=f"past_key_values.*{words}"):
+    with pytest.raises(ValueError, match=f"{NAME}.*{words}"):
         fast_generate(model(), **ids, past_key_values=cache, max_new_tokens=5, assistant_model=noisy())
 
 
 def test_nothing_new_behind_a_cache_is_refused():
     turn = model().generate(**prompts(), **DICT, max_new_tokens=5)
-    with pytest.raises(ValueError, match="past_key_values holds 13 columns and input_ids has 9"):
+    with pytest.raises(ValueError, match=f"{NAME} holds 13 columns and input_ids has 9"):
         fast_generate(model(), **prompts(), past_key_values=turn.past_key_values, max_new_tokens=5)
 
 
 def test_a_cache_without_using_it_is_refused():
     turn = model().generate(**prompts(), **DICT, max_new_tokens=5)
-    with pytest.raises(ValueError, match="use_cache=False cannot continue past_key_values"):
+    with pytest.raises(ValueError, match=f"use_cache=False cannot continue {NAME}"):
         fast_generate(model(), turn.sequences, past_key_values=turn.past_key_values, use_cache=False)
 
 

@@ -133,7 +133,7 @@ def test_heads_that_are_turned_in_part_are_left_to_the_plain_layer(backend, monk
     monkeypatch.setattr(kind.__mro__[1], "forward", lambda self, *given, **named: seen.append(1))
     hidden = torch.zeros(1, 2, made.config.hidden_size, device=DEVICE)
     half = torch.zeros(1, 2, layer.self_attn.head_dim // 2, device=DEVICE)
-    kind.forward(layer, hidden, past_key_values=cache.cache, position_embeddings=(half, half))
+    kind.forward(layer, hidden, **{cache.argument: cache.cache}, position_embeddings=(half, half))
     assert seen
 
 

@@ -26,6 +26,7 @@ from transformers.generation import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import decoding_loop, fast_generate, last_speculation
+from specdec_fast.cache import given_cache
 
 METHODS = ("autoregressive", "model", "tli", "slem", "prompt_lookup")
 
@@ -217,7 +218,7 @@ def poisoned(after, value=float("nan"), row=0):
     copied = make_noisy(model(), 0.0)
 
     def poison(module, args, kwargs, output):
-        cache = kwargs.get("past_key_values")
+        _, cache = given_cache(kwargs)
         if cache is not None and cache.get_seq_length() >= after:
             output.logits[row] = value
         return output
@@ -331,6 +332,15 @@ def test_the_loop_reads_generates_own_knobs():
     cache = DynamicCache()
     output = model().generate(**prompts(), custom_generate=loop, max_new_tokens=16, past_key_values=cache)
     assert cache.get_seq_length() == output.shape[1] - 1
+
+
+@pytest.mark.parametrize("compiled", ["auto", "off", "static"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_that_transformers_is_about_to_drop_is_used(method, compiled):
+    target, own = taught()[0], drafters()[method]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        fast_generate(target, **taught_prompts(2), **own, compile=compiled, max_new_tokens=6)
 
 
 def test_pads_of_any_id_stand_behind_an_eos():

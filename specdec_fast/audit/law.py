@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from specdec_fast.cache import cache_argument, cache_of
+
 __all__ = ["SHAPES", "Cells", "Scorer", "cells_of"]
 
 SHAPES = ("one position", "γ+1 positions", "whole text")
@@ -72,7 +74,7 @@ class Scorer:
         output = self._forward(1, input_ids=self._prompt, use_cache=True)
         for token in prefix:
             ids = torch.tensor([[token]], dtype=torch.long, device=self._prompt.device)
-            output = self._forward(1, input_ids=ids, past_key_values=output.past_key_values, use_cache=True)
+            output = self._forward(1, input_ids=ids, cache=cache_of(output), use_cache=True)
         processors: Any = self._processors
         return processors(self._texts([prefix]), output.logits[:, -1].float())[0]
 
@@ -98,9 +100,9 @@ class Scorer:
                 # A copy, because a cache cannot be rolled back in every model
                 past = copy.deepcopy(self._step(prefix[:-1])[0])
                 ids = torch.tensor([prefix[-1:]], dtype=torch.long, device=self._prompt.device)
-                arguments = {"input_ids": ids, "past_key_values": past}
+                arguments = {"input_ids": ids, "cache": past}
             output = self._forward(1, use_cache=True, **arguments)
-            known = self._steps[prefix] = (output.past_key_values, output.logits[:, -1])
+            known = self._steps[prefix] = (cache_of(output), output.logits[:, -1])
         return known
 
     @torch.no_grad()
@@ -109,7 +111,7 @@ class Scorer:
         first = max(texts.shape[1] - self._positions, 0)
         arguments: dict[str, Any] = {}
         if first:
-            arguments["past_key_values"] = self._forward(1, input_ids=texts[:, :first], use_cache=True).past_key_values
+            arguments["cache"] = cache_of(self._forward(1, input_ids=texts[:, :first], use_cache=True))
         output = self._forward(1, input_ids=texts[:, first:], use_cache=True, **arguments)
         return output.logits[: len(prefixes), -1]
 
@@ -124,6 +126,8 @@ class Scorer:
     def _forward(self, keep: int, model: Any = None, **arguments: Any) -> Any:
         if self._keeps:
             arguments["logits_to_keep"] = keep
+        if "cache" in arguments:
+            arguments[cache_argument(type(self._model))] = arguments.pop("cache")
         return (self._model if model is None else model)(**arguments, return_dict=True)
 
 
