@@ -26,6 +26,7 @@ from specdec_fast.drafters.base import Drafter
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
+from specdec_fast.host_model import HostModel
 from specdec_fast.lean import lean_model, why_not_lean
 from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
 from specdec_fast.masks import text_positions
@@ -338,7 +339,7 @@ class _Loop:
         )
         if mode == "native" and lean is None:
             statistics.loop_reason = f"passes are the model's own: {why_not_lean(model, rounded=False)}"
-        opened = open_session(model, mode, config.compile_config, batch, call, statistics)
+        opened, passes = open_session(model, mode, config.compile_config, batch, call, statistics)
         try:
             resident = opened if isinstance(opened, Session) else None
             device = input_ids.device if resident is None else torch.device("cpu")
@@ -354,7 +355,7 @@ class _Loop:
             if resident is not None:
                 target = resident.target
             else:
-                target = opened.target if opened is not None else call.runner(model, batch, lean)
+                target = opened.runner if isinstance(opened, HostModel) else call.runner(model, batch, lean)
             # Processed scores are wanted by nobody but the rule, whose operation takes the usual ones as parameters
             inside = do_sample and record.scores is None and bool(logits_processor)
             inside = inside and not stops.in_order and sampling.parameters(logits_processor) is not None
@@ -362,7 +363,7 @@ class _Loop:
             if plan.tree and (seen or resident is not None or not target.quick([plan.tree + 1] * batch)):
                 plan = replace(plan, tree=0)  # chains then, by the same rule
             if resident is None:
-                outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns)
+                outlook, known = warmup.outlook_for(plan, parts, rows.tokens, lean, limit - columns, passes)
             else:
                 outlook, known = resident_outlook(model, resident, call, limit - columns)
             history: dict[str, Any] = {"horizon": limit - columns}
@@ -405,7 +406,7 @@ class _Loop:
                 watcher = lookahead if isinstance(lookahead, Adaptive) and lookahead.watches else None
                 branching = lookahead if isinstance(lookahead, Branching) else None
                 drafter = methods.build_drafter(
-                    plan, *parts[:-1], input_ids.device, watcher=watcher, branching=branching
+                    plan, *parts[:-1], input_ids.device, watcher=watcher, branching=branching, passes=passes
                 )
             if past:
                 load(target, cache, past)
@@ -432,8 +433,9 @@ class _Loop:
                 cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
                 store(target, cache, shift + sequences.shape[1] - 1)
         finally:
-            if opened is not None:
-                opened.close()
+            for taken in (passes, opened):
+                if taken is not None:
+                    taken.close()
         if not config.return_dict_in_generate:
             return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}

@@ -140,7 +140,7 @@ class Captured:
     ) -> Tensor:
         if lane is not None:
             return self._forward(model, cache, head, tokens, lane, *rest)
-        key = ("pass", tokens.shape[1])
+        key = ("pass", tokens.shape[1], *rest)  # a window of a drafter's text is among the rest
         if key not in self._graphs:
             own = tokens.clone()
             with notice(f"capturing a pass of {tokens.shape[1]} positions"):

@@ -15,9 +15,11 @@ from specdec_fast.costs import Observed, Outlook, constant_costs
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
-from specdec_fast.device_session import DrafterPart, HostTarget, Session
+from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
-from specdec_fast.lean import LeanModel
+from specdec_fast.host_model import HostModel
+from specdec_fast.host_passes import HostPasses
+from specdec_fast.lean import LeanModel, lean_model
 from specdec_fast.methods import Plan, asks, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
@@ -93,10 +95,11 @@ class Call:
 
 def open_session(
     model: PreTrainedModel, mode: str, config: Any, batch: int, call: Call, statistics: Speculation
-) -> Session | HostTarget | None:
+) -> tuple[Session | HostModel | None, HostPasses | None]:
     """A session for a call whose rounds can live on the device, or a static target for the loop on the host.
 
-    The statistics say why it is not the former; None: the model runs as it is.
+    The statistics say why it is not the former; None: the model runs as it is. Beside it what runs drafters of the loop
+    on the host at fixed shapes, None: they run as they are.
 
     Args:
         mode: of :func:`mode_of`.
@@ -107,19 +110,24 @@ def open_session(
         if mode == "native" and config is not None:
             said = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
             statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
-        return None
+        return None, None
     how, plan = Compilation.of(mode, model, config), call.plan
+    passes = HostPasses(how, model.device, call.longest, call.prompt)
     model, switched = for_passes(model, how.compiled)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call, how) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
-        return None
+        return None, passes
     statistics.forward = "inductor" if how.compiled else "static"
     statistics.attention = switched or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
     if statistics.loop_reason:
-        target = HostTarget(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
+        drafter = call.options.assistant_model
+        why = None if drafter is None or lean_model(drafter) is not None else passes.why_not(drafter)
+        if why is not None:
+            statistics.loop_reason += f"; the drafter's passes are its own: {why}"
+        target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
         statistics.static_bytes = target.bytes
-        return target
+        return target, passes
     session = Session(
         *sizes,
         law=DeviceLaw.of(call.processors, do_sample=call.do_sample),
@@ -135,7 +143,7 @@ def open_session(
     )
     statistics.loop, statistics.loop_reason = "device", how.why_not
     statistics.static_bytes = session.bytes
-    return session
+    return session, passes
 
 
 def resident_outlook(

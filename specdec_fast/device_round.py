@@ -255,6 +255,7 @@ class DeviceWriter:
         confidence: a row's draft ends behind a token whose probability is below this.
         watched: a row's draft ends where ``State.sure`` and ``State.worth`` say so.
         eager: shapes may hang on values (a CPU, and nothing compiled): drafting ends where all rows are through.
+        told: the host writes the drafter's text into the state; None: where its tokenizer is another.
 
     Attributes:
         branch: passes of steps that no row needs are skipped by it; None: they run.
@@ -275,6 +276,7 @@ class DeviceWriter:
         confidence: float = 0.0,
         watched: bool = False,
         eager: bool = False,
+        told: bool | None = None,
     ):
         self.runner = runner
         self.law = law
@@ -283,6 +285,7 @@ class DeviceWriter:
         self.watched = watched
         self._target_ids = target_ids
         self._choices = choices
+        self._told = choices is not None if told is None else told
         self._picks = picks
         self.eager = eager
         self._confidence = confidence
@@ -397,7 +400,7 @@ class DeviceWriter:
 
     def _tail(self, state: State) -> tuple[Tensor, Tensor]:
         """The last ids of each row's text and its length: what may be new, and a token or two more."""
-        if self._choices is not None:  # another tokenizer: the host has written them
+        if self._told:
             return state.tail, state.text
         return draft_tail(state.ids, state.length, state.unread, UNREAD)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from specdec_fast import static_cache
 from specdec_fast.compiled import (
     BRANCHES,
     Captured,
@@ -41,20 +42,19 @@ from specdec_fast.device_round import (
     NothingDrafted,
     Round,
     State,
-    bucket_of,
 )
 from specdec_fast.device_text import DraftedText, read_texts
 from specdec_fast.drafters.model import Context
+from specdec_fast.host_model import lanes_for
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
-from specdec_fast.static_runner import Forward, StaticRunner
+from specdec_fast.static_runner import StaticRunner
 
-__all__ = ["DrafterPart", "HostTarget", "Session"]
+__all__ = ["DrafterPart", "Session"]
 
 TIMED = (1, 5)  # draft tokens of the rounds that are timed
-ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Session:
         self._known: dict[int, tuple[DrafterPart, DraftedText]] = {}  # candidates that have drafted
         self._law, self._rule = law, rule
         self._batch, self._columns = batch, columns
-        self._pair = self._check_out(min(columns, prompt + ALLOWANCE), 0)
+        self._pair = self._check_out(min(columns, prompt + static_cache.ALLOWANCE), 0)
         self._unread = 1  # the most tokens of a row that a drafter with the target's tokenizer has not read
         self._stopped: set[int] = set()
         self._lent = False
@@ -273,9 +273,13 @@ class Session:
         old = self._pair
         if columns < old.target.capacity and (old.drafter is None or own < old.drafter.capacity):
             return
-        columns = old.target.capacity - 1 if columns < old.target.capacity else min(columns + ALLOWANCE, self._columns)
+        columns = (
+            old.target.capacity - 1
+            if columns < old.target.capacity
+            else min(columns + static_cache.ALLOWANCE, self._columns)
+        )
         if old.drafter is not None:
-            own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + ALLOWANCE
+            own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + static_cache.ALLOWANCE
         self._pair = self._check_out(columns, own)
         try:
             self._move_target(old)
@@ -349,12 +353,8 @@ class Session:
                 self._writer.catch_up(self.state, self._unread)
             self._unread = UNREAD
         tells = self._writer.tells if gamma else NothingDrafted.tells
-        if self.state.ids.device.type != "cuda":
-            report = HostReport(self._round(self.state, gamma), tells)
-        else:
-            report = PinnedReport(
-                self._captured(gamma) if self._how.captured else self._round(self.state, gamma), tells
-            )
+        values = self._captured(gamma) if self._how.captured else self._round(self.state, gamma)
+        report = (PinnedReport if values.device.type == "cuda" else HostReport)(values, tells)
         self._report = report if gamma else None
         return report
 
@@ -428,71 +428,3 @@ class Session:
             self._pair.costs[self._key] = Costs((plain,), step=step, start=start, read=read, measured=True)
             self._unread = 1
         return self._pair.costs[self._key]
-
-
-class HostTarget:
-    """A target for the loop on the host, its short passes of fixed shape, on a GPU each captured as a CUDA graph.
-
-    Args:
-        model, how, batch, columns, prompt, visible, prefill_chunk: as for :class:`Session`.
-    """
-
-    MOST = 24  # lanes of a pass
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        how: Compilation,
-        batch: int,
-        columns: int,
-        prompt: int,
-        *,
-        visible: Tensor | None = None,
-        prefill_chunk: int | None = None,
-    ):
-        self._model, self._how, self._batch, self._columns = model, how, batch, columns
-        self._pair = self._check_out(min(columns, prompt + ALLOWANCE))
-        with handing_back(self._pair):
-            self.target = StaticRunner(
-                model,
-                self._pair.target,
-                batch,
-                visible=visible,
-                prefill_chunk=prefill_chunk,
-                forward=self._forward(),
-                room=self._room,
-            )
-
-    @property
-    def bytes(self) -> int:
-        """Memory of the cache and rows."""
-        return self._pair.bytes
-
-    def close(self) -> None:
-        """Gives the cache back."""
-        hand_back(self._pair)
-
-    def _check_out(self, columns: int) -> Pair:
-        capacity = capacity_for(columns)
-        return check_out(self._model, None, rows_for(self._batch), (capacity, capacity), self._how)
-
-    def _forward(self) -> Forward:
-        forward = self._pair.forwards[0]
-        return Captured(forward, self._pair.graphs) if self._how.captured else forward
-
-    def _room(self, columns: int, lanes: int) -> int:
-        """Moves to a larger cache where a text would not fit; the lanes of a pass of fixed shape, 0 for another one."""
-        if columns >= self._pair.target.capacity:
-            old = self._pair
-            self._pair = self._check_out(max(min(columns + ALLOWANCE, self._columns), columns))
-            try:
-                self._pair.target.take(old.target)
-                self.target.move(self._pair.target, self._forward())
-            finally:
-                hand_back(old)
-        return lanes_for(lanes)
-
-
-def lanes_for(lanes: int) -> int:
-    """Lanes of a pass of fixed shape that holds so many; 0: it is long, rare and bound by arithmetic."""
-    return bucket_of(lanes - 1) + 1 if lanes <= HostTarget.MOST else 0

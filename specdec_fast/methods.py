@@ -15,7 +15,7 @@ from specdec_fast.branching import Branching, nodes_for
 from specdec_fast.cache import CACHE_NAMES, cache_argument, ragged_layers
 from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, races, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
-from specdec_fast.drafters.base import Drafter
+from specdec_fast.drafters.base import Drafter, Passes
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
 from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter, Watcher
 from specdec_fast.drafters.none import NoDrafter
@@ -364,12 +364,14 @@ def build_drafter(
     device: torch.device,
     watcher: Watcher | None = None,
     branching: Branching | None = None,
+    passes: Passes | None = None,
 ) -> Drafter:
     """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``.
 
     Args:
         watcher: whether to draft on; asked where :func:`asks` says so.
         branching: how far trees grow, where the plan has some.
+        passes: runs drafters that have no native form; None: they run as they are.
     """
     if plan.method == "autoregressive":
         return NoDrafter(device)
@@ -377,7 +379,7 @@ def build_drafter(
         return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device, only=plan.rows)
     if plan.others:
         alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
-        rest = model, options, rows, processors, do_sample, device, watcher
+        rest = model, options, rows, processors, do_sample, device, watcher, None, passes
         assert options.assistant_model is not None
         handicaps = {"slrs": LOOKING * _size(options.assistant_model, model)}
         tried = [
@@ -390,7 +392,7 @@ def build_drafter(
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
     confidence = options.assistant_confidence_threshold or 0.0
     window = options.assistant_window
-    how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window}
+    how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window, "passes": passes}
     raced = plan.verification == "gumbel"
     # An argmax seldom changes by what a memory knows, and its cost is not won back
     remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
@@ -407,7 +409,7 @@ def build_drafter(
     if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass
-            writer = ModelWriter(drafter, contexts, warpers=warpers, **how)
+            writer = ModelWriter(drafter, contexts, warpers=warpers, **how, lawless=True)
             return SlemDrafter(writer, proposer, device)
         return LiteralSlrsDrafter(
             drafter,

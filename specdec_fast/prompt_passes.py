@@ -77,11 +77,11 @@ def capture_all(*runners: StaticRunner | None) -> None:
 
 def _ready(runner: StaticRunner, lanes: int) -> Any:
     """The captured pass of so many lanes; None where it cannot be captured."""
-    graphs = runner.cache.graphs
-    if lanes not in graphs:
+    graphs, key = runner.cache.graphs, (lanes, runner.positions)
+    if key not in graphs:
         with notice(f"capturing a pass of {lanes} tokens of a prompt"):
-            graphs[lanes] = _captured(runner, lanes)
-    return graphs[lanes]
+            graphs[key] = _captured(runner, lanes)
+    return graphs[key]
 
 
 def _run(runner: StaticRunner, tokens: list[list[int]], start: list[int]) -> None:

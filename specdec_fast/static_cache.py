@@ -26,6 +26,7 @@ from specdec_fast.cache import CACHE_NAMES, RaggedCache, RaggedLayer, Window
 __all__ = ["Place", "StaticCache", "StaticLayer", "capacity_for", "rows_for"]
 
 LEAST_CAPACITY = 256
+ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
 
 
 @dataclass
@@ -115,7 +116,7 @@ class StaticCache(RaggedCache):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: tuple[int | None, ...] = ()
     place: Place = field(init=False)
-    graphs: dict[int, Any] = field(init=False, default_factory=dict)
+    graphs: dict[Any, Any] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.window.total_rows = self.rows

@@ -122,7 +122,7 @@ class StaticRunner(Runner):
         cache: at least ``rows`` rows; rows behind those take part in passes of fixed shape and mean nothing.
         rows: of the call.
         visible: ``[rows, P]`` bool, padding on the left only.
-        prefill_chunk, head: as for :class:`Runner`.
+        prefill_chunk, head, window: as for :class:`Runner`.
         forward: :func:`static_forward`, or a compiled form of it.
         room: called before each pass of :meth:`feed` with the columns and lanes it needs, it sees to the cache's size
             and returns how many lanes to make of them; such a pass, once the prompt is read, has a fixed shape too.
@@ -141,6 +141,7 @@ class StaticRunner(Runner):
         visible: Tensor | None = None,
         prefill_chunk: int | None = None,
         head: Head | None = None,
+        window: int | None = None,
         forward: Forward = static_forward,
         room: Callable[[int, int], int] | None = None,
     ):
@@ -148,7 +149,8 @@ class StaticRunner(Runner):
         self.forward = forward
         self._room = room
         self.reader: Callable[[StaticRunner, Sequence[int], Sequence[Sequence[int]]], bool] | None = None
-        super().__init__(model, rows, visible=visible, prefill_chunk=prefill_chunk, head=head, joint=True)
+        own = {"visible": visible, "prefill_chunk": prefill_chunk, "head": head, "window": window}
+        super().__init__(model, rows, **own, joint=True)  # type: ignore[arg-type]
         self._ids = self.vocabulary or 1 << 60
         cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))
 

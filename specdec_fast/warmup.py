@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, low, observed
 from specdec_fast.drafters.base import Drafter
+from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Parts, Plan, build_drafter
 from specdec_fast.randomness import Philox
@@ -38,7 +40,12 @@ SHARE = 0.03  # of a call that its measurement may take
 
 
 def outlook_for(
-    plan: Plan, parts: Parts, texts: list[list[int]], lean: LeanModel | None, horizon: int
+    plan: Plan,
+    parts: Parts,
+    texts: list[list[int]],
+    lean: LeanModel | None,
+    horizon: int,
+    passes: HostPasses | None = None,
 ) -> tuple[Outlook, Observed | None]:
     """What a call's lookahead is computed from.
 
@@ -50,6 +57,7 @@ def outlook_for(
         texts: each row's prompt without padding.
         lean: the target's short passes.
         horizon: tokens a row may write.
+        passes: runs models of this call that have no native form; None: they run as they are.
 
     Returns:
         the table, and where what the call measures goes (None: nowhere).
@@ -74,15 +82,26 @@ def outlook_for(
         return Outlook(constant), known
     asked: _Asked | None = getattr(_thread, "asked", None)
     if all(texts) and (asked is not None or (not known.ready and horizon >= WORTH_IT)):
-        drafter = build_drafter(replace(plan, others=(), rows=None), *parts)
         more: dict[str, Any] = {"budget": SHARE * horizon}
         if asked is not None:
             asked.found.append(known)
             for method in plan.others:  # makes its tables
                 build_drafter(replace(plan, method=method, others=(), rows=None), *parts)
             more = {"budget": float("inf"), "repetitions": asked.repetitions}
-        known.take(measure(lambda: Runner(model, batch, lean=lean), drafter, texts, device, **more))
+        alone, apart = replace(plan, others=(), rows=None), None if passes is None else passes.apart()
+        try:
+            drafter = build_drafter(alone, *parts, passes=apart)
+            known.take(measure(partial(_target, model, batch, lean, apart), drafter, texts, device, **more))
+        finally:
+            if apart is not None:
+                apart.close()
     return known.outlook() if known.ready else known.counted(constant), known
+
+
+def _target(model: PreTrainedModel, rows: int, lean: LeanModel | None, passes: HostPasses | None) -> Runner:
+    """A target to be timed, as the call will run it."""
+    fixed = None if passes is None or lean is not None else passes.runner(model, rows, columns=CONTEXT + max(SIZES))
+    return Runner(model, rows, lean=lean) if fixed is None else fixed
 
 
 @dataclass

@@ -29,7 +29,7 @@ LAYERS = (
     {"prepared"},
     {"api"},
     {"device_engine", "device_plan", "continuation"},
-    {"methods", "engine", "warmup", "device_session", "device_text"},
+    {"methods", "engine", "warmup", "device_session", "device_text", "host_model", "host_passes"},
     {"choice"},
     {"options", "settings"},
     {
@@ -43,6 +43,7 @@ LAYERS = (
         "drafters.projection",
         "drafters.prompt_lookup",
         "drafters.slrs",
+        "drafters.written",
     },
     {"static_model", "prompt_passes"},
     {"compiled", "device_projection", "device_report"},

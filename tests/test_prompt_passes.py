@@ -1,56 +1,32 @@
 """Prompts read by passes of fixed shape: as on a GPU, with graphs that a CPU can replay."""
 
 import copy
-from dataclasses import replace
 
+import graphs
 import pytest
 import torch
 from tiny import build_model, drafters, model, noisy, prompts, same, taught, taught_prompts
 
-from specdec_fast import compiled, device_plan, device_session, fast_generate, last_speculation, prepare, prompt_passes
+from specdec_fast import device_session, fast_generate, last_speculation, prepare, prompt_passes
 from specdec_fast.prompt_passes import lanes_for_prompt
 
 STATIC = {"compile": "static"}
 METHODS = ("autoregressive", "model", "tli", "projection")
 
 
-class Graph:
-    """Runs again what was captured, and writes where that had written."""
-
-    def __init__(self, run, result):
-        self.run, self.result = run, result
-
-    def replay(self):
-        self.result.copy_(self.run())
-
-
 @pytest.fixture
 def captures(monkeypatch):
     """Everything is captured; yields the shapes of the prompt passes that were."""
     shapes = []
-    original = device_plan.Compilation.of
-
-    def of(*given):
-        return replace(original(*given), captured=True)
-
-    def capture(run):
-        for _ in range(compiled.WARM_UPS):
-            run()
-        result = run()
-        return (Graph(run, result.clone()), result), ""
 
     def captured(runner, lanes, right=prompt_passes._captured):
         shapes.append((runner.model, lanes))
         return right(runner, lanes)
 
-    monkeypatch.setattr(device_plan.Compilation, "of", of)
-    for module in (compiled, device_session, prompt_passes):
-        monkeypatch.setattr(module, "capture", capture)
+    graphs.imitate(monkeypatch)
     monkeypatch.setattr(prompt_passes, "_captured", captured)
     monkeypatch.setattr(prompt_passes, "LANES", (4, 8))
-    compiled._kept.clear()  # with what earlier tests have captured
-    yield shapes
-    compiled._kept.clear()
+    return shapes
 
 
 def test_lanes_are_few_shapes():

@@ -284,7 +284,7 @@ def test_drafts_beyond_the_last_column_change_nothing(tight, architecture):
 
 
 def test_a_text_that_outgrows_its_caches_moves_to_larger_ones(tight, monkeypatch, plain_drafters):
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     moved = []
     take = static_cache.StaticCache.take
     monkeypatch.setattr(static_cache.StaticCache, "take", lambda mine, other: (moved.append(1), take(mine, other))[1])
@@ -340,7 +340,7 @@ def test_what_needs_the_host_runs_there_and_says_why(settings, reason):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("method", ["slem", "prompt_lookup", "model"])
 def test_in_the_hosts_loop_short_passes_have_fixed_shapes(tight, monkeypatch, method, rows):
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     passes, score = [], StaticRunner.score
     monkeypatch.setattr(
         StaticRunner,
@@ -369,7 +369,7 @@ def test_scores_that_are_no_law_are_refused():
 @pytest.mark.parametrize("fails", ["take", "move"])
 @pytest.mark.parametrize("method", ["tli", "slem"])
 def test_a_move_to_larger_caches_that_fails_gives_both_back(tight, monkeypatch, method, fails):
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     target = make_noisy(taught()[0], 0.0)
 
     def no_room(*_):

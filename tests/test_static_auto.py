@@ -68,7 +68,7 @@ def changes(monkeypatch):
 @pytest.mark.parametrize("order", [("tli", "projection"), ("projection", "tli")])
 def test_one_row_stays_on_the_device(order, rule, changing, changes, monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     changing(*order)
     host, _ = written(1, "off", verification=rule)
     device, statistics = written(1, "static", verification=rule)
@@ -84,7 +84,7 @@ def test_one_row_stays_on_the_device(order, rule, changing, changes, monkeypatch
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.8, "top_p": 0.9}], ids=str)
 def test_rows_that_need_the_host_go_on_there_and_come_back(rows, order, sampling, changing, changes, monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     changing(*order)
     host, _ = written(rows, "off", max_new_tokens=60, **sampling)
     device, statistics = written(rows, "static", max_new_tokens=60, **sampling)

@@ -157,7 +157,7 @@ def test_a_session_that_cannot_be_made_gives_its_caches_back(monkeypatch, method
     given = {**drafters()[method], "compile": "static", "max_new_tokens": 4}
     inputs = taught_prompts(1)
     pair = prepare(target, **given, do_sample=False, repetitions=1, inputs=inputs["input_ids"])
-    assert [pair.busy for pair in compiled._kept[target]] == [False]
+    assert not any(pair.busy for pair in compiled._kept[target])
     expected = pair.generate(**inputs)
     made = []
 
@@ -175,9 +175,9 @@ def test_a_session_that_cannot_be_made_gives_its_caches_back(monkeypatch, method
             patched.setattr(owner, name, failing(getattr(owner, name)))
         with pytest.raises(MemoryError, match="no room"):
             pair.generate(**inputs)
-    assert [pair.busy for pair in compiled._kept[target]] == [False]
+    assert not any(pair.busy for pair in compiled._kept[target])
     assert torch.equal(pair.generate(**inputs), expected)
-    assert len(compiled._kept[target]) == 1
+    assert len(compiled._kept[target]) == 1 + (method == "slem")  # costs in the host's loop are measured on a small one
 
 
 def test_a_branch_goes_into_the_graph_that_is_being_captured(monkeypatch):

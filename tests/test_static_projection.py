@@ -137,7 +137,7 @@ def test_the_longest_text_ends_inside_a_block(new):
 
 def test_a_text_that_outgrows_its_caches_moves_to_larger_ones(monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 1)
-    monkeypatch.setattr(device_session, "ALLOWANCE", 2)
+    monkeypatch.setattr(static_cache, "ALLOWANCE", 2)
     on_device(same(taught()[0], taught_prompts(2, padded=True), {**OWN, **STATIC}, max_new_tokens=50))
 
 

@@ -1,14 +1,19 @@
-"""What the engine asks of a drafter."""
+"""What the engine asks of a drafter, and a drafter of who runs its model."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast.proposal import Proposal
+from specdec_fast.runner import Head, Runner
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
 
-__all__ = ["Drafter"]
+__all__ = ["Drafter", "Drafting", "Passes", "Told"]
 
 
 class Drafter(Protocol):
@@ -32,4 +37,62 @@ class Drafter(Protocol):
 
         Returns:
             ``R`` rows on the target's device.
+        """
+
+
+class Told(NamedTuple):
+    """One row's draft as the host reads it: what was drawn (-1: from scores that are no law), and where the lookahead
+    asks for it the level of confidence of each."""
+
+    drawn: list[int]
+    levels: list[int]
+
+
+class Drafting(Protocol):
+    """Writes whole drafts of a model on its own vocabulary, without the law that they were drawn from."""
+
+    def __call__(
+        self,
+        texts: Sequence[list[int]],
+        first: Sequence[int],
+        active: Sequence[int],
+        steps: Sequence[int],
+        keys: tuple[list[int], list[int]],
+        warpers: LogitsProcessorList | None,
+        stops: Sequence[tuple[list[float], list[float]]] | None,
+    ) -> list[Told] | None:
+        """Drafts behind texts; all but a draft's last token count as read.
+
+        Args:
+            texts: of all rows, in the model's ids; each is read from its ``first`` on.
+            active: the ``R`` rows that draft, none of whose texts is empty.
+            steps: how many tokens each drafts at most, 1 or more.
+            keys: seed and position of Philox's numbers, ``R`` each.
+            warpers: the model's sampling; None: its argmax.
+            stops: where each draft ends, of a lookahead that watches.
+
+        Returns:
+            one a row; None where this has to be done otherwise, and nothing was done.
+        """
+
+
+class Passes(Protocol):
+    """Runs models at fixed shapes (:class:`specdec_fast.host_passes.HostPasses`)."""
+
+    def runner(
+        self, model: PreTrainedModel, rows: int, *, head: Head | None, ids: Tensor | None, window: int | None
+    ) -> Runner | None:
+        """A runner for so many rows; None where the model cannot run so.
+
+        Args:
+            head, window: as for :class:`~specdec_fast.runner.Runner`.
+            ids: ``[K]`` int64, what the head's logits are of.
+        """
+
+    def drafting(self, runner: Runner, confidence: float, watched: bool) -> Drafting:
+        """Whole drafts on a runner that was made here.
+
+        Args:
+            confidence: a draft ends behind a token whose probability is below this.
+            watched: drafts end where a lookahead says so.
         """

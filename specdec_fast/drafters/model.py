@@ -23,12 +23,15 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import sampling
 from specdec_fast.branching import Branching
+from specdec_fast.drafters.base import Drafting, Passes
 from specdec_fast.drafters.head import dense_head, pruned_head
+from specdec_fast.drafters.written import Written
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest, raced_token
 from specdec_fast.lean import Choosing, lean_model
-from specdec_fast.lean_ops import Choices, Index, Laws, Told
+from specdec_fast.lean_ops import Choices, Index, Told
 from specdec_fast.memory import Memory
-from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal, padded
+from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
+from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
@@ -91,6 +94,8 @@ class ModelWriter:
         names: ``[K]`` int64 target ids of the choices, for that and for the memory; None: their places.
         remembers: mend the scores by what the target said at like places (``docs/memory.md``), where drafts are
             written by native operations.
+        passes: runs models that have no native form; None: they run as they are.
+        lawless: nobody asks for the law that tokens were drawn from.
     """
 
     memory: Memory | None = None
@@ -109,6 +114,8 @@ class ModelWriter:
         races: bool = False,
         names: Tensor | None = None,
         remembers: bool = False,
+        passes: Passes | None = None,
+        lawless: bool = False,
     ):
         self._races, self._names = races and warpers is not None, names
         self.contexts = contexts
@@ -121,7 +128,13 @@ class ModelWriter:
                 head = pruned_head(model, choices)
             else:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
-        self._runner = Runner(model, len(contexts), head=head, lean=lean, window=window)
+        runner: Runner | None = None
+        self._drafting: Drafting | None = None
+        if lean is None and passes is not None:
+            runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window)
+            if runner is not None and choices is None and (lawless or warpers is None):
+                self._drafting = passes.drafting(runner, confidence, watcher is not None)
+        self._runner = runner or Runner(model, len(contexts), head=head, lean=lean, window=window)
         if remembers and lean is not None:
             self.memory = lean.memory(len(contexts), names)
         self._choices = None if choices is None else choices.to(model.device)
@@ -206,8 +219,8 @@ class ModelWriter:
         return tree._replace(origin=origin)
 
     def _write(self, active: list[int], count: list[int], draws: Draws) -> Written:
-        if (at_once := self._at_once(active, count, draws)) is not None:
-            return at_once
+        if (written := self._at_once(active, count, draws) or self._on_the_device(active, count, draws)) is not None:
+            return written
         most = max(count)
         logits = self._catch_up(active)
         feed = self._runner.steps(active, most)
@@ -238,8 +251,7 @@ class ModelWriter:
             for row, c in zip(active, count, strict=True):
                 self._runner.advance(row, min(len(fed), c - 1))
         entries = torch.stack(drawn, 1)
-        written = self._ids(entries[:, : len(fed)]).tolist()
-        for row, ids in zip(active, written, strict=True):
+        for row, ids in zip(active, self._ids(entries[:, : len(fed)]).tolist(), strict=True):
             self._drafted[row] = ids
         law = None if self.warpers is None or self._races else torch.stack(kept_scores, 1)
         return Written(entries, law, count, torch.stack(sums, 1) if sums else None)
@@ -267,6 +279,22 @@ class ModelWriter:
             fed = [entry if entry > 0 else 0 for entry in entries[: drawn - 1]]  # some id where none was drawn
             self._drafted[row] = fed if ids is None else [ids[entry] for entry in fed]
         return Written(None, drafted.laws, drafted.counts, entries=drafted.drawn, device=self.device)
+
+    def _on_the_device(self, active: list[int], count: list[int], draws: Draws) -> Written | None:
+        """The same as one function of fixed shape, which keeps no law; None where there is none."""
+        if self._drafting is None or self._races or type(draws.source) is not Philox:
+            return None
+        watcher, texts = self._watcher, [context.ids for context in self.contexts]
+        stops = None if watcher is None else [watcher.stops(row) for row in active]
+        told = self._drafting(texts, self._first, active, count, draws.keys, self.warpers, stops)
+        if told is None:
+            return None
+        for row, one in zip(active, told, strict=True):
+            self._drafted[row] = [max(entry, 0) for entry in one.drawn[:-1]]  # some id where none was drawn
+            if watcher is not None:
+                watcher.saw(row, one.levels)
+        drawn = [one.drawn for one in told]
+        return Written(None, None, [len(line) for line in drawn], entries=drawn, device=self.device)
 
     def _ids(self, entries: Tensor) -> Tensor:
         """The drafter's ids of entries drawn; some id where there is none."""
@@ -315,67 +343,6 @@ class ModelWriter:
         if self._races:
             return raced_token(scores, draws, step, self._names), None
         return drafted_token(scores, draws, step)
-
-
-class Written:
-    """What a drafter wrote.
-
-    Args:
-        drawn: ``[R, G]`` int64, entries of the writer's choices; -1 where the drafter's scores were no distribution.
-        laws: they were drawn from, None for an argmax drafter; or their scores, ``[R, >= G, K]`` float32.
-        count: tokens of each row.
-        logsumexp: ``[R, >= G]`` float64 of the scores, where it is known and these are given.
-        entries: ``drawn`` as lists, ``[R][G]``, where they are at hand; ``drawn`` may then be None.
-        device: of the tensor made of them.
-    """
-
-    def __init__(
-        self,
-        drawn: Tensor | None,
-        laws: Laws | Tensor | None,
-        count: list[int],
-        logsumexp: Tensor | None = None,
-        *,
-        entries: list[list[int]] | None = None,
-        device: torch.device | None = None,
-    ):
-        assert drawn is not None or entries is not None
-        self.laws = Laws(laws, logsumexp) if isinstance(laws, Tensor) else laws
-        self.count, self.entries = count, entries
-        self._drawn, self._device = drawn, device
-
-    @property
-    def scores(self) -> Tensor | None:
-        return None if self.laws is None else self.laws.scores
-
-    @property
-    def logsumexp(self) -> Tensor | None:
-        return None if self.laws is None else self.laws.logsumexp
-
-    @property
-    def drawn(self) -> Tensor:
-        if self._drawn is None:
-            assert self.entries is not None
-            self._drawn = padded(self.entries, self._device or torch.device("cpu"))
-        return self._drawn
-
-    def spread(self, places: list[int], rows: int) -> Written:
-        """The same with rows that wrote nothing put in between."""
-        if len(places) == rows:
-            return self
-        drawn = self.drawn.new_zeros((rows, self.drawn.shape[1]))
-        drawn[places] = self.drawn
-        scores, logsumexp = self.scores, self.logsumexp
-        if scores is not None:
-            own, scores = scores, scores.new_zeros((rows, *scores.shape[1:]))
-            scores[places] = own
-        if logsumexp is not None:
-            sums, logsumexp = logsumexp, logsumexp.new_zeros((rows, logsumexp.shape[1]))
-            logsumexp[places] = sums
-        count = [0] * rows
-        for place, number in zip(places, self.count, strict=True):
-            count[place] = number
-        return Written(drawn, scores, count, logsumexp, entries=None if self.entries is None else drawn.tolist())
 
 
 class CompactDrafter:

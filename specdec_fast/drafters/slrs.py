@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
 from specdec_fast import reference, sampling
+from specdec_fast.drafters.base import Passes
 from specdec_fast.drafters.model import Context, Watcher
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
@@ -43,6 +44,7 @@ class TextModel:
         warpers: the drafter's sampling; None: its argmax.
         ids: ``[K]`` int64 ids of the drafter it may draw, called entries.
         window: how many tokens a text may have, None: as many as the model has positions for.
+        passes: runs a model that has no native form; None: it runs as it is.
     """
 
     def __init__(
@@ -53,10 +55,14 @@ class TextModel:
         warpers: LogitsProcessorList | None,
         ids: Tensor,
         window: int | None = None,
+        passes: Passes | None = None,
     ):
         self.warpers = warpers
         self._ids = ids.to(model.device)
-        self._runner = Runner(model, rows, lean=lean_model(model), window=window)
+        lean, runner = lean_model(model), None
+        if lean is None and passes is not None:
+            runner = passes.runner(model, rows, head=None, ids=None, window=window)
+        self._runner = runner or Runner(model, rows, lean=lean, window=window)
         self._cached: list[list[int]] = [[] for _ in range(rows)]
 
     @property
@@ -163,6 +169,7 @@ class SlrsDrafter:
         confidence: stop a row's draft behind a token whose mass is below this, as far as the walk knows it; 0: never.
         watcher: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
         window: how much it reads of a text, in its tokens; None: as much as it has positions for.
+        passes: as for :class:`TextModel`.
         device: of the target.
     """
 
@@ -178,9 +185,10 @@ class SlrsDrafter:
         device: torch.device,
         watcher: Watcher | None = None,
         window: int | None = None,
+        passes: Passes | None = None,
     ):
         ids = torch.tensor(spelling.ids, dtype=torch.long)
-        self._model = TextModel(model, len(contexts), warpers=warpers, ids=ids, window=window)
+        self._model = TextModel(model, len(contexts), warpers=warpers, ids=ids, window=window, passes=passes)
         self._contexts = contexts
         self._spelling = spelling
         self._target = target

@@ -1,0 +1,111 @@
+"""Models for the loop on the host whose short passes have fixed shapes, on a GPU each captured as a CUDA graph.
+
+The target of a call whose rounds need the host runs so, and so does its drafter
+(:class:`specdec_fast.host_passes.HostPasses`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec_fast import static_cache
+from specdec_fast.compiled import Captured, Compilation, Pair, check_out, hand_back, handing_back
+from specdec_fast.device_round import bucket_of
+from specdec_fast.prompt_passes import read_prompts
+from specdec_fast.runner import Head
+from specdec_fast.static_cache import capacity_for, rows_for
+from specdec_fast.static_runner import Forward, StaticRunner
+
+__all__ = ["HostModel", "lanes_for"]
+
+MOST = 24  # lanes of a pass of fixed shape
+
+
+class HostModel:
+    """A model over a static cache that is taken out for a call.
+
+    Args:
+        model: that :func:`why_not_static` has nothing against.
+        how: passes run.
+        batch: rows of the call.
+        columns: the longest text the cache may have to hold, of which the first ``prompt`` come at once.
+        visible, prefill_chunk, head, window: as for :class:`StaticRunner`.
+        ids: ``[K]`` int64, what the head's logits are of, where it is not the model's own.
+
+    Attributes:
+        runner: feeds it.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        how: Compilation,
+        batch: int,
+        columns: int,
+        prompt: int,
+        *,
+        visible: Tensor | None = None,
+        prefill_chunk: int | None = None,
+        head: Head | None = None,
+        ids: Tensor | None = None,
+        window: int | None = None,
+    ):
+        self.how = how
+        self._model, self._batch, self._columns = model, batch, columns
+        self._own: dict[str, Any] = {"head": head, "choices": {} if head is None or ids is None else {"choices": ids}}
+        self.pair = self._check_out(min(columns, prompt + static_cache.ALLOWANCE))
+        with handing_back(self.pair):
+            self.runner = StaticRunner(
+                model,
+                self.pair.target,
+                batch,
+                visible=visible,
+                prefill_chunk=prefill_chunk,
+                head=head,
+                window=window,
+                forward=self._forward(),
+                room=self._room,
+            )
+            if how.captured and prefill_chunk is None:
+                self.runner.reader = read_prompts
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the cache and rows."""
+        return self.pair.bytes
+
+    def close(self) -> None:
+        """Gives the cache back."""
+        hand_back(self.pair)
+
+    def reserve(self, columns: int) -> None:
+        """Moves to a larger cache where texts of so many columns would not fit."""
+        if columns < self.pair.target.capacity:
+            return
+        old = self.pair
+        self.pair = self._check_out(max(min(columns + static_cache.ALLOWANCE, self._columns), columns))
+        try:
+            self.pair.target.take(old.target)
+            self.runner.move(self.pair.target, self._forward())
+        finally:
+            hand_back(old)
+
+    def _check_out(self, columns: int) -> Pair:
+        capacity = capacity_for(columns)
+        return check_out(self._model, None, rows_for(self._batch), (capacity, capacity), self.how, **self._own)
+
+    def _forward(self) -> Forward:
+        forward = self.pair.forwards[0]
+        return Captured(forward, self.pair.graphs) if self.how.captured else forward
+
+    def _room(self, columns: int, lanes: int) -> int:
+        self.reserve(columns)
+        return lanes_for(lanes)
+
+
+def lanes_for(lanes: int) -> int:
+    """Lanes of a pass of fixed shape that holds so many; 0: it is long, rare and bound by arithmetic."""
+    return bucket_of(lanes - 1) + 1 if lanes <= MOST else 0

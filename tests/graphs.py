@@ -1,0 +1,73 @@
+"""CUDA graphs imitated on a CPU: the operations of one run, on the memory of that run, again and again.
+
+What Python decided while they were recorded stays as it was, tensors that the function made itself are made once, and
+what it returns is overwritten by each replay. So what goes wrong with a captured round or pass goes wrong here.
+"""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from specdec_fast import compiled, device_session, host_passes, prompt_passes
+
+
+class Recorder(TorchDispatchMode):
+    """Takes operations down with what they were given and what they gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __torch_dispatch__(self, operation, types, given=(), named=None):
+        if operation is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("the host would wait for a graph that is being captured")
+        found = operation(*given, **(named or {}))
+        self.steps.append((operation, given, named or {}, found))
+        return found
+
+
+class Graph:
+    """The operations of a run."""
+
+    def __init__(self, run):
+        with Recorder() as recorder:
+            self.result = run()
+        self._steps = recorder.steps
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        made = {}
+
+        def now(value):
+            return made.get(id(value), value) if isinstance(value, torch.Tensor) else value
+
+        for operation, given, named, before in self._steps:
+            found = operation(*tree_map(now, given), **tree_map(now, named))
+            for old, new in zip(tree_flatten(before)[0], tree_flatten(found)[0], strict=True):
+                made[id(old)] = new
+        self.result.copy_(made[id(self.result)])
+
+
+def imitate(monkeypatch):
+    """Captures on a CPU what is captured on a GPU, for calls with compile="static"; returns the graphs as they come."""
+    made, of = [], compiled.Compilation.of.__func__
+
+    def capture(run):
+        with torch.no_grad():
+            for _ in range(compiled.WARM_UPS):
+                run()
+            made.append(Graph(run))
+        return (made[-1], made[-1].result), ""
+
+    def captured(cls, mode, model, config):
+        how = of(cls, mode, model, config)
+        return cls(how.compiled, how.settings, True, how.why_not)
+
+    monkeypatch.setattr(compiled.Compilation, "of", classmethod(captured))
+    monkeypatch.setattr(compiled, "_kept", weakref.WeakKeyDictionary())  # graphs of other tests are none of this one's
+    for module in (compiled, device_session, host_passes, prompt_passes):
+        monkeypatch.setattr(module, "capture", capture)
+    return made

@@ -1,0 +1,71 @@
+"""Rounds, passes and drafts as graphs are captured on a GPU: nothing that changes between rounds is left in them."""
+
+import graphs
+import pytest
+import torch
+from tiny import drafters, same, taught, taught_prompts
+
+from specdec_fast import fast_generate
+from specdec_fast.device_round import DeviceWriter
+
+STATIC = {"compile": "static"}
+SAMPLED = {"do_sample": True, "top_k": 0, "seed": 3, "max_new_tokens": 14, "num_assistant_tokens": 3}
+
+
+@pytest.fixture
+def made(monkeypatch):
+    return graphs.imitate(monkeypatch)
+
+
+def replayed(made):
+    return sum(graph.replays for graph in made)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["autoregressive", "model", "tli", "projection"])
+def test_rounds_give_the_tokens_of_generate(method, rows, made):
+    statistics = same(
+        taught()[0], taught_prompts(rows, padded=True), {**drafters()[method], **STATIC}, max_new_tokens=20
+    )
+    assert (statistics.loop, statistics.loop_reason) == ("device", "")
+    assert replayed(made) >= statistics.rounds
+
+
+@pytest.mark.parametrize("rule", ["token", "block"])
+@pytest.mark.parametrize("method", ["model", "tli", "projection"])
+def test_sampled_rounds_give_the_tokens_of_the_host_loop(method, rule, made, plain_drafters):
+    """Two calls, so that graphs of the first one read numbers, limits and parameters of the second."""
+    own = {**drafters()[method], **SAMPLED, "verification": rule}
+    for settings in ({"seed": 3}, {"seed": 8, "num_assistant_tokens": 2, "temperature": 0.6}):
+        given = {**taught_prompts(2, padded=True), **own, **settings}
+        assert torch.equal(
+            fast_generate(taught()[0], **given, **STATIC), fast_generate(taught()[0], **given, compile="off")
+        )
+    assert replayed(made)
+
+
+def fault(name):
+    """One number a row that is read when a round is captured."""
+
+    def planted(patch):
+        draft = DeviceWriter.draft
+
+        def baked(self, state, gamma, begun, law):
+            kept = torch.tensor(getattr(begun, name).tolist())
+            return draft(self, state, gamma, begun._replace(**{name: kept}), law)
+
+        patch.setattr(DeviceWriter, "draft", baked)
+
+    return planted
+
+
+@pytest.mark.parametrize("name", ["room", "committed"])
+def test_what_a_graph_would_keep_is_seen(name, made, plain_drafters, monkeypatch):
+    fault(name)(monkeypatch)
+    given = {**taught_prompts(2, padded=True), **drafters()["model"], **SAMPLED, "max_new_tokens": 12}
+    found = fast_generate(taught()[0], **given, **STATIC)
+    monkeypatch.undo()
+    from specdec_fast.drafters import model
+
+    monkeypatch.setattr(model, "lean_model", lambda *_, **__: None)
+    assert not torch.equal(found, fast_generate(taught()[0], **given, compile="off"))
