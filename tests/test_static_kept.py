@@ -27,6 +27,7 @@ from specdec_fast import (
     device_plan,
     device_session,
     fast_generate,
+    host_model,
     last_speculation,
     prepare,
 )
@@ -171,7 +172,8 @@ def test_a_session_that_cannot_be_made_gives_its_caches_back(monkeypatch, method
         return counted
 
     with monkeypatch.context() as patched:
-        for owner, name in ((device_session, "StaticRunner"), (device_session, "Round"), (StaticRunner, "feed")):
+        parts = [(module, "StaticRunner") for module in (device_session, host_model)]
+        for owner, name in (*parts, (device_session, "Round"), (StaticRunner, "feed")):
             patched.setattr(owner, name, failing(getattr(owner, name)))
         with pytest.raises(MemoryError, match="no room"):
             pair.generate(**inputs)
