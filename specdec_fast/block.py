@@ -28,6 +28,7 @@ from torch import Tensor
 from specdec_fast import reference, thinning
 from specdec_fast.proposal import DenseLaw, LazyLaw, Proposal
 from specdec_fast.rule import Draws, Verdict, drafted, undefined
+from specdec_fast.staging import staged
 
 __all__ = ["Block"]
 
@@ -41,7 +42,7 @@ class Block:
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         n = scores.shape[1]
         tested = min(n, proposal.tokens.shape[1])
-        end = _end(scores, torch.tensor(proposal.count, dtype=torch.long, device=scores.device))
+        end = _end(scores, staged(proposal.count, scores.device))
         if not tested:  # plain decoding: the next token comes from p
             return _bonus(scores, end).verdict(n, draws)
         law = proposal.law

@@ -12,7 +12,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +42,6 @@ __all__ = [
     "handing_back",
     "kept_bytes",
     "notice",
-    "upload",
 ]
 
 MOST_KEPT = 4  # pairs of one target
@@ -401,11 +400,3 @@ def _drop(owner: weakref.ref[PreTrainedModel], pair: weakref.ref[Pair]) -> None:
         pairs = _kept.get(model, [])
         if any(p is gone for p in pairs):
             _kept[model] = [p for p in pairs if p is not gone]
-
-
-def upload(values: Sequence[Any], to: Tensor) -> None:
-    """Writes values into the first places of a tensor, without a wait."""
-    staged = torch.tensor(values, dtype=to.dtype, device="cpu")
-    if to.device.type == "cuda":
-        staged = staged.pin_memory()
-    to[: staged.shape[0]].copy_(staged, non_blocking=True)

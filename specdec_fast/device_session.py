@@ -28,7 +28,6 @@ from specdec_fast.compiled import (
     hand_back,
     handing_back,
     notice,
-    upload,
 )
 from specdec_fast.costs import Costs
 from specdec_fast.device_law import DeviceLaw
@@ -48,6 +47,7 @@ from specdec_fast.drafters.model import Context
 from specdec_fast.host_model import lanes_for
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
+from specdec_fast.staging import upload
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_runner import StaticRunner

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec_fast.compiled import upload
 from specdec_fast.device_round import State
 from specdec_fast.drafters.model import Context, common
+from specdec_fast.staging import upload
 from specdec_fast.static_runner import StaticRunner
 
 __all__ = ["DraftedText", "read_texts"]

@@ -21,6 +21,7 @@ from specdec_fast.proposal import Proposal
 from specdec_fast.randomness import Philox, UniformSource
 from specdec_fast.record import Record
 from specdec_fast.runner import Runner
+from specdec_fast.staging import staged
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
@@ -372,10 +373,10 @@ class Engine:
     def _lanes(ids: Tensor, rows: list[int], first: list[int], count: list[int]) -> Tensor:
         """Columns ``first .. first + count`` of each row, left-aligned: ``[R, max(count)]``."""
         if min(first) == max(first):
-            picked = ids if len(rows) == ids.shape[0] else ids[rows]
+            picked = ids if len(rows) == ids.shape[0] else ids[staged(rows, ids.device)]
             return picked[:, first[0] : first[0] + max(count)]
-        index = torch.tensor(first, device=ids.device).unsqueeze(1) + torch.arange(max(count), device=ids.device)
-        return ids[rows].gather(1, index.clamp(max=ids.shape[1] - 1))
+        index = staged(first, ids.device).unsqueeze(1) + torch.arange(max(count), device=ids.device)
+        return ids[staged(rows, ids.device)].gather(1, index.clamp(max=ids.shape[1] - 1))
 
     def _place(self, active: list[int], proposal: Proposal, width: int) -> None:
         """Writes drafts behind the rows' text; an id without a logit will be rejected, but processors look it up."""

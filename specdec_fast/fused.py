@@ -21,6 +21,7 @@ from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import CompactLaw, PointMass, ProjectedLaw, Proposal, SparseLaw
 from specdec_fast.randomness import Philox, Purpose
 from specdec_fast.rule import Draws, Rule, Verdict
+from specdec_fast.staging import staged
 from specdec_fast.trees import Climbing
 from specdec_fast.verification import Match
 
@@ -78,7 +79,7 @@ class Fused:
             own: list[Tensor | None] = [_zeros(scores.shape[0], scores.device)[1], None, None, None]
         else:
             own = self._parameters(scores)
-        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
+        count = staged(proposal.count, scores.device)
         given: dict[str, Tensor | None] = {}
         if isinstance(law, CompactLaw):
             index = law.index.int() if law.index is not None and law.narrow is None else law.narrow

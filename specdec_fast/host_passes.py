@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec_fast.compiled import Compilation, Pair, capture, notice, upload
+from specdec_fast.compiled import Compilation, Pair, capture, notice
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import BUCKETS, Begun, DeviceWriter, State, bucket_of
 from specdec_fast.device_text import read_texts
 from specdec_fast.drafters.base import Told
 from specdec_fast.host_model import HostModel
 from specdec_fast.runner import Head, Runner
+from specdec_fast.staging import upload
 from specdec_fast.static_model import for_passes
 from specdec_fast.static_runner import why_not_static
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specdec_fast.compiled import capture, notice, upload
+from specdec_fast.compiled import capture, notice
+from specdec_fast.staging import upload
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import StaticRunner, static_forward
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from specdec_fast import reference
 from specdec_fast.lean_ops import Told
 from specdec_fast.memory import Memory
+from specdec_fast.staging import moved
 from specdec_fast.token_map import TokenMap
 from specdec_fast.trees import Tree
 
@@ -325,7 +326,7 @@ def padded(lists: list[list[int]], device: torch.device) -> Tensor:
     """Lists of any lengths as ``[R, longest]`` int64, filled up with 0."""
     width = max(map(len, lists), default=0)
     lines = [line + [0] * (width - len(line)) for line in lists]
-    return torch.tensor(lines, dtype=torch.long).reshape(len(lists), width).to(device)
+    return moved(torch.tensor(lines, dtype=torch.long).reshape(len(lists), width), device)
 
 
 @dataclass(frozen=True)

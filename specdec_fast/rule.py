@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specdec_fast.proposal import Proposal
 from specdec_fast.randomness import Purpose, UniformSource
+from specdec_fast.staging import staged
 
 __all__ = ["Draws", "Rule", "Verdict", "drafted", "undefined"]
 
@@ -46,7 +47,7 @@ class Draws:
         """``[R]`` int64."""
         if self._seed is None:
             assert self._keys is not None
-            self._seed = torch.tensor(self._keys[0], device=self._device)
+            self._seed = staged(self._keys[0], self._device)
         return self._seed
 
     @property
@@ -54,7 +55,7 @@ class Draws:
         """``[R]`` int64."""
         if self._start is None:
             assert self._keys is not None
-            self._start = torch.tensor(self._keys[1], device=self._device)
+            self._start = staged(self._keys[1], self._device)
         return self._start
 
     @property

@@ -19,6 +19,7 @@ from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
 from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
 from specdec_fast.memory import Memory
+from specdec_fast.staging import moved
 from specdec_fast.trees import Climbed, Climbing, Growing, Grown, Tree
 from specdec_fast.trial import distance, trial_ids
 
@@ -452,9 +453,8 @@ def left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[in
     first = [place[c - t] for c, t in zip(count, tail, strict=True)]
     if all(f == 0 for f in first):
         return logits[:, :width]
-    index = torch.tensor(first).unsqueeze(1) + torch.arange(width)
-    index = index.clamp(max=len(lanes) - 1).to(logits.device)
-    return logits[torch.arange(logits.shape[0], device=logits.device).unsqueeze(1), index]
+    index = (torch.tensor(first).unsqueeze(1) + torch.arange(width)).clamp(max=len(lanes) - 1)
+    return logits[torch.arange(len(logits), device=logits.device).unsqueeze(1), moved(index, logits.device)]
 
 
 _probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()

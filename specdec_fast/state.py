@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specdec_fast.staging import staged
+
 __all__ = ["Rows"]
 
 GROWTH = 256  # columns added at least
@@ -51,7 +53,7 @@ class Rows:
         Writing into a tensor costs more than a round's other bookkeeping, so it is put off until somebody looks.
         """
         for row, first, tokens in self._unwritten:
-            self._ids[row, first : first + len(tokens)] = torch.tensor(tokens, dtype=torch.long, device=self.device)
+            self._ids[row, first : first + len(tokens)] = staged(tokens, self.device)
         self._unwritten.clear()
         return self._ids
 

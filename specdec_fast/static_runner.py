@@ -22,6 +22,7 @@ from specdec_fast import attention
 from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
+from specdec_fast.staging import staged
 from specdec_fast.static_cache import Place, StaticCache, capacity_for
 from specdec_fast.trial import distance, trial_ids
 
@@ -187,12 +188,15 @@ class StaticRunner(Runner):
             return super()._forward(self.cache, rows, places, tokens, count, tail, embeds, lean)
         # Rows that take no part write behind their own text, where it will be overwritten
         everyone = tokens.new_zeros((self.cache.rows, lanes))
-        everyone[rows, : tokens.shape[1]] = tokens
+        some = slice(self.rows) if len(rows) == self.rows else staged(rows, tokens.device)
+        everyone[some, : tokens.shape[1]] = tokens
         first = [*self.length, *[0] * (self.cache.rows - self.rows)]
-        logits = self.score(everyone, torch.tensor(first, device=tokens.device))
+        logits = self.score(everyone, staged(first, tokens.device))
         for row, advance in zip(rows, count, strict=True):
             self.length[row] += advance
-        return left_align(logits[rows], list(range(lanes)), count, tail)
+        # A copy: a graph's own memory holds the next pass's logits soon
+        own = logits[some].clone() if isinstance(some, slice) else logits[some]
+        return left_align(own, list(range(lanes)), count, tail)
 
     def score(
         self, tokens: Tensor, start: Tensor, lane: Tensor | None = None, *, forward: Forward | None = None

@@ -35,6 +35,7 @@ from specdec_fast.block import Block
 from specdec_fast.lean_ops import Judging
 from specdec_fast.proposal import DenseLaw, JoinedLaw, LazyLaw, Proposal
 from specdec_fast.rule import Draws, Rule, Verdict, drafted
+from specdec_fast.staging import staged
 from specdec_fast.trees import Climbing
 
 __all__ = [
@@ -92,7 +93,7 @@ class Match:
         tested = min(n, proposal.tokens.shape[1])
         if not tested:  # plain decoding: nothing to compare with
             return Verdict(torch.zeros_like(own[:, 0]), own[:, 0])
-        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
+        count = staged(proposal.count, scores.device)
         # -1 on both sides (neither law is defined there) is no agreement
         equal = (proposal.tokens[:, :tested] == own[:, :tested]) & (own[:, :tested] >= 0)
         accepted = _leading(equal & drafted(count, tested))
@@ -109,7 +110,7 @@ class Token:
     def verify(self, scores: Tensor, proposal: Proposal, draws: Draws) -> Verdict:
         n = scores.shape[1]
         tested = min(n, proposal.tokens.shape[1])
-        count = torch.tensor(proposal.count, dtype=torch.long, device=scores.device)
+        count = staged(proposal.count, scores.device)
         if not tested:  # plain decoding: the next token comes from p
             none = torch.zeros_like(count)
             return Verdict(none, self._next_token(scores, proposal.law, none, none.bool(), draws))

@@ -67,7 +67,7 @@ LAYERS = (
     {"ops", "attention_ops"},
     {"dispatch", "reference_ops"},
     {"reference", "randomness"},
-    {"native"},
+    {"native", "staging"},
 )
 LEVEL = {module: level for level, layer in enumerate(LAYERS) for module in layer}
 FILES = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
