@@ -37,7 +37,7 @@ from specdec_fast.dispatch import layers
 from specdec_fast.microbench.clock import copy_rate
 
 TINY_SHAPE = Shape(192, 2, 6, 2, 64, 512, 600)
-METHODS = {"same tokenizer": ("model",), "other tokenizer": ("tli", "projection")}
+METHODS = {"same tokenizer": ("model",), "other tokenizer": ("tli", "projection", "slem")}
 
 
 @dataclass(frozen=True)

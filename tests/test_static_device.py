@@ -7,6 +7,9 @@ from tiny import build_model, drafters, make_noisy, prompts, taught, taught_prom
 from specdec_fast import compiled, fast_generate, last_speculation
 from specdec_fast.attention import for_static_cache
 from specdec_fast.device_session import Session
+from specdec_fast.fused import Fused
+from specdec_fast.host_passes import HostDraft
+from specdec_fast.static_runner import StaticRunner
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -104,3 +107,50 @@ def test_passes_of_the_host_loop_are_captured(pair):
         got = fast_generate(target, **inputs, max_new_tokens=24, prompt_lookup_num_tokens=4)
         assert torch.equal(got, expected)
     assert (last_speculation().forward, last_speculation().loop) == ("static", "host")
+
+
+@pytest.mark.parametrize("method", ["slem", "slrs"])
+def test_drafters_of_the_host_loop_are_captured(method):
+    target = taught()[0]
+    own = {**drafters()["slem"], "method": method}
+    inputs = moved(taught_prompts(2, padded=True))
+    target.cuda()
+    own["assistant_model"].cuda()
+    try:
+        expected = target.generate(**inputs, max_new_tokens=24, do_sample=False)
+        for _ in range(2):
+            assert torch.equal(fast_generate(target, **inputs, **own, max_new_tokens=24), expected)
+        assert (last_speculation().forward, last_speculation().loop) == ("static", "host")
+        kept = [pair for pair in compiled._kept[for_static_cache(own["assistant_model"])[0]] if pair.graphs]
+        assert kept and not any(graph is None for pair in kept for graph in pair.graphs.values())
+        assert any(key[0] == "draft" for pair in kept for key in pair.graphs) == (method == "slem")
+    finally:
+        target.cpu()
+        own["assistant_model"].cpu()
+
+
+def test_the_host_loop_waits_for_a_drafts_text_and_for_a_verdict_alone(monkeypatch):
+    """What is launched in between waits for nothing: the draft, the target's pass, the rule."""
+    target, own = taught()[0], drafters()["slem"]
+    given = {**moved(taught_prompts(2)), **own, **SAMPLED}
+    target.cuda()
+    own["assistant_model"].cuda()
+
+    def strict(call):
+        def checked(*arguments):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return call(*arguments)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        return checked
+
+    try:
+        fast_generate(target, **given)  # captures
+        for owner, name in ((HostDraft, "_run"), (StaticRunner, "score"), (Fused, "verify")):
+            monkeypatch.setattr(owner, name, strict(getattr(owner, name)))
+        fast_generate(target, **given)
+    finally:
+        target.cpu()
+        own["assistant_model"].cpu()
