@@ -171,6 +171,27 @@ class StaticRunner(Runner):
     def caches(self) -> list[tuple[list[int], RaggedCache]]:
         return [(list(range(self.rows)), self.cache.view(self.rows))]
 
+    @torch.no_grad()
+    def feed(
+        self,
+        rows: Sequence[int],
+        tokens: Tensor,
+        count: Sequence[int],
+        tail: Sequence[int],
+        *,
+        embeds: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`Runner.feed`; long texts go to the reader, if there is one, but for lanes whose logits are wanted."""
+        longest, end = max(count), max(self.length[row] for row in rows) + max(count)
+        if self._room is not None and self.reader is not None and embeds is None and not self._room(end, longest):
+            heads = [c - t for c, t in zip(count, tail, strict=True)]
+            lines = [line[:c] for line, c in zip(tokens.tolist(), count, strict=True)]
+            if self.reader(self, rows, [line[:head] for line, head in zip(lines, heads, strict=True)]):
+                rest = [line[head:] for line, head in zip(lines, heads, strict=True)]
+                tokens = staged([line + [0] * (max(tail) - len(line)) for line in rest], tokens.device)
+                count = tail
+        return super().feed(rows, tokens, count, tail, embeds=embeds)
+
     def _forward(
         self,
         unit: RaggedCache,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import build_model, drafters, model, noisy, prompts, same, taught, taught_prompts
 
-from specdec_fast import device_session, fast_generate, last_speculation, prepare, prompt_passes
+from specdec_fast import device_session, fast_generate, host_model, last_speculation, prepare, prompt_passes
+from specdec_fast.drafters import slrs
 from specdec_fast.prompt_passes import lanes_for_prompt
 
 STATIC = {"compile": "static"}
@@ -48,6 +49,20 @@ def test_greedy_text_is_that_of_generate(captures, method, rows):
     assert last_speculation().loop == "device"
     assert any(one is target for one, _ in captures)
     assert len({one for one, _ in captures}) == 1 + (method != "autoregressive")
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["slem", "slrs", "prompt_lookup", "tli"])
+def test_in_the_hosts_loop_too(captures, plain_drafters, monkeypatch, method, rows):
+    """Longer ones than its passes of fixed shape: what logits are wanted of is left to those."""
+    monkeypatch.setattr(host_model, "MOST", 6)
+    monkeypatch.setattr(slrs, "lean_model", lambda *_, **__: None)
+    options = {**drafters()["slem"], "method": "slrs"} if method == "slrs" else drafters()[method]
+    hosted = {"repetition_penalty": 1.2} if method == "tli" else {}
+    target = taught()[0]
+    same(target, taught_prompts(rows, padded=True), {**options, **STATIC}, max_new_tokens=20, **hosted)
+    assert last_speculation().loop == "host"
+    assert {one for one, _ in captures} == {target, options.get("assistant_model", target)}
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2_windows", "gemma3", "gpt2"])
