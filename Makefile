@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
-TRANSFORMERS ?= transformers==5.23.*
+TRANSFORMERS ?= transformers==5.24.*
 TRITON ?= triton==3.8.*; sys_platform=="linux"
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)

@@ -43,6 +43,8 @@ from drafter_vocabulary import grow, tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from specdec_fast.cache import cache_argument, cache_of
+
 MARK = "@@"
 SHARD = "12MB"  # of weights a file at most
 
@@ -397,8 +399,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for step in range(300):
         if step == 100:
             start = time.process_time()
-        output = drafter(ids, past_key_values=cache, use_cache=True)
-        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = drafter(ids, **{cache_argument(type(drafter)): cache}, use_cache=True)
+        cache, ids = cache_of(output), output.logits[:, -1:].argmax(-1)
     cost = (time.process_time() - start) / 200 * 1e3
     print(f"drafter: {cost:.2f} ms of CPU time a token, eager, bfloat16, {args.threads} thread(s)")
 

@@ -250,6 +250,10 @@ def read_cache(source: Any, target: RaggedCache) -> None:
 def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:
     """Replaces what a Transformers cache holds by the first ``columns`` columns of a ragged one."""
     target.reset()
+    for layer in target.layers:  # before 5.18 a reset leaves columns of zeros, and an update adds to them
+        if isinstance(layer, DynamicLayer):
+            layer.keys = layer.values = None
+            layer.is_initialized = False
     layers: Any = source.cache.layers
     for index, layer in enumerate(layers):
         if layer.is_initialized:

@@ -143,7 +143,7 @@ class Captured:
         if key not in self._graphs:
             own = tokens.clone()
             with notice(f"capturing a pass of {tokens.shape[1]} positions"):
-                made, _ = capture(lambda: self._forward(model, cache, head, own, None, *rest))
+                made, _ = capture(lambda: self._forward(model, cache, head, own, None, *rest), cache.device)
             self._graphs[key] = None if made is None else (*made, own)
         if self._graphs[key] is None:
             return self._forward(model, cache, head, tokens, None, *rest)
@@ -158,25 +158,29 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def capture(run: Callable[[], Tensor]) -> tuple[tuple[Any, Tensor] | None, str]:
+def capture(run: Callable[[], Tensor], device: torch.device) -> tuple[tuple[Any, Tensor] | None, str]:
     """A CUDA graph of a function and the tensor it returns, or None and why not.
 
     The function runs a few times before, on a stream beside the current one: libraries choose their kernels and
     workspaces in their first calls.
+
+    Args:
+        run: works on ``device`` alone, which need not be the current one.
     """
-    try:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(WARM_UPS):
-                run()
-        torch.cuda.current_stream().wait_stream(beside)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        return None, f"a round cannot be captured ({first_line(error)})"
+    with torch.cuda.device(device):
+        try:
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                for _ in range(WARM_UPS):
+                    run()
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = run()
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            return None, f"a round cannot be captured ({first_line(error)})"
     return (graph, result), ""
 
 

@@ -45,7 +45,7 @@ class DeviceLaw:
     def key(self) -> tuple[Any, ...]:
         """What a captured round depends on, values of fused parameters not among it."""
         # A processor's numbers are baked into a graph, so the object itself is named
-        return (tuple(sorted(self.values)), tuple(id(p) for p in self.processors))
+        return (tuple(sorted(self.values)), self.greedy, tuple(id(p) for p in self.processors))
 
     @property
     def greedy(self) -> bool:
@@ -55,7 +55,7 @@ class DeviceLaw:
     def scores(self, logits: Tensor) -> Tensor:
         """Logits ``[.., V]`` after the processors."""
         if not self.processors:
-            return logits
+            return logits.float() if logits.dtype is torch.float64 else logits  # as the loop on the host
         flat = logits.float().reshape(-1, logits.shape[-1])
         none = torch.zeros((flat.shape[0], 1), dtype=torch.long, device=logits.device)
         return sampling.apply(self.processors, none, flat).view(logits.shape)

@@ -125,6 +125,7 @@ def open_session(
         why = None if drafter is None or lean_model(drafter) is not None else passes.why_not(drafter)
         if why is not None:
             statistics.loop_reason += f"; the drafter's passes are its own: {why}"
+        passes.target = True
         target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
         statistics.static_bytes = target.bytes
         return target, passes

@@ -380,7 +380,7 @@ class Session:
             if isinstance(writer, DeviceWriter):
                 writer.branch = skipping
             if skipping is None or (BRANCHES and isinstance(writer, DeviceWriter) and writer.ends_early):
-                made, self.why_not_captured = capture(lambda: self._round(state, gamma))
+                made, self.why_not_captured = capture(lambda: self._round(state, gamma), state.ids.device)
             if made is not None:
                 break
         state.done.copy_(done)

@@ -36,11 +36,20 @@ class HostPasses:
         how: passes run.
         device: of the target; drafters elsewhere run as they are.
         columns, prompt: the longest text of the call and its prompt, in the target's tokens.
+
+    Attributes:
+        target: whether the target of the call runs so too.
     """
 
-    def __init__(self, how: Compilation, device: torch.device, columns: int, prompt: int):
+    def __init__(self, how: Compilation, device: torch.device, columns: int, prompt: int, target: bool = False):
         self._how, self._device, self._sizes = how, device, (columns, prompt)
+        self.target = target
         self._taken: list[HostModel] = []
+
+    @property
+    def compiled(self) -> bool:
+        """Whether passes are compiled, which takes seconds a shape."""
+        return self._how.compiled
 
     def why_not(self, model: PreTrainedModel) -> str | None:
         """Why a model cannot run passes of fixed shape; None where it can."""
@@ -67,6 +76,8 @@ class HostPasses:
         if self.why_not(model) is not None:
             return None
         own, sizes = for_passes(model, self._how.compiled)[0], (columns, columns) if columns else self._sizes
+        if window is not None:  # no text is longer, and a draft behind it
+            sizes = min(sizes[0], window + BUCKETS[-1] + 1), min(sizes[1], window)
         self._taken.append(HostModel(own, self._how, rows, *sizes, head=head, ids=ids, window=window))
         return self._taken[-1].runner
 
@@ -76,7 +87,7 @@ class HostPasses:
 
     def apart(self) -> HostPasses:
         """Another one for the same call, to be closed before it."""
-        return HostPasses(self._how, self._device, *self._sizes)
+        return HostPasses(self._how, self._device, *self._sizes, self.target)
 
     def close(self) -> None:
         """Gives back all that was taken."""
@@ -136,6 +147,8 @@ class HostDraft:
             width = len(rest) // (1 + self._ends["watched"])
             told.append(Told(rest[:count], rest[width : width + count]))
             runner.length[row] = length[row] + count - 1  # the last one has not been read
+        for row in set(range(runner.rows)).difference(active):  # steps were written behind every row's text
+            runner.rollback(row, length[row])
         return told
 
     def _bound(self, law: DeviceLaw) -> State:
@@ -161,7 +174,7 @@ class HostDraft:
         key = ("draft", gamma, law.key, *self._ends.values(), self._host.runner.positions)
         if key not in graphs:
             with notice(f"capturing a draft of {gamma} tokens"):
-                graphs[key], _ = capture(lambda: self._draft(state, gamma))
+                graphs[key], _ = capture(lambda: self._draft(state, gamma), state.ids.device)
         if graphs[key] is None:
             return self._draft(state, gamma)
         graph, report = graphs[key]

@@ -101,7 +101,7 @@ def _captured(runner: StaticRunner, lanes: int) -> tuple[Any, Tensor, Tensor] | 
     own = torch.zeros((cache.rows, lanes), dtype=torch.long, device=cache.device)
     # It runs a few times before it is captured: into the last column, which is nobody's
     first = torch.full((cache.rows,), cache.capacity - 1, device=cache.device)
-    made, _ = capture(lambda: runner.score(own, first, forward=_leaving))
+    made, _ = capture(lambda: runner.score(own, first, forward=_leaving), cache.device)
     return None if made is None else (made[0], own, first)
 
 

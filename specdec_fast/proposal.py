@@ -326,7 +326,7 @@ def padded(lists: list[list[int]], device: torch.device) -> Tensor:
     """Lists of any lengths as ``[R, longest]`` int64, filled up with 0."""
     width = max(map(len, lists), default=0)
     lines = [line + [0] * (width - len(line)) for line in lists]
-    return moved(torch.tensor(lines, dtype=torch.long).reshape(len(lists), width), device)
+    return moved(torch.tensor(lines, dtype=torch.long, device="cpu").reshape(len(lists), width), device)
 
 
 @dataclass(frozen=True)

@@ -453,7 +453,7 @@ def left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[in
     first = [place[c - t] for c, t in zip(count, tail, strict=True)]
     if all(f == 0 for f in first):
         return logits[:, :width]
-    index = (torch.tensor(first).unsqueeze(1) + torch.arange(width)).clamp(max=len(lanes) - 1)
+    index = torch.tensor([[min(f + j, len(lanes) - 1) for j in range(width)] for f in first], device="cpu")
     return logits[torch.arange(len(logits), device=logits.device).unsqueeze(1), moved(index, logits.device)]
 
 

@@ -138,8 +138,7 @@ def timer(run: Callable[[], Tensor], device: torch.device) -> Callable[[], float
             return time.perf_counter() - begin
 
         return clock
-    with torch.cuda.device(device):
-        made, reason = capture(run)
+    made, reason = capture(run, device)
     if made is None:
         raise RuntimeError(reason)
     graph = made[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from specdec_fast.costs import Meter, Observed, Outlook, constant_costs, low, observed
 from specdec_fast.drafters.base import Drafter
@@ -76,6 +75,7 @@ def outlook_for(
         torch.get_num_threads(),
         plan.tree,
         plan.verification,
+        None if passes is None else (passes.target, passes.compiled),
     )
     known = observed(*pair, shape)
     if options.seed is not None or options.source is not None:
@@ -88,20 +88,50 @@ def outlook_for(
             for method in plan.others:  # makes its tables
                 build_drafter(replace(plan, method=method, others=(), rows=None), *parts)
             more = {"budget": float("inf"), "repetitions": asked.repetitions}
-        alone, apart = replace(plan, others=(), rows=None), None if passes is None else passes.apart()
-        try:
-            drafter = build_drafter(alone, *parts, passes=apart)
-            known.take(measure(partial(_target, model, batch, lean, apart), drafter, texts, device, **more))
-        finally:
-            if apart is not None:
-                apart.close()
+        alone = replace(plan, others=(), rows=None)
+        if passes is None:
+            more["runner"] = partial(Runner, model, batch, lean=lean)
+            known.take(measure(drafter=build_drafter(alone, *parts), texts=texts, device=device, **more))
+        else:
+            known.take(_measured_at_fixed_shapes(alone, parts, texts, lean, passes, more))
     return known.outlook() if known.ready else known.counted(constant), known
 
 
-def _target(model: PreTrainedModel, rows: int, lean: LeanModel | None, passes: HostPasses | None) -> Runner:
-    """A target to be timed, as the call will run it."""
-    fixed = None if passes is None or lean is not None else passes.runner(model, rows, columns=CONTEXT + max(SIZES))
-    return Runner(model, rows, lean=lean) if fixed is None else fixed
+def _measured_at_fixed_shapes(
+    plan: Plan,
+    parts: Parts,
+    texts: list[list[int]],
+    lean: LeanModel | None,
+    passes: HostPasses,
+    more: dict[str, Any],
+) -> Meter:
+    """:func:`measure` of passes as the call will run them.
+
+    Everything runs once for nothing: what is compiled or captured then is kept with caches that are given back, and
+    those that are timed are the same ones.
+    """
+    model, _, batch, _, _, device = parts
+    every = more["budget"] == float("inf") and not passes.compiled
+    for repetitions in (1, more.get("repetitions", 1)):
+        apart = passes.apart()
+
+        def target(apart: HostPasses = apart) -> Runner:
+            fixed = apart.runner(model, batch, columns=CONTEXT + max(SIZES)) if apart.target and lean is None else None
+            return Runner(model, batch, lean=lean) if fixed is None else fixed
+
+        try:
+            meter = measure(
+                target,
+                build_drafter(plan, *parts, passes=apart),
+                texts,
+                device,
+                budget=float("inf"),
+                repetitions=repetitions,
+                sizes=SIZES if every else SIZES[:NEEDED],
+            )
+        finally:
+            apart.close()
+    return meter
 
 
 @dataclass
@@ -140,6 +170,7 @@ def measure(
     *,
     budget: float,
     repetitions: int = 1,
+    sizes: Sequence[int] = SIZES,
 ) -> Meter:
     """Times passes and drafts of as many rows as there are texts.
 
@@ -152,6 +183,7 @@ def measure(
         texts: each row's prompt without padding, at least one token.
         budget: how long to go on, in target passes at one position.
         repetitions: of every pass and draft.
+        sizes: positions of the passes beside that of one.
     """
     length = min(CONTEXT, *map(len, texts))
     ids = torch.tensor([text[-length:] for text in texts], device=device)
@@ -177,7 +209,7 @@ def measure(
         drafts.setdefault((steps, unread), []).append(draft() / plain[-1])
     passes: dict[int, list[float]] = {}
     begin = time.perf_counter()
-    for number, size in enumerate(SIZES * repetitions, 1):
+    for number, size in enumerate([*sizes] * repetitions, 1):
         if size > places:
             continue
         plain.append(timed(1))

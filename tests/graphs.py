@@ -55,7 +55,7 @@ def imitate(monkeypatch):
     """Captures on a CPU what is captured on a GPU, for calls with compile="static"; returns the graphs as they come."""
     made, of = [], compiled.Compilation.of.__func__
 
-    def capture(run):
+    def capture(run, device):
         with torch.no_grad():
             for _ in range(compiled.WARM_UPS):
                 run()

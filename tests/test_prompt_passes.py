@@ -150,5 +150,5 @@ def test_planted_faults_are_noticed(captures, monkeypatch, fault):
 
 
 def test_what_cannot_be_captured_runs_as_it_is(captures, monkeypatch):
-    monkeypatch.setattr(prompt_passes, "capture", lambda run: (None, "not here"))
+    monkeypatch.setattr(prompt_passes, "capture", lambda run, device: (None, "not here"))
     same(model("llama"), prompts(2, padded=True), {"method": "autoregressive", **STATIC}, max_new_tokens=8)

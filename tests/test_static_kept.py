@@ -204,7 +204,7 @@ def test_a_round_is_captured_with_branches_where_that_can_be(monkeypatch, method
     """Only rounds that often need fewer steps than they have; and without, where a capture takes none."""
     session, tried = [], []
 
-    def capture(run):
+    def capture(run, device):
         tried.append(session[-1]._writer.branch)
         can = fails == "nothing" or (fails == "branches" and tried[-1] is None)
         return ((None, run()), "") if can else (None, "no graph")
