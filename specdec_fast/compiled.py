@@ -376,8 +376,8 @@ def _made(
     how: Compilation,
     choices: dict[str, Tensor],
 ) -> Pair:
-    def forward(side: str) -> Forward:
-        return Compiled(dict(how.settings), f"passes of the {side}") if how.compiled else static_forward
+    def forward(one: PreTrainedModel | None) -> Forward:
+        return Compiled(dict(how.settings), f"passes of {type(one).__name__}") if how.compiled else static_forward
 
     device = model.device
     pair = Pair(
@@ -386,7 +386,7 @@ def _made(
         None if drafter is None else empty_cache(drafter, rows, capacity[1]),
         State.empty(rows, capacity[0], device),
         {name: tensor.to(device) for name, tensor in choices.items()},
-        (forward("target"), forward("drafter")),
+        (forward(model), forward(drafter)),
         (_parameters(rows, device), _parameters(rows, device)),
     )
     if drafter is not None:
