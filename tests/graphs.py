@@ -12,6 +12,21 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from specdec_fast import compiled, device_session, host_passes, prompt_passes
 
+aten = torch.ops.aten
+# What needs a number of the device on the host, or one of the host's own memory on the device (a tensor made of a list)
+WAITING = {
+    aten._local_scalar_dense.default,
+    aten.lift_fresh.default,
+    aten.masked_select.default,
+    aten.nonzero.default,
+    aten.repeat_interleave.Tensor,
+    aten._unique2.default,
+}
+
+
+def _is_mask(index):
+    return index is not None and index.dtype == torch.bool
+
 
 class Recorder(TorchDispatchMode):
     """Takes operations down with what they were given and what they gave."""
@@ -21,8 +36,8 @@ class Recorder(TorchDispatchMode):
         self.steps = []
 
     def __torch_dispatch__(self, operation, types, given=(), named=None):
-        if operation is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("the host would wait for a graph that is being captured")
+        if operation in WAITING or (operation is aten.index.Tensor and any(map(_is_mask, given[1]))):
+            raise RuntimeError(f"{operation} makes a device wait, or the host, while a graph is being captured")
         found = operation(*given, **(named or {}))
         self.steps.append((operation, given, named or {}, found))
         return found

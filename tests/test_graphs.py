@@ -48,11 +48,11 @@ def fault(name):
     """One number a row that is read when a round is captured."""
 
     def planted(patch):
-        draft = DeviceWriter.draft
+        draft, kept = DeviceWriter.draft, {}
 
         def baked(self, state, gamma, begun, law):
-            kept = torch.tensor(getattr(begun, name).tolist())
-            return draft(self, state, gamma, begun._replace(**{name: kept}), law)
+            number = kept.setdefault(gamma, getattr(begun, name).clone())
+            return draft(self, state, gamma, begun._replace(**{name: number}), law)
 
         patch.setattr(DeviceWriter, "draft", baked)
 
@@ -69,3 +69,20 @@ def test_what_a_graph_would_keep_is_seen(name, made, plain_drafters, monkeypatch
 
     monkeypatch.setattr(model, "lean_model", lambda *_, **__: None)
     assert not torch.equal(found, fast_generate(taught()[0], **given, compile="off"))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [lambda room: room.max().item(), lambda room: room[room > 0], lambda room: torch.tensor([3]) + room],
+    ids=["the host reads", "a shape hangs on values", "a list of the host's"],
+)
+def test_what_no_graph_can_do_is_refused(look, made, monkeypatch):
+    draft = DeviceWriter.draft
+    monkeypatch.setattr(
+        DeviceWriter,
+        "draft",
+        lambda self, state, gamma, begun, law: (look(begun.room), draft(self, state, gamma, begun, law))[1],
+    )
+    given = {**taught_prompts(2, padded=True), **drafters()["model"], **SAMPLED}
+    with pytest.raises(RuntimeError, match="while a graph is being captured"):
+        fast_generate(taught()[0], **given, **STATIC)
