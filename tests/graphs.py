@@ -31,9 +31,19 @@ def _is_mask(index):
 class Recorder(TorchDispatchMode):
     """Takes operations down with what they were given and what they gave."""
 
+    now = None
+
     def __init__(self):
         super().__init__()
         self.steps = []
+
+    def __enter__(self):
+        Recorder.now = self
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        Recorder.now = None
+        return super().__exit__(*raised)
 
     def __torch_dispatch__(self, operation, types, given=(), named=None):
         if operation in WAITING or (operation is aten.index.Tensor and any(map(_is_mask, given[1]))):
@@ -44,26 +54,48 @@ class Recorder(TorchDispatchMode):
 
 
 class Graph:
-    """The operations of a run."""
+    """The operations of a run.
+
+    Attributes:
+        taken: of its conditional parts at each replay, whether they ran.
+    """
 
     def __init__(self, run):
         with Recorder() as recorder:
             self.result = run()
         self._steps = recorder.steps
-        self.replays = 0
+        self.replays, self.taken = 0, []
 
     def replay(self):
         self.replays += 1
         made = {}
+        self._run(self._steps, made)
+        self.result.copy_(made[id(self.result)])
 
+    def _run(self, steps, made):
         def now(value):
             return made.get(id(value), value) if isinstance(value, torch.Tensor) else value
 
-        for operation, given, named, before in self._steps:
+        for operation, given, named, before in steps:
+            if operation is branch:
+                self.taken.append(bool(now(given)))
+                if self.taken[-1]:
+                    self._run(before, made)
+                continue
             found = operation(*tree_map(now, given), **tree_map(now, named))
             for old, new in zip(tree_flatten(before)[0], tree_flatten(found)[0], strict=True):
                 made[id(old)] = new
-        self.result.copy_(made[id(self.result)])
+
+
+def branch(wanted, run):
+    """A part that a graph runs or skips."""
+    if Recorder.now is None:
+        run()
+        return
+    outer, Recorder.now.steps = Recorder.now.steps, []
+    run()
+    inner, Recorder.now.steps = Recorder.now.steps, outer
+    outer.append((branch, wanted, None, inner))
 
 
 def imitate(monkeypatch):
@@ -85,4 +117,6 @@ def imitate(monkeypatch):
     monkeypatch.setattr(compiled, "_kept", weakref.WeakKeyDictionary())  # graphs of other tests are none of this one's
     for module in (compiled, device_session, host_passes, prompt_passes):
         monkeypatch.setattr(module, "capture", capture)
+    monkeypatch.setattr(device_session, "branch", branch)
+    monkeypatch.setattr(device_session, "BRANCHES", True)
     return made

@@ -5,7 +5,7 @@ import pytest
 import torch
 from tiny import drafters, same, taught, taught_prompts
 
-from specdec_fast import fast_generate
+from specdec_fast import device_session, fast_generate, last_speculation
 from specdec_fast.device_round import DeviceWriter
 
 STATIC = {"compile": "static"}
@@ -42,6 +42,27 @@ def test_sampled_rounds_give_the_tokens_of_the_host_loop(method, rule, made, pla
             fast_generate(taught()[0], **given, **STATIC), fast_generate(taught()[0], **given, compile="off")
         )
     assert replayed(made)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("method", ["model", "tli", "projection"])
+def test_steps_that_a_graph_leaves_out_change_nothing(method, rows, made, plain_drafters):
+    own = {**drafters()[method], **SAMPLED, "max_new_tokens": 24, "assistant_confidence_threshold": 0.3}
+    given = {**taught_prompts(rows, padded=True), **own}
+    found = []
+    for how in ("static", "off"):
+        tokens = fast_generate(taught()[0], **given, compile=how).tolist()
+        found.append((tokens, last_speculation().drafted, last_speculation().accepted_per_position))
+    assert found[0] == found[1]
+    assert {taken for graph in made for taken in graph.taken} == {False, True}
+
+
+def test_a_step_that_is_left_out_and_was_needed_is_seen(made, plain_drafters, monkeypatch):
+    monkeypatch.setattr(device_session, "branch", lambda wanted, run: graphs.branch(torch.zeros_like(wanted), run))
+    own = {**drafters()["model"], **SAMPLED, "max_new_tokens": 24, "assistant_confidence_threshold": 0.1}
+    given = {**taught_prompts(2, padded=True), **own}
+    found = [fast_generate(taught()[0], **given, compile=how).tolist() for how in ("static", "off")]
+    assert found[0] != found[1]
 
 
 def fault(name):
