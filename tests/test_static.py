@@ -1,5 +1,6 @@
 """Rounds that live on the device, as plain tensor code on a CPU: the same tokens as everywhere else."""
 
+import copy
 import gc
 import itertools
 
@@ -353,6 +354,17 @@ def test_in_the_hosts_loop_short_passes_have_fixed_shapes(tight, monkeypatch, me
     assert (statistics.forward, statistics.loop) == ("static", "host")
     assert len(passes) >= statistics.rounds - 1  # the first one reads the prompt
     assert {rows for rows, _ in passes} == {1 if rows == 1 else 4}
+
+
+@pytest.mark.parametrize("method", ["model", "slem"])
+def test_models_of_double_precision(method, plain_drafters):
+    """Scores are judged in float32, as in the loop on the host."""
+    target, own = copy.deepcopy(taught()[0]).double(), dict(drafters()[method])
+    own |= {"assistant_model": copy.deepcopy(own["assistant_model"]).double(), "num_assistant_tokens": 3}
+    for settings in ({"do_sample": False}, {"do_sample": True, "top_k": 0, "seed": 4}):
+        given = {**taught_prompts(2, padded=True), **own, **settings, "max_new_tokens": 16}
+        assert torch.equal(fast_generate(target, **given, **STATIC), fast_generate(target, **given, compile="off"))
+        assert last_speculation().forward == "eager"
 
 
 def test_scores_that_are_no_law_are_refused():
