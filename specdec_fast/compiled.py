@@ -38,6 +38,7 @@ __all__ = [
     "capture",
     "check_out",
     "first_line",
+    "forget",
     "hand_back",
     "handing_back",
     "kept_bytes",
@@ -261,6 +262,10 @@ class Pair:
         """Memory of caches and rows."""
         return self.target.bytes + (self.drafter.bytes if self.drafter else 0) + self.state.ids.nbytes
 
+    def serves(self, drafter: PreTrainedModel | None) -> bool:
+        """Whether it was made for this drafter."""
+        return drafter is None if self.drafter_model is None else self.drafter_model() is drafter
+
     def set_parameters(self, side: int, values: dict[str, float]) -> dict[str, Tensor]:
         """Writes a law's fused parameters; returns those of its names."""
         own = self.parameters[side]
@@ -307,15 +312,12 @@ def check_out(
     weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
     with _lock:
         found = _kept.setdefault(model, [])
-        for pair in found:
-            same = drafter is None if pair.drafter_model is None else pair.drafter_model() is drafter
-            if pair.key == key and same and not pair.busy:
-                found.remove(pair)
-                found.append(pair)  # used last
-                pair.busy = True
-                break
-        else:
-            pair = None
+        free = [pair for pair in found if pair.key == key and not pair.busy and pair.serves(drafter)]
+        pair = max(free, key=lambda one: len(one.graphs), default=None)
+        if pair is not None:
+            found.remove(pair)
+            found.append(pair)  # used last
+            pair.busy = True
     if pair is None:
         pair = _made(model, drafter, key, rows, capacity, how, choices or {})
         pair.busy = True
@@ -349,6 +351,12 @@ def hand_back(pair: Pair) -> None:
         pair.drafter.forget()
     pair.state.clear()
     pair.busy = False
+
+
+def forget(model: PreTrainedModel, pair: Pair) -> None:
+    """Keeps a target's pair no longer."""
+    with _lock:
+        _kept[model] = [kept for kept in _kept.get(model, []) if kept is not pair]
 
 
 @contextmanager

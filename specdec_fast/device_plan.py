@@ -112,7 +112,7 @@ def open_session(
             statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
         return None, None
     how, plan = Compilation.of(mode, model, config), call.plan
-    passes = HostPasses(how, model.device, call.longest, call.prompt)
+    passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
     model, switched = for_passes(model, how.compiled)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call, how) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
@@ -127,6 +127,8 @@ def open_session(
             statistics.loop_reason += f"; the drafter's passes are its own: {why}"
         passes.target = True
         target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
+        if warmup.preparing():
+            target.make(PREPARED + 1)
         statistics.static_bytes = target.bytes
         return target, passes
     session = Session(

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast import static_cache
-from specdec_fast.compiled import Captured, Compilation, Pair, check_out, hand_back, handing_back
+from specdec_fast.compiled import Captured, Compilation, Pair, check_out, forget, hand_back, handing_back
 from specdec_fast.device_round import bucket_of
-from specdec_fast.prompt_passes import read_prompts
+from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_runner import Forward, StaticRunner
@@ -77,9 +78,25 @@ class HostModel:
         """Memory of the cache and rows."""
         return self.pair.bytes
 
-    def close(self) -> None:
-        """Gives the cache back."""
+    def close(self, *, kept: bool = True) -> None:
+        """Gives the cache back, for another call or for good."""
         hand_back(self.pair)
+        if not kept:
+            forget(self._model, self.pair)
+
+    @torch.no_grad()
+    def make(self, most: int) -> None:
+        """Captures passes of a prompt, and of every number of lanes up to ``most``: no call has to wait for them.
+
+        To be asked before anything is fed. Not where passes are compiled besides, which takes minutes for all of them.
+        """
+        if not self.how.captured or self.how.compiled:
+            return
+        capture_all(self.runner)
+        cache = self.pair.target
+        nobodys = torch.full((cache.rows,), cache.capacity - 1, device=cache.device)
+        for lanes in sorted({lanes_for(n) for n in range(1, most + 1)}):
+            self.runner.score(nobodys.new_zeros((cache.rows, lanes)), nobodys)
 
     def reserve(self, columns: int) -> None:
         """Moves to a larger cache where texts of so many columns would not fit."""

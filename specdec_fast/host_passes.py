@@ -36,15 +36,17 @@ class HostPasses:
         how: passes run.
         device: of the target; drafters elsewhere run as they are.
         columns, prompt: the longest text of the call and its prompt, in the target's tokens.
+        ready: draft tokens up to which everything is captured at once, as for a prepared pair.
 
     Attributes:
         target: whether the target of the call runs so too.
     """
 
-    def __init__(self, how: Compilation, device: torch.device, columns: int, prompt: int, target: bool = False):
-        self._how, self._device, self._sizes = how, device, (columns, prompt)
-        self.target = target
+    def __init__(self, how: Compilation, device: torch.device, columns: int, prompt: int, ready: int = 0):
+        self._how, self._device, self._sizes, self._ready = how, device, (columns, prompt), ready
+        self.target = False
         self._taken: list[HostModel] = []
+        self._small: list[HostModel] = []  # those that no call wants
 
     @property
     def compiled(self) -> bool:
@@ -79,20 +81,37 @@ class HostPasses:
         if window is not None:  # no text is longer, and a draft behind it
             sizes = min(sizes[0], window + BUCKETS[-1] + 1), min(sizes[1], window)
         self._taken.append(HostModel(own, self._how, rows, *sizes, head=head, ids=ids, window=window))
+        if columns:
+            self._small.append(self._taken[-1])
+        if self._ready:
+            self._taken[-1].make(self._ready + 1)
         return self._taken[-1].runner
 
-    def drafting(self, runner: Runner, confidence: float, watched: bool) -> HostDraft:
+    def drafting(
+        self, runner: Runner, warpers: LogitsProcessorList | None, confidence: float, watched: bool
+    ) -> HostDraft:
         """Whole drafts on a runner that was made here."""
-        return HostDraft(next(one for one in self._taken if one.runner is runner), confidence, watched)
+        host = next(one for one in self._taken if one.runner is runner)
+        made = HostDraft(host, confidence, watched)
+        if self._ready:
+            made.make(warpers, 2 * self._ready)  # several tokens of a drafter may be one of the target
+        return made
 
     def apart(self) -> HostPasses:
         """Another one for the same call, to be closed before it."""
-        return HostPasses(self._how, self._device, *self._sizes, self.target)
+        made = HostPasses(self._how, self._device, *self._sizes)
+        made.target = self.target
+        return made
 
-    def close(self) -> None:
-        """Gives back all that was taken."""
+    def close(self, *, small: bool = True) -> None:
+        """Gives back all that was taken.
+
+        Args:
+            small: keep for later what was taken for fewer columns than the call's.
+        """
         while self._taken:
-            self._taken.pop().close()
+            own = self._taken.pop()
+            own.close(kept=small or own not in self._small)
 
 
 class HostDraft:
@@ -150,6 +169,17 @@ class HostDraft:
         for row in set(range(runner.rows)).difference(active):  # steps were written behind every row's text
             runner.rollback(row, length[row])
         return told
+
+    @torch.no_grad()
+    def make(self, warpers: LogitsProcessorList | None, most: int) -> None:
+        """Captures drafts of up to so many tokens; to be asked before anything is fed, as :meth:`HostModel.make`."""
+        law, how = DeviceLaw.of(warpers, do_sample=warpers is not None), self._host.how
+        if law.processors or not how.captured or how.compiled:
+            return
+        state = self._bound(law)
+        for bucket in BUCKETS:
+            if 0 < bucket <= most:
+                self._run(state, bucket, law)
 
     def _bound(self, law: DeviceLaw) -> State:
         """The state of the present cache, with a writer over it."""

@@ -112,7 +112,7 @@ def _measured_at_fixed_shapes(
     """
     model, _, batch, _, _, device = parts
     every = more["budget"] == float("inf") and not passes.compiled
-    for repetitions in (1, more.get("repetitions", 1)):
+    for last, repetitions in enumerate((1, more.get("repetitions", 1))):
         apart = passes.apart()
 
         def target(apart: HostPasses = apart) -> Runner:
@@ -130,7 +130,7 @@ def _measured_at_fixed_shapes(
                 sizes=SIZES if every else SIZES[:NEEDED],
             )
         finally:
-            apart.close()
+            apart.close(small=not last)
     return meter
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import PAD, build_model, drafters, make_noisy, model, prompts, taught, taught_prompts
 
-from specdec_fast import Prepared, costs, device_session, fast_generate, last_speculation, prepare, warmup
+from specdec_fast import Prepared, costs, device_session, fast_generate, last_speculation, methods, prepare, warmup
 from specdec_fast.device_session import Session
 
 
@@ -70,6 +70,22 @@ def test_rounds_of_every_size_are_captured(monkeypatch):
     assert launched[:6] == [2, 3, 4, 6, 8, 0]  # what the call before had not captured, then the call
     expected = fast_generate(target, **prompts(), **call | {"compile": "off"})
     assert torch.equal(prepared.generate(**prompts()), expected)
+
+
+def test_passes_and_drafts_of_the_hosts_loop_are_captured(plain_drafters, monkeypatch):
+    monkeypatch.setattr(methods, "asks", lambda *_: False)  # as on a GPU
+    made = graphs.imitate(monkeypatch)
+    own, inputs = drafters()["slem"], taught_prompts(1)
+    call = {"compile": "static", "do_sample": False, "max_new_tokens": 40}
+    pair = prepare(taught()[0], **own, **call, repetitions=1, inputs=inputs["input_ids"])
+    assert made
+    made.clear()
+    for ids in (inputs["input_ids"], inputs["input_ids"][:, 3:]):
+        for tokens in (None, 1, 2, 4, 6):
+            given = {**call, "num_assistant_tokens": tokens}
+            expected = fast_generate(taught()[0], ids, **own, **{**given, "compile": "off"})
+            assert torch.equal(pair.generate(ids, **given), expected)
+    assert not made
 
 
 def test_settings_are_every_calls_and_can_be_overridden():

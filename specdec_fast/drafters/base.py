@@ -89,10 +89,13 @@ class Passes(Protocol):
             ids: ``[K]`` int64, what the head's logits are of.
         """
 
-    def drafting(self, runner: Runner, confidence: float, watched: bool) -> Drafting:
+    def drafting(
+        self, runner: Runner, warpers: LogitsProcessorList | None, confidence: float, watched: bool
+    ) -> Drafting:
         """Whole drafts on a runner that was made here.
 
         Args:
+            warpers: the model's sampling, as far as it is known by now.
             confidence: a draft ends behind a token whose probability is below this.
             watched: drafts end where a lookahead says so.
         """

@@ -133,7 +133,7 @@ class ModelWriter:
         if lean is None and passes is not None:
             runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window)
             if runner is not None and choices is None and (lawless or warpers is None):
-                self._drafting = passes.drafting(runner, confidence, watcher is not None)
+                self._drafting = passes.drafting(runner, warpers, confidence, watcher is not None)
         self._runner = runner or Runner(model, len(contexts), head=head, lean=lean, window=window)
         if remembers and lean is not None:
             self.memory = lean.memory(len(contexts), names)
