@@ -13,10 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from specdec_fast import compiled, device_session, host_passes, prompt_passes
 
 aten = torch.ops.aten
-# What needs a number of the device on the host, or one of the host's own memory on the device (a tensor made of a list)
+# What needs a number of the device on the host
 WAITING = {
     aten._local_scalar_dense.default,
-    aten.lift_fresh.default,
     aten.masked_select.default,
     aten.nonzero.default,
     aten.repeat_interleave.Tensor,
@@ -46,7 +45,11 @@ class Recorder(TorchDispatchMode):
         return super().__exit__(*raised)
 
     def __torch_dispatch__(self, operation, types, given=(), named=None):
-        if operation in WAITING or (operation is aten.index.Tensor and any(map(_is_mask, given[1]))):
+        masked = operation is aten.index.Tensor and any(map(_is_mask, given[1]))
+        listed = (
+            operation is aten.lift_fresh.default and given[0].ndim
+        )  # a number alone may be one of the host's to fill
+        if operation in WAITING or masked or listed:
             raise RuntimeError(f"{operation} makes a device wait, or the host, while a graph is being captured")
         found = operation(*given, **(named or {}))
         self.steps.append((operation, given, named or {}, found))
@@ -106,7 +109,10 @@ def imitate(monkeypatch):
         with torch.no_grad():
             for _ in range(compiled.WARM_UPS):
                 run()
-            made.append(Graph(run))
+            try:
+                made.append(Graph(run))
+            except RuntimeError as error:
+                return None, f"a round cannot be captured ({error})"
         return (made[-1], made[-1].result), ""
 
     def captured(cls, mode, model, config):
