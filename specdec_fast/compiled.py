@@ -312,8 +312,7 @@ def check_out(
     weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
     with _lock:
         found = _kept.setdefault(model, [])
-        free = [pair for pair in found if pair.key == key and not pair.busy and pair.serves(drafter)]
-        pair = max(free, key=lambda one: len(one.graphs), default=None)
+        pair = next((one for one in found if one.key == key and not one.busy and one.serves(drafter)), None)
         if pair is not None:
             found.remove(pair)
             found.append(pair)  # used last

@@ -126,9 +126,8 @@ def open_session(
         if why is not None:
             statistics.loop_reason += f"; the drafter's passes are its own: {why}"
         passes.target = True
-        target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk)
-        if warmup.preparing():
-            target.make(PREPARED + 1)
+        ready = PREPARED + 1 if warmup.preparing() else 0
+        target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk, ready=ready)
         statistics.static_bytes = target.bytes
         return target, passes
     session = Session(

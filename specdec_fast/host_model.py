@@ -35,6 +35,7 @@ class HostModel:
         columns: the longest text the cache may have to hold, of which the first ``prompt`` come at once.
         visible, prefill_chunk, head, window: as for :class:`StaticRunner`.
         ids: ``[K]`` int64, what the head's logits are of, where it is not the model's own.
+        ready: passes of up to so many lanes are captured at once (:meth:`make`), 0: at their first use.
 
     Attributes:
         runner: feeds it.
@@ -53,6 +54,7 @@ class HostModel:
         head: Head | None = None,
         ids: Tensor | None = None,
         window: int | None = None,
+        ready: int = 0,
     ):
         self.how = how
         self._model, self._batch, self._columns = model, batch, columns
@@ -72,6 +74,8 @@ class HostModel:
             )
             if how.captured and prefill_chunk is None:
                 self.runner.reader = read_prompts
+            if ready:
+                self.make(ready)
 
     @property
     def bytes(self) -> int:

@@ -19,7 +19,7 @@ from specdec_fast.compiled import Compilation, Pair, capture, notice
 from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import BUCKETS, Begun, DeviceWriter, State, bucket_of
 from specdec_fast.device_text import read_texts
-from specdec_fast.drafters.base import Told
+from specdec_fast.drafters.base import RowDraft
 from specdec_fast.host_model import HostModel
 from specdec_fast.runner import Head, Runner
 from specdec_fast.staging import upload
@@ -80,11 +80,10 @@ class HostPasses:
         own, sizes = for_passes(model, self._how.compiled)[0], (columns, columns) if columns else self._sizes
         if window is not None:  # no text is longer, and a draft behind it
             sizes = min(sizes[0], window + BUCKETS[-1] + 1), min(sizes[1], window)
-        self._taken.append(HostModel(own, self._how, rows, *sizes, head=head, ids=ids, window=window))
+        ready = self._ready and self._ready + 1
+        self._taken.append(HostModel(own, self._how, rows, *sizes, head=head, ids=ids, window=window, ready=ready))
         if columns:
             self._small.append(self._taken[-1])
-        if self._ready:
-            self._taken[-1].make(self._ready + 1)
         return self._taken[-1].runner
 
     def drafting(
@@ -138,7 +137,7 @@ class HostDraft:
         keys: tuple[list[int], list[int]],
         warpers: LogitsProcessorList | None,
         stops: Sequence[tuple[list[float], list[float]]] | None,
-    ) -> list[Told] | None:
+    ) -> list[RowDraft] | None:
         law = DeviceLaw.of(warpers, do_sample=warpers is not None)
         if law.processors or max(steps) > BUCKETS[-1]:
             return None
@@ -164,7 +163,7 @@ class HostDraft:
         for row in active:
             count, *rest = report[row]
             width = len(rest) // (1 + self._ends["watched"])
-            told.append(Told(rest[:count], rest[width : width + count]))
+            told.append(RowDraft(rest[:count], rest[width : width + count]))
             runner.length[row] = length[row] + count - 1  # the last one has not been read
         for row in set(range(runner.rows)).difference(active):  # steps were written behind every row's text
             runner.rollback(row, length[row])

@@ -58,20 +58,23 @@ def test_sampled_tokens_are_those_of_the_host_loop(method, rule):
         own["assistant_model"].cpu()
 
 
+def strict(call):
+    """Raises where the call waits for the device."""
+
+    def checked(*arguments):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(*arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return checked
+
+
 def check_no_wait(target, given, monkeypatch):
     fast_generate(target, **given)  # captures
 
     launch, limit = Session.launch, Session.limit
-
-    def strict(call):
-        def checked(*arguments):
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return call(*arguments)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return checked
 
     monkeypatch.setattr(Session, "launch", strict(launch))
     monkeypatch.setattr(Session, "limit", strict(limit))
@@ -135,16 +138,6 @@ def test_the_host_loop_waits_for_a_drafts_text_and_for_a_verdict_alone(monkeypat
     given = {**moved(taught_prompts(2)), **own, **SAMPLED}
     target.cuda()
     own["assistant_model"].cuda()
-
-    def strict(call):
-        def checked(*arguments):
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return call(*arguments)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        return checked
 
     try:
         fast_generate(target, **given)  # captures

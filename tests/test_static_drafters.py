@@ -12,7 +12,9 @@ from specdec_fast import (
     compiled,
     dispatch,
     fast_generate,
+    host_model,
     last_speculation,
+    prepare,
     reference_ops,
     static_cache,
     static_runner,
@@ -216,6 +218,20 @@ def test_greedy_text_is_that_of_generate(method, rows, captured, tight, whole, m
         assert not any(pair.busy for pair in compiled._kept[one])
 
 
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("method", ["slem", "slrs", "model", "tli", "projection"])
+def test_sampled_text_is_that_of_the_plain_loop(method, captured, monkeypatch):
+    """Whose law others test (test_distribution, test_slrs, test_projection)."""
+    made = graphs.imitate(monkeypatch) if captured else []
+    own = {**drafter_of(method), "num_assistant_tokens": 3, "assistant_window": 40}
+    call = {**taught_prompts(3, padded=True), "do_sample": True, "top_k": 0, "max_new_tokens": 20}
+    for settings in ({"seed": 2}, {"seed": 7, "temperature": 0.7, "top_p": 0.9}):
+        found = fast_generate(taught()[0], **call, **own, **settings, **STATIC)
+        assert (last_speculation().forward, last_speculation().loop) == ("static", "host")
+        assert torch.equal(found, fast_generate(taught()[0], **call, **own, **settings, compile="off"))
+    assert bool(made) == captured
+
+
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", ["model", "tli"])
 @pytest.mark.parametrize("captured", [False, True])
@@ -272,6 +288,23 @@ def test_a_call_that_fails_gives_all_caches_back(monkeypatch):
         fast_generate(taught()[0], **taught_prompts(2), **own, max_new_tokens=12)
     for one in (taught()[0], own["assistant_model"]):
         assert not any(pair.busy for pair in compiled._kept[one])
+
+
+@pytest.mark.parametrize("fails_at", [0, 1])
+def test_a_pair_that_cannot_be_made_ready_gives_all_caches_back(fails_at, monkeypatch):
+    """Of the target, of the drafter."""
+    graphs.imitate(monkeypatch)
+    own, capture, asked = {**drafters()["slem"], **STATIC}, host_model.capture_all, []
+
+    def failing(*runners):
+        asked.append(runners)
+        return 1 / 0 if len(asked) > fails_at else capture(*runners)
+
+    monkeypatch.setattr(host_model, "capture_all", failing)
+    with pytest.raises(ZeroDivisionError):
+        prepare(taught()[0], **own, repetitions=1, inputs=taught_prompts(1)["input_ids"], max_new_tokens=12)
+    for one in (taught()[0], own["assistant_model"]):
+        assert not any(pair.busy for pair in compiled._kept.get(one, []))
 
 
 def test_costs_are_those_of_passes_of_fixed_shape(monkeypatch):

@@ -13,7 +13,7 @@ from specdec_fast.runner import Head, Runner
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
 
-__all__ = ["Drafter", "Drafting", "Passes", "Told"]
+__all__ = ["Drafter", "Drafting", "Passes", "RowDraft"]
 
 
 class Drafter(Protocol):
@@ -40,7 +40,7 @@ class Drafter(Protocol):
         """
 
 
-class Told(NamedTuple):
+class RowDraft(NamedTuple):
     """One row's draft as the host reads it: what was drawn (-1: from scores that are no law), and where the lookahead
     asks for it the level of confidence of each."""
 
@@ -60,7 +60,7 @@ class Drafting(Protocol):
         keys: tuple[list[int], list[int]],
         warpers: LogitsProcessorList | None,
         stops: Sequence[tuple[list[float], list[float]]] | None,
-    ) -> list[Told] | None:
+    ) -> list[RowDraft] | None:
         """Drafts behind texts; all but a draft's last token count as read.
 
         Args:
