@@ -25,7 +25,8 @@ demo: $(STAMP)
 	    $${PROMPT:+--prompt "$$PROMPT"}
 
 test: $(STAMP)
-	SPECDEC_FAST_TOKENIZERS='$(abspath $(VENV))/vocabularies' pytest -q tests
+	SPECDEC_FAST_TOKENIZERS='$(abspath $(VENV))/vocabularies' pytest -q tests \
+	    -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(STAMP)
 	ruff format --check .
