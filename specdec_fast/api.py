@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, sampling, warmup
 from specdec_fast.branching import Branching
-from specdec_fast.cache import CACHE_NAMES, check_cache, given_cache, ragged_layers
+from specdec_fast.cache import CACHE_NAMES, check_cache, columns_of, given_cache
 from specdec_fast.continuation import columns_before, load, store
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.device_plan import Call, mode_of, open_session, resident_outlook
@@ -305,12 +305,12 @@ class _Loop:
 
         embeds = model_kwargs.get("inputs_embeds")
         name, cache = given_cache(model_kwargs)
-        past = int(cache.get_seq_length()) if isinstance(cache, Cache) else 0
+        past = columns_of(cache, name) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
             raise ValueError(f"use_cache=False cannot continue {name}: leave out one of them")
         shift = columns_before(config, columns, past, mask, embeds, name)
         if isinstance(cache, Cache):
-            check_cache(cache, name, batch, ragged_layers(model.config) or 0, shift + max(limit, columns + 1) - 1)
+            check_cache(cache, name, batch, model.config, shift + max(limit, columns + 1) - 1)
         visible = None if mask is None else mask.bool().to(input_ids.device)
         if visible is not None and visible.shape[1] != shift + columns:
             raise ValueError(

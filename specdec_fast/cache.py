@@ -10,11 +10,18 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 __all__ = [
     "CACHE_NAMES",
@@ -22,7 +29,10 @@ __all__ = [
     "cache_argument",
     "cache_of",
     "check_cache",
+    "columns_of",
+    "empty",
     "given_cache",
+    "has_state",
     "ragged_layers",
     "read_cache",
     "write_cache",
@@ -197,25 +207,59 @@ def ragged_layers(config: Any) -> int | None:
     return len(layers) if plain and layers else None
 
 
-def check_cache(cache: Any, name: str, rows: int, layers: int, columns: int) -> None:
+def columns_of(cache: Cache, name: str) -> int:
+    """How many columns a caller's cache holds.
+
+    Raises:
+        ValueError: it holds something and cannot say.
+    """
+    layers = getattr(cache, "layers", [])
+    if not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return int(cache.get_seq_length())
+    if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
+        raise ValueError(f"{name} has no layer that says how long its text is: pass the whole text without it")
+    return 0
+
+
+def has_state(layer: Any) -> bool:
+    """Whether a cache's layer keeps a state: all it has read in one sum, which cannot be rolled back."""
+    return isinstance(layer, LinearAttentionCacheLayerMixin)
+
+
+def check_cache(cache: Any, name: str, rows: int, config: Any, columns: int) -> None:
     """Refuses a caller's cache that cannot be read, or cannot hold the result.
 
     Args:
         name: of the argument.
         rows: of the call.
-        layers: of the model.
+        config: of the model.
         columns: the longest result's.
 
     Raises:
         ValueError: why not.
     """
-    past = int(cache.get_seq_length())
-    if len(cache.layers) != layers and (past or cache.layers):
+    past = columns_of(cache, name)
+    layers: list[Any] = cache.layers
+    models = DynamicCache(config=config).layers
+    if len(layers) != len(models) and (past or layers):
         raise ValueError(
-            f"{name} has {len(cache.layers)} layers, the model {layers}: pass a cache that this model returned"
+            f"{name} has {len(layers)} layers, the model {len(models)}: pass a cache that this model returned"
         )
-    for layer in cache.layers:
+    if not layers and any(map(has_state, models)):
+        raise ValueError(f"{name} knows nothing of the model's layers: make it with DynamicCache(config=model.config)")
+    for layer, own in zip(layers, models, strict=False):
         kind = type(layer).__name__
+        if past and has_state(layer) != has_state(own):
+            raise ValueError(f"{name} has a {kind} for the model's {type(own).__name__}: pass a cache that it returned")
+        if past and has_state(layer):
+            tensors = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            for batch in {tensor.shape[0] for tensor in tensors if tensor is not None} - {rows}:
+                raise ValueError(f"{name} has {batch} rows, the call {rows}: give it one row a sequence")
+            if layer.record_past:
+                raise ValueError(f"{name} records past states: pass one that does not")
+        if not isinstance(layer, CacheLayerMixin):
+            continue  # nothing but a state, or nothing at all
+        layer = cast(Any, layer)
         if not layer.is_sliding and 0 <= layer.get_max_length() < columns:
             raise ValueError(
                 f"{name} is a static cache of {layer.get_max_length()} columns, this call may need {columns}: "
@@ -247,13 +291,18 @@ def read_cache(source: Any, target: RaggedCache) -> None:
         )
 
 
-def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:
-    """Replaces what a Transformers cache holds by the first ``columns`` columns of a ragged one."""
-    target.reset()
-    for layer in target.layers:  # before 5.18 a reset leaves columns of zeros, and an update adds to them
+def empty(cache: Cache) -> None:
+    """Forgets what a Transformers cache holds."""
+    cache.reset()
+    for layer in cache.layers:  # before 5.18 a reset leaves columns of zeros, and an update adds to them
         if isinstance(layer, DynamicLayer):
             layer.keys = layer.values = None
             layer.is_initialized = False
+
+
+def write_cache(source: RaggedCache, target: Cache, columns: int) -> None:
+    """Replaces what a Transformers cache holds by the first ``columns`` columns of a ragged one."""
+    empty(target)
     layers: Any = source.cache.layers
     for index, layer in enumerate(layers):
         if layer.is_initialized:

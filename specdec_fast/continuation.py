@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from specdec_fast.cache import RaggedCache, read_cache, write_cache
+from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
 
 __all__ = ["columns_before", "load", "store"]
@@ -17,6 +18,9 @@ __all__ = ["columns_before", "load", "store"]
 
 def load(target: Runner, cache: Any, past: int) -> None:
     """Copies a caller's cache of ``past`` columns, found readable by :func:`check_cache`, into a runner's."""
+    if isinstance(target, RecurrentRunner):
+        target.load(cache, past)
+        return
     for group, own in target.caches:
         source = cache if len(group) == target.rows else _row_of(cache, group[0])
         read_cache(source, own)
@@ -36,6 +40,9 @@ def _row_of(cache: Any, row: int) -> Any:
 
 def store(target: Runner, cache: Any, columns: int) -> None:
     """Writes the columns of the result into a Transformers cache."""
+    if isinstance(target, RecurrentRunner):
+        target.store(cache, columns)
+        return
     caches = [own for _, own in target.caches]
     if len(caches) == 1:
         write_cache(caches[0], cache, columns)

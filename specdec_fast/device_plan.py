@@ -23,6 +23,7 @@ from specdec_fast.lean import LeanModel, lean_model
 from specdec_fast.methods import Plan, asks, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
+from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
 from specdec_fast.static_model import for_passes
 from specdec_fast.static_runner import why_not_static
@@ -82,7 +83,7 @@ class Call:
     def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
         """The target as it is."""
         chunk = self.prefill_chunk
-        return Runner(
+        return runner_for(
             model,
             rows,
             visible=self.visible,

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache
+
+from specdec_fast.cache import has_state
 
 __all__ = ["level_mask", "ragged_masks", "text_positions", "windows_of"]
 
@@ -57,11 +61,13 @@ def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
         ValueError: a layer type whose mask is not known here.
     """
     config = model.config.get_text_config(decoder=True)
-    sizes = {
-        layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-        for layer in DynamicCache(config=config).layers
-    }
+    layers: list[Any] = DynamicCache(config=config).layers
+    sizes = {getattr(layer, "sliding_window", None) for layer in layers if isinstance(layer, CacheLayerMixin)}
     names = set(getattr(config, "layer_types", None) or ())
+    if any(map(has_state, layers)):  # one mask for all layers then: those with a state make nothing of it
+        if len(sizes) > 1:
+            raise ValueError("attention of several kinds beside layers with a state has no ragged mask")
+        return {"full_attention": next(iter(sizes), None)}
     if names - {"full_attention", "sliding_attention"} or len(sizes - {None}) > 1:
         raise ValueError(f"attention pattern {sorted(names)} has no ragged mask")
     return {"full_attention" if size is None else "sliding_attention": size for size in sizes}

@@ -25,6 +25,7 @@ from specdec_fast.drafters.slrs import SlrsDrafter
 from specdec_fast.lean import why_not_lean
 from specdec_fast.memory import footprint
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
+from specdec_fast.recurrent import why_not_recurrent
 from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
@@ -94,7 +95,7 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
     """Refuses by name what cannot be decoded here.
 
     Raises:
-        ValueError: ``argument`` is encoder-only, encoder-decoder or keeps a recurrent state.
+        ValueError: ``argument`` is encoder-only, encoder-decoder or keeps a state that it cannot go on from.
         TypeError: it is no model.
     """
     name = type(model).__name__
@@ -106,11 +107,14 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
         )
     if not model.can_generate():
         raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
-    if getattr(model, "_is_stateful", False) or ragged_layers(model.config) is None:
-        raise ValueError(
-            f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: use "
-            "model.generate for it"
-        )
+    ragged = ragged_layers(model.config) is not None
+    if getattr(model, "_is_stateful", False) or not ragged:
+        why = "its cache does not hold it" if ragged else why_not_recurrent(model)
+        if why is not None:
+            raise ValueError(
+                f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: {why}. "
+                "Use model.generate for it"
+            )
     if not cache_argument(type(model)):
         raise ValueError(
             f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "

@@ -23,7 +23,7 @@ from specdec_fast.staging import moved
 from specdec_fast.trees import Climbed, Climbing, Growing, Grown, Tree
 from specdec_fast.trial import distance, trial_ids
 
-__all__ = ["Runner", "left_align", "supports_ragged_batches"]
+__all__ = ["Head", "Runner", "left_align", "supports_ragged_batches"]
 
 Head = Callable[[Tensor], Tensor]
 
@@ -83,17 +83,17 @@ class Runner:
         self.hidden = [0] * rows if visible is None else (~visible).sum(1).tolist()
         """How many columns of each row's prompt are padding."""
         self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
-        layers = ragged_layers(model.config)
-        if layers is None:
-            raise ValueError(f"{type(model).__name__} has layers that cannot be rolled back")
         if joint is None:
             joint = rows == 1 or supports_ragged_batches(model)
         groups = [list(range(rows))] if joint else [[row] for row in range(rows)]
-        self._units = self._make_caches(groups, layers)
+        self._units = self._make_caches(groups)
         for _, unit in self._units:
             unit.window.most = most
 
-    def _make_caches(self, groups: list[list[int]], layers: int) -> list[tuple[list[int], RaggedCache]]:
+    def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
+        layers = ragged_layers(self.model.config)
+        if layers is None:
+            raise ValueError(f"{type(self.model).__name__} has layers that cannot be rolled back")
         return [(group, RaggedCache(len(group), layers)) for group in groups]
 
     @property

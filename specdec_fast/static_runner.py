@@ -155,7 +155,7 @@ class StaticRunner(Runner):
         self._ids = self.vocabulary or 1 << 60
         cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))
 
-    def _make_caches(self, groups: list[list[int]], layers: int) -> list[tuple[list[int], RaggedCache]]:
+    def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
         return [(group, self.cache) for group in groups]
 
     def move(self, cache: StaticCache, forward: Forward) -> None:
@@ -264,7 +264,7 @@ def why_not_static(model: PreTrainedModel) -> str | None:
 def _probe(model: PreTrainedModel, implementation: str) -> str | None:
     name = type(model).__name__
     if ragged_layers(model.config) is None:
-        return f"{name} has layers that cannot be rolled back"
+        return f"{name} has layers with a state, which no pass of fixed shape rolls back"
     if not supports_ragged_batches(model):
         return f"{name} with {implementation} attention takes no mask that a static cache needs"
     ids = trial_ids(model)

@@ -24,6 +24,7 @@ from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Parts, Plan, build_drafter
 from specdec_fast.randomness import Philox
+from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
@@ -90,7 +91,7 @@ def outlook_for(
             more = {"budget": float("inf"), "repetitions": asked.repetitions}
         alone = replace(plan, others=(), rows=None)
         if passes is None:
-            more["runner"] = partial(Runner, model, batch, lean=lean)
+            more["runner"] = partial(runner_for, model, batch, lean=lean)
             known.take(measure(drafter=build_drafter(alone, *parts), texts=texts, device=device, **more))
         else:
             known.take(_measured_at_fixed_shapes(alone, parts, texts, lean, passes, more))
@@ -117,7 +118,7 @@ def _measured_at_fixed_shapes(
 
         def target(apart: HostPasses = apart) -> Runner:
             fixed = apart.runner(model, batch, columns=CONTEXT + max(SIZES)) if apart.target and lean is None else None
-            return Runner(model, batch, lean=lean) if fixed is None else fixed
+            return runner_for(model, batch, lean=lean) if fixed is None else fixed
 
         try:
             meter = measure(

@@ -21,6 +21,7 @@ from specdec_fast import fast_generate, last_speculation
 __all__ = [
     "ARCHITECTURES",
     "PAD",
+    "RECURRENT",
     "VOCABULARY",
     "drafters",
     "model",
@@ -86,11 +87,56 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 ARCHITECTURES = tuple(_KINDS)
 
+_HYBRID = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
+_DELTA = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "layer_types": ["linear_attention", "full_attention"],
+}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_SSM = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+# Models with layers that keep a state
+_RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
+    "lfm2": ("Lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "qwen3_5": ("Qwen3_5", {**_HYBRID, **_DELTA}),
+    "qwen3_next": ("Qwen3Next", {**_HYBRID, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 16}),
+    "olmo_hybrid": ("OlmoHybrid", {**_HYBRID, **_DELTA}),
+    "falcon_h1": ("FalconH1", {**_HYBRID, **_SSM, "mamba_d_ssm": 64}),
+    "bamba": ("Bamba", {**_HYBRID, **_SSM, "attn_layer_indices": [1]}),
+    "granite": (
+        "GraniteMoeHybrid",
+        {
+            **_HYBRID,
+            **_SSM,
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 16,
+        },
+    ),
+    "mamba2": (
+        "Mamba2",
+        {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "state_size": 8,
+            "expand": 2,
+            "num_heads": 8,
+            "head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+        },
+    ),
+}
+RECURRENT = tuple(_RECURRENT)
+
 
 def build_model(architecture: str, *, vocabulary: int = VOCABULARY, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A fresh random model, in eval mode, that never meets an EOS of its own."""
-    name, arguments = _KINDS[architecture]
-    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    name, arguments = {**_KINDS, **_RECURRENT}[architecture]
+    config_class = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config")
     nothing = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = config_class(**{**arguments, "vocab_size": vocabulary, "tie_word_embeddings": False, **nothing, **changes})
     with torch.random.fork_rng():
@@ -144,9 +190,9 @@ def prompts(rows: int = 1, *, padded: bool = False, length: int = 9, seed: int =
 
 
 @functools.cache
-def _taught(kind: str, seed: int, steps: int) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def _taught(kind: str, seed: int, steps: int, architecture: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     tokenizer = build(kind)
-    built = build_model("llama", vocabulary=len(tokenizer), seed=seed)
+    built = build_model(architecture, vocabulary=len(tokenizer), seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for parameter in built.parameters():
@@ -167,9 +213,10 @@ def _taught(kind: str, seed: int, steps: int) -> tuple[PreTrainedModel, PreTrain
     return built, tokenizer
 
 
-def taught(role: str = "target") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+def taught(role: str = "target", architecture: str = "llama") -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model and its tokenizer that know the same text as the other role's, with another vocabulary."""
-    return _taught("byte_a", 0, 120) if role == "target" else _taught("byte_b", 1, 90)
+    own = ("byte_a", 0, 120) if role == "target" else ("byte_b", 1, 90)
+    return _taught(*own, architecture)
 
 
 def taught_prompts(rows: int = 1, *, padded: bool = False) -> dict[str, Tensor]:

@@ -38,7 +38,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.model import Context
 from specdec_fast.proposal import Proposal, SparseLaw
-from specdec_fast.runner import Runner
+from specdec_fast.recurrent import runner_for
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws
@@ -145,7 +145,7 @@ class LiteralSlrsDrafter:
     ):
         self._most_steps = _most_steps(width, lookahead)
         self._model = model
-        self._positions = Runner(model, 1, window=window).positions
+        self._positions = runner_for(model, 1, window=window).positions
         self._contexts = contexts
         self._proposer = proposer
         self._warpers = warpers
@@ -207,7 +207,7 @@ class LiteralSlrsDrafter:
         """The drafter's law behind each of ``N`` texts of one length: ``[N, K]`` float64 on the host."""
         ids = torch.tensor([[*context, *tokens] for tokens in drawn], dtype=torch.long)
         rows, columns = ids.shape
-        runner = Runner(self._model, rows, use_cache=False, joint=True)
+        runner = runner_for(self._model, rows, use_cache=False, joint=True)
         scores = runner.feed(range(rows), ids, [columns] * rows, [1] * rows)[:, 0].float()
         if self._warpers:
             scores = sampling.warp(self._warpers, scores)

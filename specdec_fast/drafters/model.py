@@ -32,6 +32,7 @@ from specdec_fast.lean_ops import Choices, Index, Told
 from specdec_fast.memory import Memory
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox
+from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
@@ -134,7 +135,7 @@ class ModelWriter:
             runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window)
             if runner is not None and choices is None and (lawless or warpers is None):
                 self._drafting = passes.drafting(runner, warpers, confidence, watcher is not None)
-        self._runner = runner or Runner(model, len(contexts), head=head, lean=lean, window=window)
+        self._runner = runner or runner_for(model, len(contexts), head=head, lean=lean, window=window)
         if remembers and lean is not None:
             self.memory = lean.memory(len(contexts), names)
         self._choices = None if choices is None else choices.to(model.device)

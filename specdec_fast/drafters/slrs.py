@@ -23,7 +23,7 @@ from specdec_fast.drafters.base import Passes
 from specdec_fast.drafters.model import Context, Watcher
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
-from specdec_fast.runner import Runner
+from specdec_fast.recurrent import runner_for
 from specdec_fast.spelling import Path, Spelling
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
@@ -62,7 +62,7 @@ class TextModel:
         lean, runner = lean_model(model), None
         if lean is None and passes is not None:
             runner = passes.runner(model, rows, head=None, ids=None, window=window)
-        self._runner = runner or Runner(model, rows, lean=lean, window=window)
+        self._runner = runner or runner_for(model, rows, lean=lean, window=window)
         self._cached: list[list[int]] = [[] for _ in range(rows)]
 
     @property

@@ -1,0 +1,293 @@
+"""Models with layers that keep a state: short convolutions, Mamba, gated linear attention, alone or beside attention.
+
+Keys and values of a rejected token are rolled back by lowering a number. A state cannot be: it is one sum over all
+tokens. So copies of it are kept from before passes whose tokens may be rejected, and a row that was rolled back goes on
+from the newest copy that holds none of what is gone. What was accepted behind that copy is fed again, together with
+the next tokens. A pass over a few positions takes little longer than one over one, so this costs little. Where more
+than :data:`REPLAYED` tokens would be fed again, a pass of their own moves the copy behind them.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window, empty, has_state, ragged_layers
+from specdec_fast.runner import Head, Runner, left_align
+from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
+from specdec_fast.trial import distance, trial_ids
+
+__all__ = ["RecurrentRunner", "runner_for", "why_not_recurrent"]
+
+REPLAYED = 16  # tokens fed again in front of a draft at most
+EXACT = 0.04  # of the distance that rounding may make (:func:`specdec_fast.trial.distance`), in float32
+
+
+class RecurrentRunner(Runner):
+    """A runner of a model with states; the arguments are :class:`Runner`'s.
+
+    Rows that read equally much share a pass, and so do all rows whose tail may be rejected anyway: there shorter ones
+    are filled up with tokens that are rolled back.
+
+    Raises:
+        ValueError: padding is not on the left.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        *,
+        visible: Tensor | None = None,
+        use_cache: bool = True,
+        prefill_chunk: int | None = None,
+        head: Head | None = None,
+        joint: bool | None = None,
+        most: int = 0,
+        window: int | None = None,
+        **_: Any,
+    ):
+        if visible is not None and bool((visible.long().diff(dim=1) < 0).any()):
+            name = type(model).__name__
+            raise ValueError(f"attention_mask: {name} keeps a state, which takes in all padding but that on the left")
+        if joint is None:
+            joint = rows == 1 or _found(model).joint
+        more = {"use_cache": use_cache, "prefill_chunk": prefill_chunk, "head": head, "most": most, "window": window}
+        super().__init__(model, rows, joint=joint, **more)  # type: ignore[arg-type]
+        if visible is not None:
+            self.hidden = (~visible).sum(1).tolist()
+
+    def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
+        units = [Unit(self.model.config, len(group)) for group in groups]
+        self._unit_of = {row: unit for group, unit in zip(groups, units, strict=True) for row in group}
+        self._rows = [row for unit in units for row in unit.own]
+        return list(zip(groups, units, strict=True))
+
+    def rollback(self, row: int, length: int) -> None:
+        super().rollback(row, length)
+        self._rows[row].anchor = self._seen(row)
+
+    def _seen(self, row: int) -> int:
+        """Tokens of a row that have been read and not rolled back."""
+        return max(self.length[row] - self.hidden[row], 0)
+
+    def _read_once(self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: int) -> tuple[Tensor, list[int]]:
+        if len({self.hidden[row] for row in rows}) > 1:
+            return tokens, count
+        return super()._read_once(rows, tokens, count, tail)
+
+    def _feed(
+        self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], embeds: Tensor | None
+    ) -> Tensor:
+        texts: dict[int, list[int]] = {}
+        early: dict[int, list[int]] = {}
+        lines = tokens.tolist()
+        for r, row in enumerate(rows):
+            own, start = self._rows[row], self._seen(row)
+            first = min(max(self.hidden[row] - self.length[row], 0), count[r])  # padding
+            self.length[row] += count[r]
+            if first == count[r]:
+                continue
+            missing = own.go_back(start)
+            line = lines[r][first : count[r]]
+            own.tokens[start:] = line if embeds is None else [-1] * len(line)
+            if len(line) > 1:  # single tokens may be a draft's, behind which nothing is certain
+                own.anchor = max(own.anchor, start)
+            texts[row] = missing + line
+            certain = len(texts[row]) - tail[r]
+            if tail[r] > 1 and certain > REPLAYED:
+                early[row], texts[row] = texts[row][:certain], texts[row][certain:]
+        for group in self._together(early, exactly=True):
+            self._pass(group, [early[row] for row in group], [1] * len(group), None)
+        wanted = dict(zip(rows, tail, strict=True))
+        parts: dict[int, Tensor] = {}
+        for group in self._together(texts, exactly=max(tail) == 1 or embeds is not None):
+            piece = None
+            if embeds is not None:
+                piece = embeds[[list(rows).index(row) for row in group], -len(texts[group[0]]) :]
+            logits = self._pass(group, [texts[row] for row in group], [wanted[row] for row in group], piece)
+            parts.update(zip(group, logits.split(1), strict=True))
+        width = max(tail)
+        some = next(iter(parts.values()), tokens.new_zeros((1, width, 1)))
+        none = some.new_zeros((1, width, some.shape[2]))
+        whole = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts.values()]
+        parts = dict(zip(parts, whole, strict=True))
+        return torch.cat([parts.get(row, none) for row in rows])
+
+    def _together(self, texts: dict[int, list[int]], *, exactly: bool) -> list[list[int]]:
+        """Rows that can share a pass over these; ``exactly``: over texts of one length only."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for row, text in texts.items():
+            blank = self._rows[row].stands == 0  # has no state yet that could stand beside another row's
+            key = (blank, len(text) if exactly or blank else 0) if self.joint else (row,)
+            groups.setdefault(key, []).append(row)
+        return list(groups.values())
+
+    def _pass(self, rows: list[int], texts: list[list[int]], tail: list[int], embeds: Tensor | None) -> Tensor:
+        """One pass from where the states stand: logits ``[R, max(tail), V]``, left-aligned."""
+        unit, device = self._unit_of[rows[0]], self.model.device
+        own, window = [self._rows[row] for row in rows], unit.window
+        count = [len(text) for text in texts]
+        n = max(count)
+        tokens = torch.tensor([text + text[-1:] * (n - len(text)) for text in texts], device=device)
+        for one in own:
+            one.mark()
+        unit.put(own)
+        places = rows if self.joint else [0]
+        window.rows = None if len(rows) == unit.rows else torch.tensor(places, device=device)
+        start = [one.stands for one in own]
+        window.start, window.end = min(start), max(start) + n
+        columns = torch.tensor(start, device=device).unsqueeze(1) + torch.arange(n, device=device)
+        window.columns = None if min(start) == max(start) else columns
+        lanes = sorted({c - t + j for c, t in zip(count, tail, strict=True) for j in range(t)})
+        logits = self._model_forward(rows, tokens, columns, [n] * len(rows), unit, embeds, lanes)
+        unit.take(own)
+        for one in own:
+            one.stands += n
+        return left_align(logits, lanes, count, tail)
+
+    def load(self, cache: Any, past: int) -> None:
+        """Goes on behind a caller's cache of ``past`` columns, found readable by ``check_cache``."""
+        layers = [layer for layer in cache.layers if has_state(layer)]
+        for number, own in enumerate(self._rows):
+            read = past - min(self.hidden[number], past)
+            own.tokens, own.stands, own.anchor = [-1] * read, read, read
+            own.state = [changed(state_of(layer), partial(row_of, row=number)) for layer in layers]
+            unit = self._unit_of[number]
+            place = unit.own.index(own)
+            unit.window.rows = torch.tensor([place])
+            unit.window.columns, unit.window.start, unit.window.end = None, 0, read
+            for mine, theirs in zip(unit.cache.layers, cache.layers, strict=True):
+                if isinstance(mine, RaggedLayer) and theirs.is_initialized and read:
+                    # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good
+                    filled = [part[number : number + 1, :, :past] for part in (theirs.keys, theirs.values)]
+                    kept = min(read, filled[0].shape[2])
+                    last = [torch.nn.functional.pad(part[:, :, -kept:], (0, 0, read - kept, 0)) for part in filled]
+                    mine.update(*last)
+            self.length[number] = past
+
+    def store(self, cache: Cache, columns: int) -> None:
+        """Writes what the rows have read, ``columns`` each, into a Transformers cache."""
+        for number, own in enumerate(self._rows):
+            missing = own.go_back(self._seen(number))
+            if missing:
+                self._pass([number], [missing], [1], None)
+        empty(cache)
+        stateful = [layer for layer in cache.layers if has_state(layer)]
+        for index, layer in enumerate(stateful):
+            set_state(layer, side_by_side([own.state[index] for own in self._rows]))
+            mine: Any = self._unit_of[0].stateful[index]
+            layer.device, layer.dtype = mine.device, mine.dtype  # type: ignore[union-attr]
+        units: list[Any] = [unit for _, unit in self._units]
+        for index in range(len(cache.layers)):
+            parts = [unit.cache.layers[index] for unit in units]
+            if isinstance(parts[0], RaggedLayer) and parts[0].keys is not None:
+                keys, values = (
+                    torch.cat([getattr(part, name)[:, :, :columns] for part in parts]) for name in ("keys", "values")
+                )
+                cache.update(self._padded(keys, columns), self._padded(values, columns), index)
+
+    def _padded(self, part: Tensor, columns: int) -> Tensor:
+        """Columns of padding in front of each row's."""
+        pad = torch.nn.functional.pad
+        rows = [pad(row[:, :, : columns - n], (0, 0, n, 0)) for row, n in zip(part.split(1), self.hidden, strict=True)]
+        return torch.cat(rows)
+
+
+def runner_for(model: PreTrainedModel, rows: int, **settings: Any) -> Runner:
+    """The runner that suits a model; the arguments are :class:`Runner`'s."""
+    kind = Runner if ragged_layers(model.config) is not None else RecurrentRunner
+    return kind(model, rows, **settings)
+
+
+class _Found(NamedTuple):
+    """Why a model cannot be decoded, and whether its rows share passes at different columns."""
+
+    why_not: str | None
+    joint: bool
+
+
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Found]] = weakref.WeakKeyDictionary()
+_probing = threading.Lock()
+
+
+def why_not_recurrent(model: PreTrainedModel) -> str | None:
+    """Why a model with layers of other kinds than attention cannot be decoded; None where it can. Tried once a model.
+
+    Several models of Transformers read more than one token as if nothing had been read before, or with a part of the
+    state only. So a few tokens are read behind others, again after a rollback, and once more with each part of the
+    state wiped: the first two must give what reading them one by one does, and the last must not.
+    """
+    return _found(model).why_not
+
+
+def _found(model: PreTrainedModel) -> _Found:
+    with _probing:
+        found = _probed.setdefault(model, {})
+        form = f"{model.device.type} {model.dtype} {model.config._attn_implementation}"  # kernels hang on these
+        if form not in found:
+            why = _probe(model)
+            found[form] = _Found(why, why is None and _probe_joint(model))
+        return found[form]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> str | None:
+    if layers_of(model.config, Window()) is None:
+        return "it is of a kind that cannot be copied"
+    ids = trial_ids(model)[:1]
+    try:
+        steps, spans = RecurrentRunner(model, 1), RecurrentRunner(model, 1)
+        steps.feed([0], ids[:, :3], [3], [1])
+        one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(3, 7)], 1)
+        spans.feed([0], ids[:, :3], [3], [1])
+        at_once = spans.feed([0], ids[:, 3:6], [3], [3])
+        spans.rollback(0, 4)
+        behind = spans.feed([0], ids[:, 4:], [3], [3])
+        for got, first in ((at_once, 0), (behind, 1)):
+            if not _alike(one_by_one[0, first : first + 3], got[0]):
+                return "the model gives other logits for several tokens than for one after the other"
+        for name in TENSORS:
+            spans.rollback(0, 3)
+            own = spans._rows[0]
+            own.go_back(3)
+            if all(tensor is None for state in own.state for tensor in state[name].values()):
+                continue
+            own.state = [{**state, name: changed(state, torch.zeros_like)[name]} for state in own.state]
+            if torch.equal(spans.feed([0], ids[:, 3:6], [3], [3]), at_once):
+                return "the model reads several tokens without a part of its state"
+    except Exception as error:  # what a forward of its own kind can throw
+        return f"the model does not go on from a state ({type(error).__name__})"
+    return None
+
+
+@torch.no_grad()
+def _probe_joint(model: PreTrainedModel) -> bool:
+    """Whether a pass over rows at different columns gives what passes of their own do."""
+    ids = trial_ids(model)
+    try:
+        shared = RecurrentRunner(model, 2, joint=True)
+        shared.feed([0, 1], ids[:, :4], [4, 2], [1, 1])
+        got = shared.feed([0, 1], torch.stack([ids[0, 4:7], ids[1, 2:5]]), [3, 2], [3, 2])
+        for row, (first, end) in enumerate([(4, 7), (2, 4)]):
+            alone, text = RecurrentRunner(model, 1), ids[row : row + 1]
+            alone.feed([0], text[:, :first], [first], [1])
+            if not _alike(
+                alone.feed([0], text[:, first:end], [end - first], [end - first])[0], got[row, : end - first]
+            ):
+                return False
+    except Exception:  # what a forward of its own kind can throw
+        return False
+    return True
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return distance(one, other) <= (EXACT if one.dtype == torch.float32 else 1.0)

@@ -1,0 +1,399 @@
+"""Models whose layers keep a state: rolled back by going on from older states, and read several tokens at once."""
+
+import copy
+import functools
+import random
+
+import pytest
+import torch
+import transformers
+from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, joint_law, pair_counts, tokenizer
+from tiny import PAD, RECURRENT, VOCABULARY, build_model, make_noisy, model, noisy, prompts, same, taught
+from transformers import DynamicCache, LogitsProcessorList
+from transformers.models.qwen3_5 import modeling_qwen3_5
+
+from specdec_fast import fast_generate, last_speculation, prepare, recurrent
+from specdec_fast.cache import cache_argument, cache_of
+from specdec_fast.recurrent import REPLAYED, RecurrentRunner, why_not_recurrent
+from specdec_fast.states import Row
+
+WIDTH = len(TARGET_PIECES)
+
+
+def known(architecture):
+    if not cache_argument(type(model(architecture))):
+        pytest.skip("this version of Transformers hands these models their cache in a way of their own")
+    return model(architecture)
+
+
+# What a runner gives ------------------------------------------------------------------------------------------------
+
+
+def walk(target, rows, *, joint, padded, moves=40, seed=0):
+    """Feeds and rolls back at random; the largest difference to plain passes over the same texts."""
+    dice = random.Random(seed)
+    inputs = prompts(rows, padded=padded, length=12)
+    ids, visible = inputs["input_ids"], inputs["attention_mask"].bool()
+    runner = RecurrentRunner(target, rows, visible=visible, joint=joint)
+    texts, worst = ids.tolist(), 0.0
+    runner.feed(range(rows), ids, [12] * rows, [1] * rows)
+    for _ in range(moves):
+        some = sorted(dice.sample(range(rows), dice.randint(1, rows)))
+        for row in some:
+            length = max(len(texts[row]) - dice.choice([0, 0, 1, 2, 3, 5, 30]), 12)
+            del texts[row][length:]
+            runner.rollback(row, length)
+        count = [dice.choice([1, 1, 2, 3, 5, 20]) for _ in some]
+        tail = [1] * len(some) if dice.random() < 0.4 else [dice.randint(1, n) for n in count]
+        new = [[dice.randrange(1, VOCABULARY) for _ in range(n)] for n in count]
+        tokens = torch.tensor([line + [PAD] * (max(count) - len(line)) for line in new])
+        got = runner.feed(some, tokens, count, tail)
+        for r, row in enumerate(some):
+            texts[row] += new[r]
+            hidden = int((~visible[row]).sum())
+            with torch.no_grad():
+                plain = target(input_ids=torch.tensor([texts[row][hidden:]]), use_cache=False).logits[0, -tail[r] :]
+            worst = max(worst, float((plain - got[r, : tail[r]]).abs().max()))
+        for row in runner._rows:
+            assert len(row.marks) <= 40
+    return worst
+
+
+@pytest.mark.parametrize("joint", [True, False], ids=["joint", "alone"])
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "level"])
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_a_row_gives_what_plain_passes_over_its_text_give(architecture, padded, joint):
+    # Bamba's pass over a whole text rounds otherwise than its passes behind a state
+    assert walk(known(architecture), 3, joint=joint, padded=padded) < (0.2 if architecture == "bamba" else 2e-3)
+
+
+def forgets(self, length):
+    """A row that is rolled back keeps what it has taken in."""
+    self.stands = min(self.stands, length)
+    return []
+
+
+def skips(self, length, own=Row.go_back):
+    """What was accepted behind the older state is not read again."""
+    own(self, length)
+    self.stands = min(self.stands, length)
+    return []
+
+
+@pytest.mark.parametrize("fault", [forgets, skips])
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5", "falcon_h1"])
+def test_a_state_that_is_not_rolled_back_is_found(architecture, fault, monkeypatch):
+    monkeypatch.setattr(Row, "go_back", fault)
+    assert walk(model(architecture), 3, joint=True, padded=False) > 0.05
+
+
+def test_what_is_fed_again_stays_short():
+    """However many rounds reject something: at most so many tokens stand in front of a draft."""
+    passes = []
+
+    class Counted(RecurrentRunner):
+        def _pass(self, rows, texts, tail, embeds):
+            passes.append(max(map(len, texts)))
+            return super()._pass(rows, texts, tail, embeds)
+
+    runner = Counted(model("lfm2"), 1)
+    runner.feed([0], torch.ones((1, 100), dtype=torch.long), [100], [5])
+    assert passes == [95, 5]  # what is certain first, so that a rejection does not cost the prompt
+    del passes[:]
+    for length in range(96, 196):
+        runner.rollback(0, length)
+        runner.feed([0], torch.ones((1, 5), dtype=torch.long), [5], [5])
+    assert max(passes) == REPLAYED + 5 and 100 < len(passes) < 100 * (1 + 1.5 / REPLAYED)
+    assert len(runner._rows[0].marks) <= 4
+
+
+def test_a_drafters_steps_are_undone_without_reading_again():
+    passes = []
+
+    class Counted(RecurrentRunner):
+        def _pass(self, rows, texts, tail, embeds):
+            passes.append(sum(map(len, texts)))
+            return super()._pass(rows, texts, tail, embeds)
+
+    runner = Counted(model("qwen3_5"), 1)
+    runner.feed([0], torch.ones((1, 50), dtype=torch.long), [50], [1])
+    for length in range(50, 80):
+        runner.rollback(0, length)
+        del passes[:]
+        for _ in range(6):
+            runner.feed([0], torch.ones((1, 1), dtype=torch.long), [1], [1])
+        assert passes == [1] * 6
+        assert len(runner._rows[0].marks) <= 10
+
+
+def test_equal_prompts_are_read_once():
+    passes = []
+
+    class Counted(RecurrentRunner):
+        def _pass(self, rows, texts, tail, embeds):
+            passes.append((len(rows), len(texts[0])))
+            return super()._pass(rows, texts, tail, embeds)
+
+    target, ids = model("qwen3_5"), prompts(2, length=40)["input_ids"].repeat_interleave(3, 0)
+    got = Counted(target, 6).feed(range(6), ids, [40] * 6, [1] * 6)
+    assert passes == [(2, 39), (6, 1)]
+    with torch.no_grad():
+        assert torch.allclose(got[:, 0], target(input_ids=ids).logits[:, -1], atol=1e-4)
+    mask = torch.ones_like(ids).bool()
+    mask[1, :3] = False  # the same ids, and another text
+    assert not torch.equal(*RecurrentRunner(target, 6, visible=mask).feed(range(6), ids, [40] * 6, [1] * 6)[:2])
+
+
+# Which models -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_which_models_go_on_from_their_states(architecture):
+    target = known(architecture)
+    assert why_not_recurrent(target) is None
+    assert recurrent._found(target).joint
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "state_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("Mamba", SMALL),
+        ("FalconMamba", SMALL),
+        ("Jamba", {**SMALL, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}),
+    ],
+)
+def test_models_that_read_several_tokens_without_their_state_are_refused(name, settings):
+    more = {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False} if name == "Jamba" else {}
+    config = getattr(transformers, f"{name}Config")(**settings, **more)
+    target = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"^model: .*recurrent state.*rolled back.*Use model\.generate"):
+        fast_generate(target, torch.ones((1, 4), dtype=torch.long), max_new_tokens=2)
+
+
+def test_a_part_of_the_state_that_is_not_read_is_found(monkeypatch):
+    """However little it would change: a tolerance for rounding does not tell."""
+    rule = modeling_qwen3_5.torch_chunk_gated_delta_rule
+
+    def blind(*arguments, initial_state=None, **more):
+        return rule(*arguments, initial_state=None, **more)
+
+    monkeypatch.setattr(recurrent, "EXACT", 1e9)
+    assert why_not_recurrent(copy.deepcopy(model("qwen3_5"))) is None
+    monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", blind)
+    assert "without a part of its state" in why_not_recurrent(copy.deepcopy(model("qwen3_5")))
+
+
+def test_padding_that_a_state_would_take_in_is_refused():
+    inputs = prompts(2)
+    inputs["attention_mask"][0, -2:] = 0
+    with pytest.raises(ValueError, match=r"^attention_mask: .*on the left"):
+        fast_generate(model("lfm2"), **inputs, max_new_tokens=4)
+
+
+# Whole calls --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["level", "padded"])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("architecture", RECURRENT)
+def test_greedy_text_is_generates(architecture, rows, padded):
+    options = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4}
+    statistics = same(known(architecture), prompts(rows, padded=padded), options, max_new_tokens=40)
+    assert 0 < statistics.accepted < statistics.drafted and statistics.forward == "eager"
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "autoregressive"},
+        {"method": "prompt_lookup", "prompt_lookup_num_tokens": 4},
+        {"assistant_model": "own"},
+        {"assistant_model": "llama", "num_assistant_tokens": 20},
+        {"assistant_model": "own", "assistant_confidence_threshold": 0.4},
+        {"assistant_model": "own", "assistant_window": 6},
+        {"assistant_model": "own", "use_cache": False},
+        {"assistant_model": "own", "prefill_chunk_size": 4},
+        {"assistant_model": "own", "compile": "static"},
+        {"assistant_model": "own", "compile": "off"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_every_knob(options, architecture):
+    own = {**options}
+    both = {name: own.pop(name) for name in ("use_cache", "prefill_chunk_size") if name in own}
+    if "assistant_model" in own:
+        own["assistant_model"] = noisy(architecture) if own["assistant_model"] == "own" else model("llama")
+    statistics = same(model(architecture), prompts(3, padded=True), own, max_new_tokens=30, **both)
+    if options.get("compile") == "static":
+        assert "state" in statistics.loop_reason
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_attention_implementations(implementation):
+    target = copy.deepcopy(model("qwen3_5"))
+    target.set_attn_implementation(implementation)
+    assert recurrent._found(target).joint
+    same(target, prompts(3, padded=True), {"assistant_model": noisy("qwen3_5")}, max_new_tokens=16)
+
+
+@functools.cache
+def recurrent_pair(architecture):
+    """A target and a drafter that were taught the same text, with tokenizers of their own."""
+    return taught("target", architecture), taught("drafter", architecture)
+
+
+@pytest.mark.parametrize("sides", ["target", "drafter", "both"])
+@pytest.mark.parametrize("method", ["tli", "slem", "projection", "slrs"])
+def test_across_vocabularies(method, sides):
+    target, own = recurrent_pair("lfm2")[0] if sides != "drafter" else taught("target")
+    drafter, others = recurrent_pair("lfm2")[1] if sides != "target" else taught("drafter")
+    options = {"assistant_model": drafter, "tokenizer": own, "assistant_tokenizer": others, "method": method}
+    texts = ["The old lighthouse keeper counted", "One evening in October he"]
+    inputs = own(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    statistics = same(target, inputs, {**options, "num_assistant_tokens": 4}, max_new_tokens=40)
+    assert 0 < statistics.accepted < statistics.drafted
+
+
+def test_embeddings_stops_and_scores():
+    target, inputs = model("qwen3_5"), prompts(2, padded=True)
+    own = {"assistant_model": noisy("qwen3_5"), "num_assistant_tokens": 4}
+    embeds = target.get_input_embeddings()(inputs["input_ids"]).detach()
+    same(target, {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}, own, max_new_tokens=20)
+    plain = target.generate(**inputs, max_new_tokens=24)
+    ends = {"eos_token_id": [int(plain[0, -15]), int(plain[1, -6])]}
+    same(target, inputs, own, max_new_tokens=24, **ends)
+    more = {"max_new_tokens": 24, "return_dict_in_generate": True, "output_scores": True, **ends}
+    expected, got = target.generate(**inputs, **more), fast_generate(target, **inputs, **more, **own)
+    assert torch.equal(expected.sequences, got.sequences)
+    assert len(expected.scores) == len(got.scores)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(expected.scores, got.scores, strict=True))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["level", "padded"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5", "falcon_h1", "olmo_hybrid"])
+def test_a_cache_is_handed_back_and_gone_on_with(architecture, rows, padded):
+    target, inputs = model(architecture), prompts(rows, padded=padded)
+    own = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4}
+    both = {"max_new_tokens": 14, "return_dict_in_generate": True}
+    theirs, ours = target.generate(**inputs, **both), fast_generate(target, **inputs, **both, **own)
+    assert torch.equal(theirs.sequences, ours.sequences)
+    longer = torch.cat([ours.sequences, prompts(rows, length=4, seed=3)["input_ids"]], 1)
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, longer.shape[1] - 9), value=1)
+    second = {"input_ids": longer, "attention_mask": mask, "max_new_tokens": 14}
+    name = cache_argument(type(target))
+    expected = target.generate(**second, **{name: copy.deepcopy(cache_of(theirs))})
+    for cache in (cache_of(theirs), cache_of(ours)):  # Transformers' own, and what was handed back
+        assert torch.equal(fast_generate(target, **second, **{name: copy.deepcopy(cache)}, **own), expected)
+        assert torch.equal(target.generate(**second, **{name: copy.deepcopy(cache)}), expected)
+    given = DynamicCache(config=target.config)
+    first = fast_generate(target, **inputs, **both, **own, **{name: given})
+    assert torch.equal(first.sequences, theirs.sequences) and cache_of(first) is given
+    assert torch.equal(fast_generate(target, **second, **{name: given}, **own), expected)
+
+
+def test_caches_that_do_not_fit_are_refused():
+    target, inputs = model("qwen3_5"), prompts(2)
+    name = cache_argument(type(target))
+    more = {"max_new_tokens": 4, "return_dict_in_generate": True}
+    two = cache_of(target.generate(**inputs, **more))
+    other = cache_of(model("llama").generate(**inputs, **more))
+    longer = torch.cat([prompts(2)["input_ids"]] * 2, 1)
+    for cache, says in ((other, "pass a cache that it returned"), (DynamicCache(), "config=model.config")):
+        with pytest.raises(ValueError, match=f"^{name} .*{says}"):
+            fast_generate(target, longer, **{name: cache}, max_new_tokens=4)
+    with pytest.raises(ValueError, match=f"^{name} has 2 rows, the call 1"):
+        fast_generate(target, longer[:1], **{name: two}, max_new_tokens=4)
+    two.layers[0].record_past = True
+    with pytest.raises(ValueError, match=f"^{name} records past states"):
+        fast_generate(target, longer, **{name: two}, max_new_tokens=4)
+
+
+def test_a_cache_without_a_length_is_refused():
+    target = known("mamba2")
+    name = cache_argument(type(target))
+    given = cache_of(target.generate(**prompts(1), max_new_tokens=4, return_dict_in_generate=True))
+    with pytest.raises(ValueError, match=f"^{name} has no layer that says how long"):
+        fast_generate(target, prompts(1, length=20)["input_ids"], **{name: given}, max_new_tokens=4)
+
+
+def test_a_prepared_pair():
+    target, inputs = model("lfm2"), prompts(2)
+    pair = prepare(target, assistant_model=noisy("lfm2"))
+    assert torch.equal(pair.generate(**inputs, max_new_tokens=20), target.generate(**inputs, max_new_tokens=20))
+
+
+def test_half_precision():
+    target = copy.deepcopy(model("qwen3_5")).to(torch.bfloat16)
+    assert why_not_recurrent(target) is None
+    drafter = make_noisy(target, 0.02)
+    text = fast_generate(target, **prompts(2), assistant_model=drafter, max_new_tokens=20)
+    assert text.shape == (2, 29) and last_speculation().accepted
+
+
+# The law ------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def small(architecture, width, seed):
+    made = build_model(architecture, vocabulary=width, seed=seed)
+    torch.nn.init.normal_(made.lm_head.weight, std=0.25, generator=torch.Generator().manual_seed(seed))
+    return made
+
+
+@functools.cache
+def exact(architecture):
+    return joint_law(small(architecture, WIDTH, 3), PROMPT, STEPS, LogitsProcessorList())
+
+
+PROMPT = torch.tensor([[1, 2, 5, 3, 4, 1, 2]])
+STEPS = 4
+
+
+def p_values(architecture, method, rule, seed=0):
+    drafter = small(architecture, WIDTH if method == "model" else len(DRAFTER_PIECES), 4)
+    names = {"tokenizer": tokenizer(TARGET_PIECES), "assistant_tokenizer": tokenizer(DRAFTER_PIECES)}
+    output = fast_generate(
+        small(architecture, WIDTH, 3),
+        PROMPT,
+        assistant_model=drafter,
+        method=method,
+        verification=rule,
+        do_sample=True,
+        top_k=0,
+        seed=seed,
+        num_assistant_tokens=2,
+        max_new_tokens=STEPS,
+        num_return_sequences=4000,
+        **({} if method == "model" else names),
+    )
+    tokens, law = output[:, PROMPT.shape[1] :], exact(architecture)
+    pairs = pair_counts(tokens, 0, WIDTH), pair_counts(tokens, STEPS - 2, WIDTH)
+    return [chi_square(pair, law.sum(axes)) for pair, axes in zip(pairs, ((2, 3), (0, 1)), strict=True)]
+
+
+@pytest.mark.parametrize("rule", ["match", "token", "block"])
+@pytest.mark.parametrize("method", ["model", "tli"])
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5"])
+def test_the_output_has_the_targets_law(architecture, method, rule):
+    assert min(p_values(architecture, method, rule)) > 1e-4
+
+
+@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5"])
+def test_a_state_that_keeps_rejected_tokens_changes_the_law(architecture, monkeypatch):
+    monkeypatch.setattr(Row, "go_back", forgets)
+    assert min(p_values(architecture, "model", "token")) < 1e-6
+
+
+def test_a_seed_gives_the_same_tokens_alone_and_in_a_batch():
+    target, own = model("qwen3_5"), {"assistant_model": noisy("qwen3_5"), "do_sample": True, "max_new_tokens": 20}
+    inputs = prompts(3, padded=True)
+    together = fast_generate(target, **inputs, seed=[3, 4, 5], **own)
+    hidden = int((inputs["attention_mask"][2] == 0).sum())
+    alone = fast_generate(target, inputs["input_ids"][2:, hidden:], seed=[5], **own)
+    assert torch.equal(alone[0], together[2, hidden:])
