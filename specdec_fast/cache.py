@@ -260,9 +260,11 @@ def check_cache(cache: Any, name: str, rows: int, config: Any, columns: int) -> 
         if not isinstance(layer, CacheLayerMixin):
             continue  # nothing but a state, or nothing at all
         layer = cast(Any, layer)
-        if not layer.is_sliding and 0 <= layer.get_max_length() < columns:
+        # One that keeps a state as well says nothing of its length
+        room = getattr(layer, "max_cache_len", -1) if has_state(layer) else layer.get_max_length()
+        if not layer.is_sliding and 0 <= room < columns:
             raise ValueError(
-                f"{name} is a static cache of {layer.get_max_length()} columns, this call may need {columns}: "
+                f"{name} is a static cache of {room} columns, this call may need {columns}: "
                 "make it larger, or lower max_new_tokens"
             )
         if not past or not layer.is_initialized:

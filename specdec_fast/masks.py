@@ -35,8 +35,9 @@ def text_positions(columns: Tensor, visible: Tensor | None) -> Tensor:
 
 def ragged_masks(
     model: PreTrainedModel, columns: Tensor, end: int, visible: Tensor | None
-) -> Tensor | dict[str, Tensor]:
-    """Explicit masks for rows at different columns: ``[R, 1, n, end]``, one a layer type where there are several."""
+) -> Tensor | dict[str, Tensor | None]:
+    """Explicit masks for rows at different columns: ``[R, 1, n, end]``, one a layer type where there are several; None
+    for layers that keep a state, whose columns are all of a text."""
     kv = torch.arange(end, device=columns.device)
     query = columns.unsqueeze(-1)
     seen = kv <= query
@@ -44,14 +45,18 @@ def ragged_masks(
         seen &= level_mask(end, visible).bool().unsqueeze(1)  # type: ignore[union-attr]
     # A hidden or ignored lane sees itself: a row of nothing would turn the softmax into NaN
     seen |= kv == query
-    masks = {}
+    masks: dict[str, Tensor] = {}
     for name, size in windows_of(model).items():
         mask = (seen if size is None else seen & (kv > query - size)).unsqueeze(1)
         if model.config._attn_implementation == "eager":
             lowest = torch.finfo(model.dtype).min
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, lowest)
         masks[name] = mask
-    return masks if len(masks) > 1 else next(iter(masks.values()))
+    if len(masks) == 1:
+        return next(iter(masks.values()))
+    states = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ()) - set(masks)
+    without: dict[str, None] = dict.fromkeys(states)
+    return {**masks, **without}
 
 
 def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
@@ -64,10 +69,9 @@ def windows_of(model: PreTrainedModel) -> dict[str, int | None]:
     layers: list[Any] = DynamicCache(config=config).layers
     sizes = {getattr(layer, "sliding_window", None) for layer in layers if isinstance(layer, CacheLayerMixin)}
     names = set(getattr(config, "layer_types", None) or ())
-    if any(map(has_state, layers)):  # one mask for all layers then: those with a state make nothing of it
-        if len(sizes) > 1:
-            raise ValueError("attention of several kinds beside layers with a state has no ragged mask")
-        return {"full_attention": next(iter(sizes), None)}
+    if any(map(has_state, layers)):
+        names &= {"full_attention", "sliding_attention"}
+        sizes = sizes or {None}
     if names - {"full_attention", "sliding_attention"} or len(sizes - {None}) > 1:
         raise ValueError(f"attention pattern {sorted(names)} has no ragged mask")
     return {"full_attention" if size is None else "sliding_attention": size for size in sizes}

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from specdec_fast.cache import RaggedCache, RaggedLayer, Window, empty, has_state, ragged_layers
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, empty, has_state, ragged_layers
 from specdec_fast.runner import Head, Runner, left_align
 from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
 from specdec_fast.trial import distance, trial_ids
@@ -56,15 +56,14 @@ class RecurrentRunner(Runner):
         window: int | None = None,
         **_: Any,
     ):
-        if visible is not None and bool((visible.long().diff(dim=1) < 0).any()):
+        if visible is not None and (bool((visible.long().diff(dim=1) < 0).any()) or not bool(visible[:, -1].all())):
             name = type(model).__name__
-            raise ValueError(f"attention_mask: {name} keeps a state, which takes in all padding but that on the left")
+            raise ValueError(f"attention_mask: {name} keeps a state: pad on the left, with text behind it")
         if joint is None:
             joint = rows == 1 or _found(model).joint
         more = {"use_cache": use_cache, "prefill_chunk": prefill_chunk, "head": head, "most": most, "window": window}
-        super().__init__(model, rows, joint=joint, **more)  # type: ignore[arg-type]
-        if visible is not None:
-            self.hidden = (~visible).sum(1).tolist()
+        super().__init__(model, rows, visible=visible, joint=joint, **more)  # type: ignore[arg-type]
+        self._visible = None  # padding is never fed
 
     def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
         units = [Unit(self.model.config, len(group)) for group in groups]
@@ -80,11 +79,6 @@ class RecurrentRunner(Runner):
         """Tokens of a row that have been read and not rolled back."""
         return max(self.length[row] - self.hidden[row], 0)
 
-    def _read_once(self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: int) -> tuple[Tensor, list[int]]:
-        if len({self.hidden[row] for row in rows}) > 1:
-            return tokens, count
-        return super()._read_once(rows, tokens, count, tail)
-
     def _feed(
         self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], embeds: Tensor | None
     ) -> Tensor:
@@ -99,7 +93,7 @@ class RecurrentRunner(Runner):
                 continue
             missing = own.go_back(start)
             line = lines[r][first : count[r]]
-            own.tokens[start:] = line if embeds is None else [-1] * len(line)
+            own.tokens[start:] = line
             if len(line) > 1:  # single tokens may be a draft's, behind which nothing is certain
                 own.anchor = max(own.anchor, start)
             texts[row] = missing + line
@@ -115,6 +109,9 @@ class RecurrentRunner(Runner):
             if embeds is not None:
                 piece = embeds[[list(rows).index(row) for row in group], -len(texts[group[0]]) :]
             logits = self._pass(group, [texts[row] for row in group], [wanted[row] for row in group], piece)
+            if embeds is not None:
+                for own in map(self.own.__getitem__, group):
+                    own.begin(own.stands, own.state)
             parts.update(zip(group, logits.split(1), strict=True))
         width = max(tail)
         some = next(iter(parts.values()), tokens.new_zeros((1, width, 1)))
@@ -160,8 +157,7 @@ class RecurrentRunner(Runner):
         layers = [layer for layer in cache.layers if has_state(layer)]
         for number, own in enumerate(self.own):
             read = past - min(self.hidden[number], past)
-            own.tokens, own.stands, own.anchor = [-1] * read, read, read
-            own.state = [changed(state_of(layer), partial(row_of, row=number)) for layer in layers]
+            own.begin(read, [changed(state_of(layer), partial(row_of, row=number)) for layer in layers])
             unit = self._unit_of[number]
             place = unit.own.index(own)
             unit.window.rows = torch.tensor([place])
@@ -225,7 +221,7 @@ def why_not_recurrent(model: PreTrainedModel) -> str | None:
 
     Several models of Transformers read more than one token as if nothing had been read before, or with a part of the
     state only. So a few tokens are read behind others, again after a rollback, and once more with each part of the
-    state wiped: the first two must give what reading them one by one does, and the last must not.
+    state no number: the first two must give what reading them one by one does, and the last must give none.
     """
     return _found(model).why_not
 
@@ -233,7 +229,8 @@ def why_not_recurrent(model: PreTrainedModel) -> str | None:
 def _found(model: PreTrainedModel) -> _Found:
     with _probing:
         found = _probed.setdefault(model, {})
-        form = f"{model.device.type} {model.dtype} {model.config._attn_implementation}"  # kernels hang on these
+        # What kernels hang on, and dropout
+        form = f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training}"
         if form not in found:
             found[form] = _probe(model)
         return found[form]
@@ -241,6 +238,8 @@ def _found(model: PreTrainedModel) -> _Found:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> _Found:
+    if not cache_argument(type(model)):
+        return _Found("its forward takes the state by a name of its own", False)
     if layers_of(model.config, Window()) is None:
         return _Found("it is of a kind that cannot be copied", False)
     if not _exact(model) and any(_limits_steps(module) for module in model.modules()):
@@ -262,9 +261,11 @@ def _probe(model: PreTrainedModel) -> _Found:
             own.go_back(4)
             if all(tensor is None for state in own.state for tensor in state[name].values()):
                 continue
-            own.state = [{**state, name: changed(state, torch.zeros_like)[name]} for state in own.state]
-            if torch.equal(spans.feed([0], ids[:, 4:10], [6], [6]), at_once):
+            own.state = [{**state, name: changed(state, _no_number)[name]} for state in own.state]
+            if not bool(spans.feed([0], ids[:, 4:10], [6], [6]).isnan().any()):
                 return _Found("the model reads several tokens without a part of its state", False)
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
     except Exception as error:  # what a forward of its own kind can throw
         return _Found(f"the model does not go on from a state ({type(error).__name__})", False)
     return _Found(None, _shares(model, ids, one_by_one))
@@ -282,6 +283,10 @@ def _shares(model: PreTrainedModel, ids: Tensor, one_by_one: Tensor) -> bool:
     except Exception:  # what a forward of its own kind can throw
         return False
     return _alike(model, one_by_one[:3], got[0]) and _alike(model, own, got[1, :2])
+
+
+def _no_number(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, math.nan)
 
 
 def _limits_steps(module: Any) -> bool:

@@ -71,7 +71,7 @@ class Runner:
         self.use_cache = use_cache
         self.prefill_chunk = prefill_chunk
         self.head = head
-        self._visible = None if visible is None or bool(visible.all()) else visible.to(model.device)
+        self._visible = self._padding = None if visible is None or bool(visible.all()) else visible.to(model.device)
         positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
         self.positions = positions if window is None else min(positions, window)
@@ -306,8 +306,8 @@ class Runner:
         if columns < 1:
             return tokens, count
         same = tokens[:, :columns]
-        if self._visible is not None:
-            same = torch.cat([same, self._visible[list(rows)].long()], 1)
+        if self._padding is not None:
+            same = torch.cat([same, self._padding[list(rows)].long()], 1)
         first: dict[tuple[int, ...], int] = {}
         source = [first.setdefault(tuple(text), r) for r, text in enumerate(same.tolist())]
         others = [r for r, s in enumerate(source) if s != r]

@@ -22,7 +22,8 @@ from specdec_fast.cache import RaggedCache, RaggedLayer, Window, has_state
 
 __all__ = ["TENSORS", "Row", "State", "Unit", "changed", "layers_of", "row_of", "set_state", "side_by_side", "state_of"]
 
-SPARE = (8, 32)  # states that are kept from so many tokens before a row's end, for texts that change behind it
+SPARE = (8, 32)  # tokens of a block: the first state of each of the last two is kept, for texts that change behind it
+NEAR = 16  # steps of a draft whose states are all kept; behind them one in eight is
 TENSORS = ("conv_states", "recurrent_states")
 FLAGS = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state", "conv_kernel_size")
 
@@ -111,16 +112,24 @@ class Row:
         """What is behind so many tokens may go."""
         self.state = blank
         self.marks: list[_Mark] = []
-        self._blank = _Mark(0, blank)
+        self._first = _Mark(0, blank)
 
     def mark(self) -> None:
         """Keeps the states as they are, and no older ones than may be needed."""
         if not self.marks or self.marks[-1].length < self.stands:
             self.marks.append(_Mark(self.stands, self.state))
-        lengths = [mark.length for mark in self.marks]
-        ends = [self.anchor, *(self.anchor - distance for distance in SPARE)]
-        newest = {max((n for n in lengths if n <= end), default=0) for end in ends}
-        self.marks = [mark for mark in self.marks if mark.length >= self.anchor or mark.length in newest]
+        before = [mark.length for mark in self.marks if mark.length <= self.anchor]
+        kept = set(before[-1:])
+        for size in SPARE:
+            first = {length // size: length for length in reversed(before)}
+            kept.update(sorted(first.values())[-2:])
+        drafted: dict[int, int] = {}  # the first of each eight
+        for mark in self.marks:
+            if mark.length > self.anchor:
+                drafted.setdefault(mark.length // SPARE[0], mark.length)
+        kept.update(drafted.values())
+        near = range(self.anchor, self.anchor + NEAR + 1)
+        self.marks = [mark for mark in self.marks if mark.length in kept or mark.length in near]
 
     def go_back(self, length: int) -> list[int]:
         """Puts states back that hold none of the tokens behind ``length``; returns those up to there that they lack.
@@ -132,17 +141,22 @@ class Row:
             return []
         while self.marks and self.marks[-1].length > length:
             self.marks.pop()
-        mark = self.marks[-1] if self.marks else self._blank
-        missing = self.tokens[mark.length : length]
-        if any(token < 0 for token in missing):
+        mark = self.marks[-1] if self.marks else self._first
+        if mark.length > length:
             raise RuntimeError("a row cannot be rolled back into a text that was given as a cache or as embeddings")
+        missing = self.tokens[mark.length : length]
         self.stands, self.state = mark
         return missing
+
+    def begin(self, length: int, state: list[State]) -> None:
+        """Starts behind a text that cannot be read again, whose tokens are not known."""
+        self.tokens, self.stands, self.anchor, self.state, self.marks = [-1] * length, length, length, state, []
+        self._first = _Mark(length, state)
 
     def follow(self, other: Row) -> None:
         """Takes over what another row has read."""
         self.tokens, self.stands, self.anchor = list(other.tokens), other.stands, other.anchor
-        self.state, self.marks = other.state, []
+        self.state, self.marks, self._first = other.state, [], other._first
 
 
 class Unit(RaggedCache):

@@ -9,7 +9,7 @@ import torch
 import transformers
 from laws import DRAFTER_PIECES, TARGET_PIECES, chi_square, joint_law, pair_counts, tokenizer
 from tiny import PAD, RECURRENT, VOCABULARY, build_model, make_noisy, model, noisy, prompts, same, taught
-from transformers import DynamicCache, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from specdec_fast import fast_generate, last_speculation, prepare, recurrent
@@ -86,61 +86,102 @@ def test_a_state_that_is_not_rolled_back_is_found(architecture, fault, monkeypat
     assert walk(model(architecture), 3, joint=True, padded=False) > 0.05
 
 
-def test_what_is_fed_again_stays_short():
+def test_what_is_fed_again_stays_short(passes):
     """However many rounds reject something: at most so many tokens stand in front of a draft."""
-    passes = []
-
-    class Counted(RecurrentRunner):
-        def _pass(self, rows, texts, tail, embeds):
-            passes.append(max(map(len, texts)))
-            return super()._pass(rows, texts, tail, embeds)
-
-    runner = Counted(model("lfm2"), 1)
+    runner = RecurrentRunner(model("lfm2"), 1)
     runner.feed([0], torch.ones((1, 100), dtype=torch.long), [100], [5])
-    assert passes == [95, 5]  # what is certain first, so that a rejection does not cost the prompt
+    assert passes == [[95], [5]]  # what is certain first, so that a rejection does not cost the prompt
     del passes[:]
     for length in range(96, 196):
         runner.rollback(0, length)
         runner.feed([0], torch.ones((1, 5), dtype=torch.long), [5], [5])
-    assert max(passes) == REPLAYED + 5 and 100 < len(passes) < 100 * (1 + 1.5 / REPLAYED)
-    assert len(runner.own[0].marks) <= 4
+    assert max(max(line) for line in passes) == REPLAYED + 5 and 100 < len(passes) < 100 * (1 + 1.5 / REPLAYED)
+    assert len(runner.own[0].marks) <= 5
 
 
-def test_a_drafters_steps_are_undone_without_reading_again():
-    passes = []
-
-    class Counted(RecurrentRunner):
-        def _pass(self, rows, texts, tail, embeds):
-            passes.append(sum(map(len, texts)))
-            return super()._pass(rows, texts, tail, embeds)
-
-    runner = Counted(model("qwen3_5"), 1)
+def test_a_drafters_steps_are_undone_without_reading_again(passes):
+    runner = RecurrentRunner(model("qwen3_5"), 1)
     runner.feed([0], torch.ones((1, 50), dtype=torch.long), [50], [1])
     for length in range(50, 80):
         runner.rollback(0, length)
         del passes[:]
         for _ in range(6):
             runner.feed([0], torch.ones((1, 1), dtype=torch.long), [1], [1])
-        assert passes == [1] * 6
-        assert len(runner.own[0].marks) <= 10
+        assert passes == [[1]] * 6
+        assert len(runner.own[0].marks) <= 12
 
 
-def test_equal_prompts_are_read_once():
-    passes = []
+@pytest.fixture
+def passes(monkeypatch):
+    """The lengths of the texts that rows read, pass by pass."""
+    found, own = [], RecurrentRunner._pass
 
-    class Counted(RecurrentRunner):
-        def _pass(self, rows, texts, tail, embeds):
-            passes.append((len(rows), len(texts[0])))
-            return super()._pass(rows, texts, tail, embeds)
+    def counted(self, rows, texts, tail, embeds):
+        found.append([len(text) for text in texts])
+        return own(self, rows, texts, tail, embeds)
 
+    monkeypatch.setattr(RecurrentRunner, "_pass", counted)
+    return found
+
+
+def test_equal_prompts_are_read_once(passes):
     target, ids = model("qwen3_5"), prompts(2, length=40)["input_ids"].repeat_interleave(3, 0)
-    got = Counted(target, 6).feed(range(6), ids, [40] * 6, [1] * 6)
-    assert passes == [(2, 39), (6, 1)]
-    with torch.no_grad():
-        assert torch.allclose(got[:, 0], target(input_ids=ids).logits[:, -1], atol=1e-4)
     mask = torch.ones_like(ids).bool()
     mask[1, :3] = False  # the same ids, and another text
-    assert not torch.equal(*RecurrentRunner(target, 6, visible=mask).feed(range(6), ids, [40] * 6, [1] * 6)[:2])
+    mask[3:, :5] = False
+    assert recurrent._found(target).joint  # the trial has passes, too
+    for visible, expected in ((None, [[39] * 2, [1] * 6]), (mask, [[39], [36], [34], [1] * 6])):
+        del passes[:]
+        got = RecurrentRunner(target, 6, visible=visible).feed(range(6), ids, [40] * 6, [1] * 6)[:, 0]
+        assert sorted(passes, key=len) == expected
+        for row in range(6):
+            text = ids[row : row + 1] if visible is None else ids[row : row + 1, visible[row]]
+            with torch.no_grad():
+                assert torch.allclose(got[row], target(input_ids=text).logits[0, -1], atol=1e-4)
+
+
+def test_rows_share_a_pass_where_a_draft_is_scored(passes):
+    runner = RecurrentRunner(model("qwen3_5"), 3, joint=True)
+    runner.feed([0, 1, 2], torch.ones((3, 20), dtype=torch.long), [20, 18, 20], [1, 1, 1])
+    del passes[:]
+    runner.feed([0, 1, 2], torch.ones((3, 5), dtype=torch.long), [5, 1, 3], [5, 1, 3])
+    runner.feed([0, 2], torch.ones((2, 1), dtype=torch.long), [1, 1], [1, 1])
+    assert passes == [[5, 1, 3], [1], [4]]  # the last row lost what its text was filled up with
+
+
+def test_text_that_changes_a_little_behind_is_not_read_anew(passes):
+    runner = RecurrentRunner(model("lfm2"), 1)
+    runner.feed([0], torch.ones((1, 500), dtype=torch.long), [500], [1])
+    length = 500
+    for turn in range(60):
+        runner.rollback(0, length - (6 if turn % 7 == 6 else 0))
+        runner.feed([0], torch.ones((1, 3), dtype=torch.long), [3], [3])
+        length = runner.length[0]
+        assert len(runner.own[0].marks) <= 8
+    assert max(max(line) for line in passes[1:]) < 32
+
+
+def test_few_states_are_kept_of_a_long_draft_and_of_short_pieces():
+    runner = RecurrentRunner(model("lfm2"), 1, prefill_chunk=1)
+    runner.feed([0], torch.ones((1, 400), dtype=torch.long), [400], [1])
+    assert len(runner.own[0].marks) < 80
+    runner.rollback(0, 400)
+    for _ in range(160):
+        runner.feed([0], torch.ones((1, 1), dtype=torch.long), [1], [1])
+    assert len(runner.own[0].marks) < 45
+
+
+def test_a_given_text_is_no_place_to_go_back_to():
+    target = model("lfm2")
+    given = cache_of(target.generate(**prompts(1), max_new_tokens=4, return_dict_in_generate=True))
+    runner = RecurrentRunner(target, 1)
+    runner.load(given, 12)
+    runner.feed([0], torch.ones((1, 9), dtype=torch.long), [9], [9])
+    runner.rollback(0, 12)
+    runner.feed([0], torch.ones((1, 1), dtype=torch.long), [1], [1])
+    runner.rollback(0, 11)
+    with pytest.raises(RuntimeError, match="given as a cache"):
+        runner.feed([0], torch.ones((1, 1), dtype=torch.long), [1], [1])
 
 
 # Which models -------------------------------------------------------------------------------------------------------
@@ -195,9 +236,34 @@ def test_steps_that_are_clamped_for_several_tokens_alone_are_refused(precision):
     assert why_not_recurrent(target.to(precision)) is not None
 
 
-def test_padding_that_a_state_would_take_in_is_refused():
+def test_half_precision_hides_no_state():
+    """What a part of the state changes may be too little for bfloat16."""
+    for seed in range(6):
+        assert why_not_recurrent(build_model("qwen3_5", seed=seed).to(torch.bfloat16)) is None
+
+
+def test_what_says_nothing_of_a_model_is_not_remembered(monkeypatch):
+    target, forward = copy.deepcopy(model("lfm2")), RecurrentRunner._model_forward
+
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(RecurrentRunner, "_model_forward", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        why_not_recurrent(target)
+    monkeypatch.setattr(RecurrentRunner, "_model_forward", forward)
+    assert why_not_recurrent(target) is None
+    target.model.layers[0].register_forward_hook(
+        lambda module, inputs, output: output + torch.rand(()) * module.training
+    )
+    assert why_not_recurrent(target.train()) is not None
+    assert why_not_recurrent(target.eval()) is None
+
+
+@pytest.mark.parametrize("hidden", [slice(-2, None), slice(None)], ids=["right", "all"])
+def test_padding_that_a_state_would_take_in_is_refused(hidden):
     inputs = prompts(2)
-    inputs["attention_mask"][0, -2:] = 0
+    inputs["attention_mask"][0, hidden] = 0
     with pytest.raises(ValueError, match=r"^attention_mask: .*on the left"):
         fast_generate(model("lfm2"), **inputs, max_new_tokens=4)
 
@@ -285,7 +351,9 @@ def test_embeddings_stops_and_scores():
 
 @pytest.mark.parametrize("padded", [False, True], ids=["level", "padded"])
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5", "falcon_h1", "olmo_hybrid"])
+@pytest.mark.parametrize(
+    "architecture", [kind for kind in RECURRENT if kind in ("lfm2", "lfm3", "qwen3_5", "falcon_h1", "olmo_hybrid")]
+)
 def test_a_cache_is_handed_back_and_gone_on_with(architecture, rows, padded):
     target, inputs = model(architecture), prompts(rows, padded=padded)
     own = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4}
@@ -306,6 +374,28 @@ def test_a_cache_is_handed_back_and_gone_on_with(architecture, rows, padded):
     assert torch.equal(fast_generate(target, **second, **{name: given}, **own), expected)
 
 
+def test_rows_that_ran_past_the_common_end_go_back_before_their_cache_is_handed_back():
+    """Without an EOS rows run on until all have stopped, and are cut there."""
+    (target, own), inputs = recurrent_pair("lfm2")[0], {}
+    texts = ["The old lighthouse keeper counted", "One evening in October he", "def count_words(text"]
+    ids = [own(text, add_special_tokens=False)["input_ids"] for text in texts]
+    inputs["input_ids"] = torch.tensor([line[: min(map(len, ids))] for line in ids])
+    name, drafter = cache_argument(type(target)), make_noisy(target, 0.2)
+    more = {"return_dict_in_generate": True}
+    first = target.generate(**inputs, max_new_tokens=4, **more)
+    dropped = 0
+    for stop in ("e", "s", "t", "."):
+        given = {"max_new_tokens": 60, "stop_strings": [stop], "tokenizer": own, **more}
+        expected = target.generate(first.sequences, **given, **{name: copy.deepcopy(cache_of(first))})
+        drafted = {"assistant_model": drafter, "num_assistant_tokens": 12}
+        got = fast_generate(target, first.sequences, **given, **drafted, **{name: copy.deepcopy(cache_of(first))})
+        assert torch.equal(got.sequences, expected.sequences)
+        dropped += last_speculation().drafted
+        states = [cache_of(output).layers[0].conv_states[0] for output in (got, expected)]
+        assert torch.allclose(*states, atol=1e-4)
+    assert dropped
+
+
 def test_caches_that_do_not_fit_are_refused():
     target, inputs = model("qwen3_5"), prompts(2)
     name = cache_argument(type(target))
@@ -318,6 +408,10 @@ def test_caches_that_do_not_fit_are_refused():
             fast_generate(target, longer, **{name: cache}, max_new_tokens=4)
     with pytest.raises(ValueError, match=f"^{name} has 2 rows, the call 1"):
         fast_generate(target, longer[:1], **{name: two}, max_new_tokens=4)
+    both = model("falcon_h1")
+    with pytest.raises(ValueError, match=f"^{name} is a static cache of 12 columns, this call may need 19"):
+        short = StaticCache(config=both.config, max_cache_len=12)
+        fast_generate(both, prompts(2, length=15)["input_ids"], **{name: short}, max_new_tokens=5)
     two.layers[0].record_past = True
     with pytest.raises(ValueError, match=f"^{name} records past states"):
         fast_generate(target, longer, **{name: two}, max_new_tokens=4)
@@ -395,6 +489,8 @@ def test_the_output_has_the_targets_law(architecture, method, rule):
 
 @pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5"])
 def test_a_state_that_keeps_rejected_tokens_changes_the_law(architecture, monkeypatch):
+    for seed in (3, 4):  # the trial would find it
+        assert why_not_recurrent(small(architecture, WIDTH, seed)) is None
     monkeypatch.setattr(Row, "go_back", forgets)
     assert min(p_values(architecture, "model", "token")) < 1e-6
 

@@ -100,6 +100,15 @@ _SSM = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_grou
 # Models with layers that keep a state
 _RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("Lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    "lfm3": (
+        "Lfm3",
+        {
+            **_HYBRID,
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "sliding_attention", "full_attention"],
+            "sliding_window": 6,
+        },
+    ),
     "qwen3_5": ("Qwen3_5", {**_HYBRID, **_DELTA}),
     "qwen3_next": ("Qwen3Next", {**_HYBRID, **_DELTA, **_EXPERTS, "shared_expert_intermediate_size": 16}),
     "olmo_hybrid": ("OlmoHybrid", {**_HYBRID, **_DELTA}),
@@ -130,7 +139,7 @@ _RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-RECURRENT = tuple(_RECURRENT)
+RECURRENT = tuple(kind for kind, (name, _) in _RECURRENT.items() if hasattr(transformers, f"{name}Config"))
 
 
 def build_model(architecture: str, *, vocabulary: int = VOCABULARY, seed: int = 0, **changes: Any) -> PreTrainedModel:
