@@ -125,6 +125,25 @@ _RECURRENT: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_intermediate_size": 16,
         },
     ),
+    "kimi": (
+        "KimiLinear",
+        {
+            **_HYBRID,
+            "num_key_value_heads": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "mlp_layer_types": ["dense", "dense"],
+            "kv_lora_rank": 16,
+            "q_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "num_experts": 4,
+            "num_experts_per_token": 2,
+            "moe_intermediate_size": 16,
+        },
+    ),
     "mamba2": (
         "Mamba2",
         {
