@@ -5,7 +5,9 @@
 
 The models are of real shapes (LFM2-350M, Qwen3.5 of .7 billion parameters) with random weights in bfloat16: times are
 theirs, texts are not. Every pass stands behind a rollback, so putting older states back is among them; what is called
-``fed again`` had to read that many accepted tokens once more. Everything is interleaved; medians.
+``fed again`` had to read that many accepted tokens once more. The drafter is such a model of two layers: greedily none
+of its tokens is the target's, while at T=1 two laws that know nothing are so flat that many are accepted. Everything is
+interleaved; medians.
 """
 
 from __future__ import annotations
@@ -21,8 +23,9 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from transformers import PreTrainedModel
 
-from specdec_fast import fast_generate
+from specdec_fast import fast_generate, last_speculation
 from specdec_fast.recurrent import RecurrentRunner
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -44,6 +47,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "head_dim": 256,
     },
+}
+SMALL: dict[str, dict[str, Any]] = {
+    "lfm2": {"full_attn_idxs": [1]},
+    "qwen3_5": {"head_dim": 64, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+}
+DRAFTER = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 CONFIGS = {"lfm2": "Lfm2Config", "qwen3_5": "Qwen3_5TextConfig"}
 Kind = StrEnum("Kind", list(SHAPES))
@@ -72,8 +86,12 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(0)
     nothing = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": 0}
-    config = getattr(transformers, CONFIGS[kind])(**SHAPES[kind], **nothing)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+    def built(**shape: Any) -> PreTrainedModel:
+        config = getattr(transformers, CONFIGS[kind])(**shape, **nothing)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+    model, drafter = built(**SHAPES[kind]), built(**{**SHAPES[kind], **DRAFTER, **SMALL[kind]})
     ids = torch.randint(1, 30000, (1, context + 64))
     runner = RecurrentRunner(model, 1)
     runner.feed([0], ids[:, :context], [context], [1])
@@ -92,13 +110,22 @@ def main(
     figures: dict[str, Any] = {"model": str(kind), "parameters": model.num_parameters(), "passes_ms": passes}
     figures["fed_again_ms"] = twice
     plain = {"method": "autoregressive", "max_new_tokens": tokens}
+    said: dict[str, Any] = {}
+
+    def drafted(prompts: torch.Tensor, name: str, sampling: dict[str, Any]) -> None:
+        fast_generate(model, prompts, assistant_model=drafter, max_new_tokens=tokens, **sampling)
+        counts = last_speculation()
+        said[f"{len(prompts)} rows, {name}"] = [counts.rounds, counts.drafted, counts.accepted]
+
     for batch in map(int, rows.split(",")):
         prompts = torch.randint(1, 30000, (batch, context))
         calls: dict[str, Callable[[], Any]] = {}
         for name, sampling in (("T=0", {"do_sample": False}), ("T=1", {"do_sample": True, "top_k": 0})):
             calls[f"generate, {name}"] = lambda s=sampling, p=prompts: model.generate(p, max_new_tokens=tokens, **s)
             calls[f"plain, {name}"] = lambda s=sampling, p=prompts: fast_generate(model, p, **plain, **s)
+            calls[f"drafted, {name}"] = lambda s=sampling, p=prompts, n=name: drafted(p, n, s)
         figures[f"calls_ms_{batch}_rows"] = medians(calls, repetitions)
+    figures["rounds_drafted_accepted"] = said
     figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
     print(json.dumps(figures, indent=1))
     if to is not None:

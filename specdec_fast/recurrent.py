@@ -28,7 +28,7 @@ from specdec_fast.trial import distance, trial_ids
 
 __all__ = ["RecurrentRunner", "runner_for", "why_not_recurrent"]
 
-REPLAYED = 16  # tokens fed again in front of a draft at most
+REPLAYED = 16  # tokens fed again in front of a draft at most, in a pass of one row
 EXACT = 0.002  # of the distance that rounding may make (:func:`specdec_fast.trial.distance`), in float32
 
 
@@ -64,6 +64,9 @@ class RecurrentRunner(Runner):
         more = {"use_cache": use_cache, "prefill_chunk": prefill_chunk, "head": head, "most": most, "window": window}
         super().__init__(model, rows, visible=visible, joint=joint, **more)  # type: ignore[arg-type]
         self._visible = None  # padding is never fed
+        # Reading again costs by positions, which rows multiply, and a pass of its own hardly does
+        self._most = int(REPLAYED / math.sqrt(rows if joint else 1))
+        self.again = self._most // 2
 
     def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
         units = [Unit(self.model.config, len(group)) for group in groups]
@@ -84,6 +87,7 @@ class RecurrentRunner(Runner):
     ) -> Tensor:
         texts: dict[int, list[int]] = {}
         early: dict[int, list[int]] = {}
+        certain: dict[int, int] = {}  # tokens in front of the tail, which is a draft with the token before it
         lines = tokens.tolist()
         for r, row in enumerate(rows):
             own, start = self.own[row], self._seen(row)
@@ -97,9 +101,10 @@ class RecurrentRunner(Runner):
             if len(line) > 1:  # single tokens may be a draft's, behind which nothing is certain
                 own.anchor = max(own.anchor, start)
             texts[row] = missing + line
-            certain = len(texts[row]) - tail[r]
-            if tail[r] > 1 and certain > REPLAYED:
-                early[row], texts[row] = texts[row][:certain], texts[row][certain:]
+            if tail[r] > 1:
+                certain[row] = len(texts[row]) - tail[r]
+        for row, n in self._worth_a_pass(certain).items():
+            early[row], texts[row] = texts[row][:n], texts[row][n:]
         for group in self._together(early, exactly=True):
             self._pass(group, [early[row] for row in group], [1] * len(group), None)
         wanted = dict(zip(rows, tail, strict=True))
@@ -119,6 +124,17 @@ class RecurrentRunner(Runner):
         whole = [torch.nn.functional.pad(part, (0, 0, 0, width - part.shape[1])) for part in parts.values()]
         parts = dict(zip(parts, whole, strict=True))
         return torch.cat([parts.get(row, none) for row in rows])
+
+    def _worth_a_pass(self, certain: dict[int, int]) -> dict[int, int]:
+        """How many tokens of which rows are read before all others, so that none has more than a few in front of its
+        tail. Rows that have read something share that pass, over equally many tokens of each."""
+        begun = {row: n for row, n in certain.items() if self.own[row].stands}
+        worth = {row: n for row, n in certain.items() if n > self._most and (row not in begun or not self.joint)}
+        if self.joint and max(begun.values(), default=0) > self._most:
+            left = {c: max(n - c if n >= c else n for n in begun.values()) for c in begun.values() if c}
+            cut = min(left, key=lambda c: (left[c], c))
+            worth.update({row: cut for row, n in begun.items() if n >= cut})
+        return worth
 
     def _together(self, texts: dict[int, list[int]], *, exactly: bool) -> list[list[int]]:
         """Rows that can share a pass over these; ``exactly``: over texts of one length only."""

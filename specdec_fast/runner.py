@@ -85,8 +85,8 @@ class Runner:
         self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
         if joint is None:
             joint = rows == 1 or supports_ragged_batches(model)
-        groups = [list(range(rows))] if joint else [[row] for row in range(rows)]
-        self._units = self._make_caches(groups)
+        self.again = 0  # tokens that a pass which scores a draft has to read once more, in the mean
+        self._units = self._make_caches([list(range(rows))] if joint else [[row] for row in range(rows)])
         for _, unit in self._units:
             unit.window.most = most
 

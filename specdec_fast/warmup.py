@@ -190,15 +190,18 @@ def measure(
     ids = torch.tensor([text[-length:] for text in texts], device=device)
     batch = len(texts)
     target, rows = runner(), list(range(batch))
-    target.feed(rows, ids, [length] * batch, [1] * batch)
+    again = min(target.again, length - 1)
+    base = length - again
+    target.feed(rows, ids[:, :base], [base] * batch, [1] * batch)
     places = target.positions - length
-    text = ids.repeat(1, -(-max(SIZES) // length))
+    text = ids.repeat(1, -(-(max(SIZES) + length) // length))
 
     def timed(size: int) -> float:
+        lanes = size if size == 1 else size + again
         for row in rows:
-            target.rollback(row, length)
+            target.rollback(row, base)
         begin = time.perf_counter()
-        target.feed(rows, text[:, :size], [size] * batch, [size] * batch)
+        target.feed(rows, text[:, :lanes], [lanes] * batch, [size] * batch)
         _wait(device)
         return time.perf_counter() - begin
 

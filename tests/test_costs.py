@@ -202,7 +202,7 @@ def test_a_warm_up_compares_parts_at_one_pace(monkeypatch):
     now, pace, work = [0.0], [1.0], {1: 1.0, 2: 1.2, 3: 1.4, 4: 1.6, 6: 2.0, 8: 2.4, 10: 2.8, 16: 4.0}
 
     class Target:
-        positions = 999
+        positions, again = 999, 0
 
         def feed(self, rows, tokens, count, tail):
             now[0] += pace[0] * work.get(tokens.shape[1], 1.0)

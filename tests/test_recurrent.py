@@ -12,7 +12,7 @@ from tiny import PAD, RECURRENT, VOCABULARY, build_model, make_noisy, model, noi
 from transformers import DynamicCache, LogitsProcessorList, StaticCache
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from specdec_fast import fast_generate, last_speculation, prepare, recurrent
+from specdec_fast import fast_generate, last_speculation, methods, prepare, recurrent, warmup
 from specdec_fast.cache import cache_argument, cache_of
 from specdec_fast.recurrent import REPLAYED, RecurrentRunner, why_not_recurrent
 from specdec_fast.states import Row
@@ -97,6 +97,35 @@ def test_what_is_fed_again_stays_short(passes):
         runner.feed([0], torch.ones((1, 5), dtype=torch.long), [5], [5])
     assert max(max(line) for line in passes) == REPLAYED + 5 and 100 < len(passes) < 100 * (1 + 1.5 / REPLAYED)
     assert len(runner.own[0].marks) <= 5
+
+
+def test_rows_are_brought_forward_together(passes):
+    """Rows that keep different numbers of tokens: what they read again costs by rows, so it is shorter, and one pass a
+    few rounds brings several of them forward."""
+    dice, kept = random.Random(0), [20] * 4
+    runner = RecurrentRunner(model("lfm2"), 4, joint=True)
+    runner.feed(range(4), torch.ones((4, 20), dtype=torch.long), [20] * 4, [1] * 4)
+    del passes[:]
+    for _ in range(60):
+        for row in range(4):
+            runner.rollback(row, kept[row])
+        runner.feed(range(4), torch.ones((4, 5), dtype=torch.long), [5] * 4, [5] * 4)
+        kept = [length + dice.choice([1, 2, 4]) for length in kept]
+    most = REPLAYED // 2
+    assert runner.again == most // 2
+    assert 60 < len(passes) < 60 + 60 // 2
+    assert max(len(line) for line in passes) == 4 and max(map(max, passes)) <= most + 5
+
+
+def test_costs_are_those_of_passes_that_read_something_again(passes):
+    target, texts = model("lfm2"), [[row + 1] * 40 for row in range(4)]
+    assert recurrent._found(target).joint
+    del passes[:]
+    drafter = methods.NoDrafter(torch.device("cpu"))
+    warmup.measure(lambda: RecurrentRunner(target, 4), drafter, texts, torch.device("cpu"), budget=1e9)
+    again = REPLAYED // 4
+    assert passes[0] == [40 - again] * 4
+    assert {line[0] for line in passes[1:]} == {1, *(size + again for size in warmup.SIZES)}
 
 
 def test_a_drafters_steps_are_undone_without_reading_again(passes):
