@@ -4,7 +4,7 @@ Keys and values of a rejected token are rolled back by lowering a number. A stat
 tokens. So copies of it are kept from before passes whose tokens may be rejected, and a row that was rolled back goes on
 from the newest copy that holds none of what is gone. What was accepted behind that copy is fed again, together with
 the next tokens. A pass over a few positions takes little longer than one over one, so this costs little. Where more
-than :data:`REPLAYED` tokens would be fed again, a pass of their own moves the copy behind them.
+than :data:`REPLAYED` tokens would be fed again (fewer for several rows), a pass of their own moves the copy on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, empty, has_state, ragged_layers
-from specdec_fast.runner import Head, Runner, left_align
+from specdec_fast.lean import LeanModel
+from specdec_fast.runner import Runner, left_align
 from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
 from specdec_fast.trial import distance, trial_ids
 
@@ -39,7 +40,7 @@ class RecurrentRunner(Runner):
     are filled up with tokens that are rolled back.
 
     Raises:
-        ValueError: padding is not on the left.
+        ValueError: padding is not on the left, or a row is nothing else.
     """
 
     def __init__(
@@ -48,21 +49,17 @@ class RecurrentRunner(Runner):
         rows: int,
         *,
         visible: Tensor | None = None,
-        use_cache: bool = True,
-        prefill_chunk: int | None = None,
-        head: Head | None = None,
         joint: bool | None = None,
-        most: int = 0,
-        window: int | None = None,
-        **_: Any,
+        lean: LeanModel | None = None,
+        **settings: Any,
     ):
+        assert lean is None, "lean forms are of models without states"
         if visible is not None and (bool((visible.long().diff(dim=1) < 0).any()) or not bool(visible[:, -1].all())):
             name = type(model).__name__
             raise ValueError(f"attention_mask: {name} keeps a state: pad on the left, with text behind it")
         if joint is None:
             joint = rows == 1 or _found(model).joint
-        more = {"use_cache": use_cache, "prefill_chunk": prefill_chunk, "head": head, "most": most, "window": window}
-        super().__init__(model, rows, visible=visible, joint=joint, **more)  # type: ignore[arg-type]
+        super().__init__(model, rows, visible=visible, joint=joint, **settings)
         self._visible = None  # padding is never fed
         # Reading again costs by positions, which rows multiply, and a pass of its own hardly does
         self._most = int(REPLAYED / math.sqrt(rows if joint else 1))

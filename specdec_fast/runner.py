@@ -23,7 +23,7 @@ from specdec_fast.staging import moved
 from specdec_fast.trees import Climbed, Climbing, Growing, Grown, Tree
 from specdec_fast.trial import distance, trial_ids
 
-__all__ = ["Head", "Runner", "left_align", "supports_ragged_batches"]
+__all__ = ["Runner", "left_align", "supports_ragged_batches"]
 
 Head = Callable[[Tensor], Tensor]
 
