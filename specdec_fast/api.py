@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerateDecoderOnlyOutput, StopStringCriteria
+from transformers.cache_utils import Cache
+from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, sampling, warmup
 from specdec_fast.branching import Branching
 from specdec_fast.cache import CACHE_NAMES, check_cache, columns_of, given_cache
-from specdec_fast.continuation import columns_before, load, store
+from specdec_fast.continuation import columns_before, load, new_cache, store
 from specdec_fast.device_engine import DeviceEngine
 from specdec_fast.device_plan import Call, mode_of, open_session, resident_outlook
 from specdec_fast.device_session import Session
@@ -27,14 +27,15 @@ from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
 from specdec_fast.host_model import HostModel
+from specdec_fast.inputs import check_ids, check_positions, refuse_inputs
 from specdec_fast.lean import lean_model, why_not_lean
 from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
-from specdec_fast.masks import text_positions
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox, UniformSource, row_seeds
 from specdec_fast.record import Record
 from specdec_fast.runner import Runner
 from specdec_fast.settings import Settings
+from specdec_fast.sources import sources_of
 from specdec_fast.state import Rows
 from specdec_fast.stats import Speculation, remember
 from specdec_fast.stops import Stops
@@ -46,6 +47,15 @@ __all__ = ["SpeculativeOutput", "decoding_loop", "fast_generate"]
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """Transformers' own output with the statistics of the call beside it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.speculation: Speculation | None = None
+
+
+@dataclass
+class SpeculativeEncoderDecoderOutput(GenerateEncoderDecoderOutput):
+    """The same of an encoder-decoder model."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -198,9 +208,8 @@ def fast_generate(
             raise ValueError(f"{name} asks for an assisted decoding of Transformers' own: use model.generate for it")
     # Here as well as in the loop, because `generate` runs a vision encoder before it
     takes = inspect.signature(model.forward).parameters
-    _refuse_inputs(
-        name for name, value in kwargs.items() if name in takes and value is not None and not hasattr(_DEFAULTS, name)
-    )
+    asked = (name for name, value in kwargs.items() if name in takes and value is not None)
+    refuse_inputs(model, (name for name in asked if not hasattr(_DEFAULTS, name)))
     if assistant_model is None and prompt_lookup_num_tokens is None and method in ("auto", "autoregressive"):
         idle = sorted(options.given & _DRAFTER_KNOBS)
         if idle:
@@ -219,7 +228,9 @@ def fast_generate(
     # Set, these would make `generate` check its own assisted decoding, which refuses batches
     for name in ("prompt_lookup_num_tokens", *_OTHER_SPECULATION):
         settings.take(name)
-    return generate(inputs, settings.config, custom_generate=_Loop(options), **common, **settings.kwargs)
+    common |= {"generation_config": settings.config, "custom_generate": _Loop(options), **settings.kwargs}
+    # By position, for models that call their input by a name of its own; not at all where it is given by that name
+    return generate(**common) if inputs is None else generate(inputs, **common)
 
 
 def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
@@ -255,7 +266,6 @@ _OTHER_SPECULATION = ("assistant_early_exit", "assistant_ensemble_weight", "spec
 
 
 _DEFAULTS = GenerationConfig()
-_FORWARDED = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
 _CACHE_FIELD = next(name for name in CACHE_NAMES if name in GenerateDecoderOnlyOutput.__dataclass_fields__)
 
 
@@ -274,6 +284,7 @@ class _Loop:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        inputs_tensor: Tensor | None = None,
         **model_kwargs: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         options = self._options.completed_by(generation_config, prepared=True)
@@ -284,7 +295,8 @@ class _Loop:
             methods.check_model(options.assistant_model, "assistant_model")
         do_sample = bool(config.do_sample)
         stops = Stops(stopping_criteria)
-        mask = model_kwargs.get("attention_mask")
+        encodes = model.config.is_encoder_decoder
+        mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
         mode = mode_of(options, model, bool(config.disable_compile), config.compile_config)
         lean = lean_model(model, rounded=False) if mode == "native" else None
         native = lean is not None
@@ -296,14 +308,15 @@ class _Loop:
             own = "the loop keeps a cache that it can roll back, in the model's precision and on its device"
             warnings.warn(f"cache_implementation={wanted!r} is not used: {own}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
-        _check_ids(input_ids, model)
+        check_ids(input_ids, model)
+        sources = sources_of(model, options, model_kwargs, inputs_tensor, batch, plan.method)
         seeds = row_seeds(options.seed, batch)
         limit = stops.max_length if stops.max_length is not None else config.max_length
         pad = config._pad_token_tensor
         if stops.pads and pad is None:
             raise ValueError("rows that end early need padding: set pad_token_id")
 
-        embeds = model_kwargs.get("inputs_embeds")
+        embeds = None if encodes else model_kwargs.get("inputs_embeds")
         name, cache = given_cache(model_kwargs)
         past = columns_of(cache, name) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
@@ -316,7 +329,7 @@ class _Loop:
             raise ValueError(
                 f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
-        _check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
+        check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
         record = Record(
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
@@ -336,6 +349,7 @@ class _Loop:
             embeds=embeds is not None,
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
+            encoded=sources.target,
         )
         if mode == "native" and lean is None:
             statistics.loop_reason = f"passes are the model's own: {why_not_lean(model, rounded=False)}"
@@ -350,7 +364,7 @@ class _Loop:
                 limit,
                 0 if pad is None else int(pad),
             )
-            parts: methods.Parts = model, options, batch, logits_processor, do_sample, device
+            parts: methods.Parts = model, options, batch, logits_processor, do_sample, sources, device
             target: Runner
             if resident is not None:
                 target = resident.target
@@ -430,7 +444,7 @@ class _Loop:
             if config.use_cache is False:
                 cache = None
             elif handed_in or config.return_dict_in_generate:
-                cache = cache if isinstance(cache, Cache) else DynamicCache(config=model.config)
+                cache = cache if isinstance(cache, Cache) else new_cache(model)
                 store(target, cache, shift + sequences.shape[1] - 1)
         finally:
             for taken in (passes, opened):
@@ -439,7 +453,8 @@ class _Loop:
         if not config.return_dict_in_generate:
             return sequences.clone()
         fields: dict[str, Any] = {"scores": _by_step(record.scores), "logits": _by_step(record.logits)}
-        output = SpeculativeOutput(sequences=sequences.clone(), **fields, **{_CACHE_FIELD: cache})  # type: ignore[arg-type]
+        made: Any = SpeculativeEncoderDecoderOutput if encodes else SpeculativeOutput
+        output = made(sequences=sequences.clone(), **fields, **{_CACHE_FIELD: cache})
         output.speculation = statistics
         return output
 
@@ -451,32 +466,7 @@ def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_
             raise ValueError(f"{name} is not supported: leave it out, or use model.generate for it")
     # `generate` hands a multimodal model an empty dict where there is nothing but text
     empty = [name for name, value in model_kwargs.items() if value is None or (isinstance(value, dict) and not value)]
-    _refuse_inputs(model_kwargs.keys() - set(empty))
-
-
-def _refuse_inputs(inputs: Iterable[str]) -> None:
-    """Refuses inputs of the model's forward pass that the loop does not hand on."""
-    if unknown := sorted(set(inputs) - {"input_ids", *_FORWARDED}):
-        raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
-
-
-def _check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
-    known = getattr(model.get_input_embeddings(), "num_embeddings", None)
-    if known is not None and input_ids.numel():
-        least, most = (int(end) for end in input_ids.aminmax())
-        if least < 0 or most >= known:
-            wrong = least if least < 0 else most
-            raise ValueError(f"input_ids holds {wrong}, the model reads ids from 0 to {known - 1}")
-
-
-def _check_positions(given: Tensor | None, columns: int, visible: Tensor | None) -> None:
-    """The loop computes positions itself; others than those cannot be honoured."""
-    if given is None:
-        return
-    place = torch.arange(columns, device=given.device).unsqueeze(0)
-    own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
-    if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
-        raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
+    refuse_inputs(model, model_kwargs.keys() - set(empty))
 
 
 def _by_step(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
 )
 
@@ -35,6 +36,7 @@ __all__ = [
     "has_state",
     "ragged_layers",
     "read_cache",
+    "takes",
     "write_cache",
 ]
 
@@ -49,8 +51,18 @@ def cache_argument(kind: Any) -> str:
 
 @functools.cache
 def _cache_argument(kind: Any) -> str:
-    takes = inspect.signature(kind.forward).parameters
-    return next((name for name in CACHE_NAMES if name in takes), "")
+    return next((name for name in CACHE_NAMES if name in _parameters(kind)), "")
+
+
+@functools.cache
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
+
+
+def takes(model: Any, argument: str) -> bool:
+    """Whether a model's forward has an argument of this name."""
+    kind: Any = type(model)
+    return argument in _parameters(kind)
 
 
 def cache_of(output: Any) -> Any:
@@ -239,6 +251,13 @@ def check_cache(cache: Any, name: str, rows: int, config: Any, columns: int) -> 
         ValueError: why not.
     """
     past = columns_of(cache, name)
+    if getattr(config, "is_encoder_decoder", False):
+        if not isinstance(cache, EncoderDecoderCache):
+            raise ValueError(f"{name} must be an EncoderDecoderCache, not {type(cache).__name__}: leave it out")
+        for layer in cast(Any, cache.cross_attention_cache.layers):
+            if all(cache.is_updated.values()) and layer.is_initialized and layer.keys.shape[0] != rows:
+                raise ValueError(f"{name} has {layer.keys.shape[0]} rows, the call {rows}: give it one row a sequence")
+        cache, config = cache.self_attention_cache, config.get_text_config(decoder=True)
     layers: list[Any] = cache.layers
     models = DynamicCache(config=config).layers
     if len(layers) != len(models) and (past or layers):
@@ -281,7 +300,7 @@ def read_cache(source: Any, target: RaggedCache) -> None:
     target.window.rows, target.window.columns = None, None
     target.window.start, target.window.end = 0, columns
     layers: Any = target.cache.layers
-    for mine, theirs in zip(layers, source.layers, strict=True):
+    for mine, theirs in zip(layers, source.layers, strict=False):  # more layers than the model has may be left out
         if not theirs.is_initialized:
             continue
         # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good

@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
 from specdec_fast.cache import RaggedCache, read_cache, write_cache
+from specdec_fast.encoded import EncodedRunner
 from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
 
-__all__ = ["columns_before", "load", "store"]
+__all__ = ["columns_before", "load", "new_cache", "store"]
 
 
 def load(target: Runner, cache: Any, past: int) -> None:
     """Copies a caller's cache of ``past`` columns, found readable by :func:`check_cache`, into a runner's."""
-    if isinstance(target, RecurrentRunner):
+    if isinstance(target, RecurrentRunner | EncodedRunner):
         target.load(cache, past)
         return
     for group, own in target.caches:
@@ -26,6 +28,14 @@ def load(target: Runner, cache: Any, past: int) -> None:
         read_cache(source, own)
         for row in group:
             target.length[row] = past
+
+
+def new_cache(model: PreTrainedModel) -> Cache:
+    """An empty cache, as ``generate`` makes one."""
+    if not model.config.is_encoder_decoder:
+        return DynamicCache(config=model.config)
+    decoder = model.config.get_text_config(decoder=True)
+    return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
 
 
 def _row_of(cache: Any, row: int) -> Any:
@@ -40,7 +50,7 @@ def _row_of(cache: Any, row: int) -> Any:
 
 def store(target: Runner, cache: Any, columns: int) -> None:
     """Writes the columns of the result into a Transformers cache."""
-    if isinstance(target, RecurrentRunner):
+    if isinstance(target, RecurrentRunner | EncodedRunner):
         target.store(cache, columns)
         return
     caches = [own for _, own in target.caches]

@@ -17,14 +17,15 @@ from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
+from specdec_fast.encoded import Encoded
 from specdec_fast.host_model import HostModel
 from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel, lean_model
 from specdec_fast.methods import Plan, asks, logit_width
 from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.randomness import Philox
-from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
+from specdec_fast.runners import runner_for
 from specdec_fast.static_model import for_passes
 from specdec_fast.static_runner import why_not_static
 from specdec_fast.stats import Speculation
@@ -65,6 +66,7 @@ class Call:
         prompt, longest: columns of the target's cache that the prompt fills, and that the text may reach.
         recorded: whether scores are to be kept.
         embeds: whether prompts are embeddings.
+        encoded: what the target reads beside the text; None: nothing.
     """
 
     plan: Plan
@@ -79,6 +81,7 @@ class Call:
     embeds: bool
     use_cache: bool
     prefill_chunk: int | None
+    encoded: Encoded | None = None
 
     def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
         """The target as it is."""
@@ -90,6 +93,7 @@ class Call:
             use_cache=self.use_cache,
             prefill_chunk=chunk,
             lean=lean,
+            encoded=self.encoded,
             most=self.longest + self.plan.tree,  # a tree may stand behind the last token
         )
 
@@ -114,6 +118,11 @@ def open_session(
         return None, None
     how, plan = Compilation.of(mode, model, config), call.plan
     passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
+    if call.encoded is not None:
+        statistics.loop_reason = (
+            f"passes of {type(model).__name__} read what an encoder made, which have no fixed shape"
+        )
+        return None, passes
     model, switched = for_passes(model, how.compiled)
     statistics.loop_reason = why_not_static(model) or why_not_resident(model, call, how) or ""
     if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):

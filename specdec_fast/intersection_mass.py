@@ -104,9 +104,12 @@ def _masses(model: PreTrainedModel, ids: list[int], members: Tensor) -> Tensor:
     """The mass on some ids at each position of a text: ``[N]`` float64. Positions without a law (NaN) are left out."""
     positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     ids = ids[: positions if isinstance(positions, int) and positions > 0 else None]
-    if not ids:
+    if not ids or model.main_input_name != "input_ids":
         return torch.zeros(0, dtype=torch.float64)
-    logits = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0]
+    inputs = {"input_ids": torch.tensor([ids], device=model.device)}
+    if model.config.is_encoder_decoder:  # writes the text that it reads
+        inputs["decoder_input_ids"] = inputs["input_ids"]
+    logits = model(**inputs, use_cache=False).logits[0]
     members = members.to(logits.device)
     masses = torch.cat([reference.masses(part)[:, members].sum(-1) for part in logits.split(POSITIONS)])
     return masses[masses.isfinite()].cpu()

@@ -16,8 +16,9 @@ from specdec_fast.cache import CACHE_NAMES, cache_argument, ragged_layers
 from specdec_fast.choice import Choice, across_vocabularies, any_common_text, lacks_for_trees, races, without_drafter
 from specdec_fast.drafters.auto import AutoDrafter, Candidate
 from specdec_fast.drafters.base import Drafter, Passes
+from specdec_fast.drafters.begun import Begun, mark_of
 from specdec_fast.drafters.literal import LiteralSlrsDrafter
-from specdec_fast.drafters.model import CompactDrafter, ModelWriter, SameText, SlemDrafter, Watcher
+from specdec_fast.drafters.model import CompactDrafter, Context, ModelWriter, SameText, SlemDrafter, Watcher
 from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.drafters.projection import ProjectionDrafter, ProjectionWriter
 from specdec_fast.drafters.prompt_lookup import PromptLookup
@@ -26,6 +27,7 @@ from specdec_fast.lean import why_not_lean
 from specdec_fast.memory import footprint
 from specdec_fast.options import DEFAULT_LOOKAHEAD, DEFAULT_NGRAM, LOOKBEHIND, Options
 from specdec_fast.recurrent import why_not_recurrent
+from specdec_fast.sources import Sources
 from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
@@ -55,7 +57,7 @@ HOPES = {"tli": 0.45, "projection": 0.5, "slrs": 0.65}
 LOOKING = 2.0
 
 
-Parts = tuple[PreTrainedModel, Options, int, LogitsProcessorList, bool, torch.device]
+Parts = tuple[PreTrainedModel, Options, int, LogitsProcessorList, bool, Sources, torch.device]
 """What a drafter is built from beside a plan, as :func:`build_drafter` takes it."""
 
 
@@ -95,18 +97,16 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
     """Refuses by name what cannot be decoded here.
 
     Raises:
-        ValueError: ``argument`` is encoder-only, encoder-decoder or keeps a state that it cannot go on from.
+        ValueError: ``argument`` is encoder-only or keeps a state that it cannot go on from.
         TypeError: it is no model.
     """
     name = type(model).__name__
     if not hasattr(model, "config") or not hasattr(model, "can_generate"):
         raise TypeError(f"{argument} must be a Transformers model, not {name}: load it with AutoModelForCausalLM")
-    if model.config.is_encoder_decoder:
-        raise ValueError(
-            f"{argument}: {name} is an encoder-decoder model, which is not supported: use model.generate for it"
-        )
     if not model.can_generate():
         raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
+    if model.config.is_encoder_decoder:
+        return  # tried with what its encoder makes (:mod:`specdec_fast.sources`)
     ragged = ragged_layers(model.config) is not None
     if getattr(model, "_is_stateful", False) or not ragged:
         why = "its cache does not hold it" if ragged else why_not_recurrent(model)
@@ -365,6 +365,7 @@ def build_drafter(
     rows: int,
     processors: LogitsProcessorList,
     do_sample: bool,
+    sources: Sources,
     device: torch.device,
     watcher: Watcher | None = None,
     branching: Branching | None = None,
@@ -373,6 +374,7 @@ def build_drafter(
     """The drafter of a plan, for ``rows`` rows whose tokens live on ``device``.
 
     Args:
+        sources: what the call's models read beside the text.
         watcher: whether to draft on; asked where :func:`asks` says so.
         branching: how far trees grow, where the plan has some.
         passes: runs drafters that have no native form; None: they run as they are.
@@ -380,10 +382,11 @@ def build_drafter(
     if plan.method == "autoregressive":
         return NoDrafter(device)
     if plan.method == "prompt_lookup":
-        return PromptLookup(rows, options.max_matching_ngram_size or DEFAULT_NGRAM, device, only=plan.rows)
+        longest = options.max_matching_ngram_size or DEFAULT_NGRAM
+        return PromptLookup(rows, longest, device, only=plan.rows, sources=sources.ids)
     if plan.others:
         alone = [replace(plan, method=method, others=()) for method in (plan.method, *plan.others)]
-        rest = model, options, rows, processors, do_sample, device, watcher, None, passes
+        rest = model, options, rows, processors, do_sample, sources, device, watcher, None, passes
         assert options.assistant_model is not None
         handicaps = {"slrs": LOOKING * _size(options.assistant_model, model)}
         tried = [
@@ -396,7 +399,14 @@ def build_drafter(
     warpers = sampling.drafter_warpers(processors, do_sample=do_sample, temperature=options.assistant_temperature)
     confidence = options.assistant_confidence_threshold or 0.0
     window = options.assistant_window
-    how: dict[str, Any] = {"confidence": confidence, "watcher": watcher, "window": window, "passes": passes}
+    encoded = sources.drafter
+    how: dict[str, Any] = {
+        "confidence": confidence,
+        "watcher": watcher,
+        "window": window,
+        "passes": passes,
+        "encoded": encoded,
+    }
     raced = plan.verification == "gumbel"
     # An argmax seldom changes by what a memory knows, and its cost is not won back
     remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
@@ -406,15 +416,22 @@ def build_drafter(
         )
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
-    contexts = [
-        Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
-        for _ in range(rows)
+    lookbehind, marks = options.assistant_lookbehind or LOOKBEHIND, (mark_of(drafter), mark_of(model))
+    contexts: list[Context] = [
+        Reader(target, options.assistant_tokenizer, own, lookbehind=lookbehind) for _ in range(rows)
     ]
+    if marks != (None, None):
+        contexts = [Begun(context, *marks) for context in contexts]
     if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass
             writer = ModelWriter(drafter, contexts, warpers=warpers, **how, lawless=True)
             return SlemDrafter(writer, proposer, device)
+        if encoded is not None:
+            raise ValueError(
+                "method='slrs_literal' runs drafters that read nothing but the text: use method='slrs' for an "
+                "assistant_model that reads what an encoder made"
+            )
         return LiteralSlrsDrafter(
             drafter,
             contexts,

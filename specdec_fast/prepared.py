@@ -17,6 +17,7 @@ from specdec_fast.api import fast_generate
 from specdec_fast.costs import Costs, Observed
 from specdec_fast.device_plan import mode_of
 from specdec_fast.options import Options
+from specdec_fast.sources import main_input
 from specdec_fast.stats import Speculation, last_speculation, remember
 
 __all__ = ["Prepared", "prepare"]
@@ -90,7 +91,7 @@ def prepare(
         do_sample: prepare for greedy or for sampled calls; None: for both.
         batch: rows of the calls to come.
         inputs: ``[B, P]`` prompt ids to prepare on, in place of a few ids of the vocabulary; drafts of real text give a
-            truer picture of what drafting costs.
+            truer picture of what drafting costs. Of an encoder-decoder model what its encoder reads.
         repetitions: how often each pass is timed.
         **options: what every call shall get, ``method`` or ``temperature`` for example. On a GPU, and with
             ``compile="static"`` or ``"inductor"``, give ``max_new_tokens`` and ``inputs`` of the calls' size: what is
@@ -121,9 +122,11 @@ def prepare(
     everything = {name: value for name, value in {**pair, **options}.items() if value is not None}
     prepared = Prepared(model, everything)
     if inputs is None:
+        if model.config.is_encoder_decoder and (reads := main_input(model)) != "input_ids":
+            raise ValueError(f"inputs: {type(model).__name__} reads {reads}, which cannot be made up: give some")
         inputs = _some_ids(model)
     if inputs.shape[0] != batch:
-        inputs = inputs[:1].repeat(batch, 1)
+        inputs = inputs[:1].expand(batch, *inputs.shape[1:])
     begin, before = time.perf_counter(), last_speculation()
     disabled, config = (options.get(name, getattr(model.generation_config, name, None)) for name in _COMPILATION)
     fixed_shape = mode_of(asked, model, bool(disabled), config) in ("static", "inductor")

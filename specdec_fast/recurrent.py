@@ -21,16 +21,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, empty, has_state, ragged_layers
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, empty, has_state
 from specdec_fast.lean import LeanModel
 from specdec_fast.runner import Runner, left_align
 from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
-from specdec_fast.trial import distance, trial_ids
+from specdec_fast.trial import alike, exact, trial_ids
 
-__all__ = ["RecurrentRunner", "runner_for", "why_not_recurrent"]
+__all__ = ["RecurrentRunner", "why_not_recurrent"]
 
 REPLAYED = 16  # tokens fed again in front of a draft at most, in a pass of one row
-EXACT = 0.002  # of the distance that rounding may make (:func:`specdec_fast.trial.distance`), in float32
 
 
 class RecurrentRunner(Runner):
@@ -212,12 +211,6 @@ class RecurrentRunner(Runner):
         return torch.cat(rows)
 
 
-def runner_for(model: PreTrainedModel, rows: int, **settings: Any) -> Runner:
-    """The runner that suits a model; the arguments are :class:`Runner`'s."""
-    kind = Runner if ragged_layers(model.config) is not None else RecurrentRunner
-    return kind(model, rows, **settings)
-
-
 class _Found(NamedTuple):
     """Why a model cannot be decoded, and whether its rows share passes at different columns."""
 
@@ -255,7 +248,7 @@ def _probe(model: PreTrainedModel) -> _Found:
         return _Found("its forward takes the state by a name of its own", False)
     if layers_of(model.config, Window()) is None:
         return _Found("it is of a kind that cannot be copied", False)
-    if not _exact(model) and any(_limits_steps(module) for module in model.modules()):
+    if not exact(model) and any(_limits_steps(module) for module in model.modules()):
         return _Found("time_step_limit holds for passes over several tokens and not for single ones", False)
     ids = trial_ids(model).flatten().unsqueeze(0)
     try:
@@ -266,7 +259,7 @@ def _probe(model: PreTrainedModel) -> _Found:
         at_once = spans.feed([0], ids[:, 4:10], [6], [6])
         spans.rollback(0, 6)
         behind = spans.feed([0], ids[:, 6:10], [4], [4])
-        if not (_alike(model, one_by_one, at_once[0]) and _alike(model, one_by_one[2:], behind[0])):
+        if not (alike(model, one_by_one, at_once[0]) and alike(model, one_by_one[2:], behind[0])):
             return _Found("the model gives other logits for several tokens than for one after the other", False)
         for name in TENSORS:
             spans.rollback(0, 4)
@@ -295,7 +288,7 @@ def _shares(model: PreTrainedModel, ids: Tensor, one_by_one: Tensor) -> bool:
         got = shared.feed([0, 1], torch.cat([ids[:, 4:7], text[:, 2:5]]), [3, 2], [3, 2])
     except Exception:  # what a forward of its own kind can throw
         return False
-    return _alike(model, one_by_one[:3], got[0]) and _alike(model, own, got[1, :2])
+    return alike(model, one_by_one[:3], got[0]) and alike(model, own, got[1, :2])
 
 
 def _no_number(tensor: Tensor) -> Tensor:
@@ -309,13 +302,3 @@ def _limits_steps(module: Any) -> bool:
     """
     least, most = getattr(module, "time_step_limit", None) or (0.0, math.inf)
     return least > 0 or most < math.inf
-
-
-def _exact(model: PreTrainedModel) -> bool:
-    """Whether the model's products are rounded to float32."""
-    full = model.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
-    return model.dtype in (torch.float32, torch.float64) and full
-
-
-def _alike(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
-    return distance(one, other) <= (EXACT if _exact(model) else 1.0)

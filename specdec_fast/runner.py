@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -14,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast import attention, trees
-from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers
+from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers, takes
 from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
 from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
@@ -410,7 +408,7 @@ class Runner:
         cache = cache_argument(type(self.model))
         arguments: dict[str, Any] = {"use_cache": True, cache: unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
-        if _takes(self.model, "position_ids"):
+        if takes(self.model, "position_ids"):
             # Lanes behind a row's count are ignored, but a learned position must exist for them too
             used = (torch.tensor(start, device=device) + torch.tensor(count, device=device)).clamp(min=1)
             arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
@@ -429,21 +427,10 @@ class Runner:
             base = self.model.base_model
             hidden = base(**arguments).last_hidden_state
             return self.head(hidden[:, n - len(lanes) :] if last else hidden[:, keep])
-        if _takes(self.model, "logits_to_keep"):
+        if takes(self.model, "logits_to_keep"):
             return self.model(**arguments, logits_to_keep=keep).logits
         logits = self.model(**arguments).logits
         return logits[:, n - len(lanes) :] if last else logits[:, keep]
-
-
-@functools.cache
-def _forward_parameters(kind: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(kind.forward).parameters)
-
-
-def _takes(model: PreTrainedModel, argument: str) -> bool:
-    """Whether the model's forward has an argument of this name."""
-    kind: Any = type(model)
-    return argument in _forward_parameters(kind)
 
 
 def left_align(logits: Tensor, lanes: list[int], count: list[int], tail: list[int]) -> Tensor:
@@ -478,7 +465,7 @@ def supports_ragged_batches(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _probe(model: PreTrainedModel) -> bool:
     implementation = model.config._attn_implementation
-    if implementation not in ("sdpa", "eager", attention.NAME) or not _takes(model, "position_ids"):
+    if implementation not in ("sdpa", "eager", attention.NAME) or not takes(model, "position_ids"):
         return False
     try:
         windows_of(model)

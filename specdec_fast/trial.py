@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["distance", "trial_ids"]
+__all__ = ["alike", "distance", "exact", "trial_ids"]
 
 # Mean difference of two logits as a share of their spread. In bfloat16 SmolLM2-135M and Qwen2.5-Coder-0.5B differ from
 # themselves by up to .06 where sums come in another order, and by .17 at least where a mask is off by one column.
 TOLERANCE = 0.05
 ROUNDED = 0.1
+EXACT = 0.002  # of that distance, where products are rounded to float32
 
 
 def trial_ids(model: PreTrainedModel) -> Tensor:
@@ -27,3 +28,14 @@ def distance(plain: Tensor, got: Tensor) -> float:
     limit = TOLERANCE if plain.dtype == torch.float32 else ROUNDED
     plain, got = plain.float(), got.float()
     return float((plain - got).abs().mean() / (limit * plain.std()))
+
+
+def exact(model: PreTrainedModel) -> bool:
+    """Whether a model's products are rounded to float32."""
+    full = model.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    return model.dtype in (torch.float32, torch.float64) and full
+
+
+def alike(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
+    """Whether logits ``[n, V]`` that a model gave in two ways differ by rounding at most."""
+    return distance(one, other) <= (EXACT if exact(model) else 1.0)

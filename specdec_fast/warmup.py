@@ -24,8 +24,8 @@ from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel
 from specdec_fast.methods import Parts, Plan, build_drafter
 from specdec_fast.randomness import Philox
-from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
+from specdec_fast.runners import runner_for
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
 
@@ -62,7 +62,7 @@ def outlook_for(
     Returns:
         the table, and where what the call measures goes (None: nowhere).
     """
-    model, options, batch, _, do_sample, device = parts
+    model, options, batch, _, do_sample, sources, device = parts
     pair = model, options.assistant_model
     constant = constant_costs(*(0 if one is None else one.num_parameters() for one in pair))
     if plan.schedule != "adaptive" or plan.method == "autoregressive":
@@ -91,7 +91,7 @@ def outlook_for(
             more = {"budget": float("inf"), "repetitions": asked.repetitions}
         alone = replace(plan, others=(), rows=None)
         if passes is None:
-            more["runner"] = partial(runner_for, model, batch, lean=lean)
+            more["runner"] = partial(runner_for, model, batch, lean=lean, encoded=sources.target)
             known.take(measure(drafter=build_drafter(alone, *parts), texts=texts, device=device, **more))
         else:
             known.take(_measured_at_fixed_shapes(alone, parts, texts, lean, passes, more))
@@ -111,14 +111,14 @@ def _measured_at_fixed_shapes(
     Everything runs once for nothing: what is compiled or captured then is kept with caches that are given back, and
     those that are timed are the same ones.
     """
-    model, _, batch, _, _, device = parts
+    model, _, batch, _, _, sources, device = parts
     every = more["budget"] == float("inf") and not passes.compiled
     for last, repetitions in enumerate((1, more.get("repetitions", 1))):
         apart = passes.apart()
 
         def target(apart: HostPasses = apart) -> Runner:
             fixed = apart.runner(model, batch, columns=CONTEXT + max(SIZES)) if apart.target and lean is None else None
-            return runner_for(model, batch, lean=lean) if fixed is None else fixed
+            return runner_for(model, batch, lean=lean, encoded=sources.target) if fixed is None else fixed
 
         try:
             meter = measure(

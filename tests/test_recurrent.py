@@ -9,7 +9,7 @@ import transformers
 from tiny import PAD, RECURRENT, VOCABULARY, build_model, model, prompts
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
-from specdec_fast import fast_generate, methods, recurrent, warmup
+from specdec_fast import fast_generate, methods, recurrent, trial, warmup
 from specdec_fast.cache import cache_argument, cache_of
 from specdec_fast.recurrent import REPLAYED, RecurrentRunner, why_not_recurrent
 from specdec_fast.states import Row
@@ -244,7 +244,7 @@ def test_a_part_of_the_state_that_is_not_read_is_found(monkeypatch):
     def blind(*arguments, initial_state=None, **more):
         return rule(*arguments, initial_state=None, **more)
 
-    monkeypatch.setattr(recurrent, "EXACT", 1e9)
+    monkeypatch.setattr(trial, "EXACT", 1e9)
     assert why_not_recurrent(copy.deepcopy(model("qwen3_5"))) is None
     monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", blind)
     assert "without a part of its state" in why_not_recurrent(copy.deepcopy(model("qwen3_5")))

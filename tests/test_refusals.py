@@ -59,9 +59,6 @@ UNFIT = {
     "no key-value cache": lambda: small(
         "OpenAIGPTLMHeadModel", config="OpenAIGPTConfig", n_embd=16, n_layer=1, n_head=2, n_positions=64
     ),
-    "encoder-decoder": lambda: small(
-        "T5ForConditionalGeneration", config="T5Config", d_model=16, d_ff=32, num_layers=1, num_heads=2, d_kv=8
-    ),
     "cannot generate": lambda: small(
         "BertForMaskedLM",
         config="BertConfig",

@@ -38,7 +38,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.model import Context
 from specdec_fast.proposal import Proposal, SparseLaw
-from specdec_fast.recurrent import runner_for
+from specdec_fast.runners import runner_for
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.verification import Draws

@@ -26,14 +26,15 @@ from specdec_fast.branching import Branching
 from specdec_fast.drafters.base import Drafting, Passes
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.drafters.written import Written
+from specdec_fast.encoded import Encoded
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest, raced_token
 from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.lean_ops import Choices, Index, Told
 from specdec_fast.memory import Memory
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox
-from specdec_fast.recurrent import runner_for
 from specdec_fast.runner import Runner
+from specdec_fast.runners import runner_for
 from specdec_fast.state import Rows
 from specdec_fast.text import TextProposer
 from specdec_fast.trees import Origin, Tree
@@ -96,6 +97,7 @@ class ModelWriter:
         remembers: mend the scores by what the target said at like places (``docs/memory.md``), where drafts are
             written by native operations.
         passes: runs models that have no native form; None: they run as they are.
+        encoded: what the drafter reads beside the text; None: nothing.
         lawless: nobody asks for the law that tokens were drawn from.
     """
 
@@ -116,6 +118,7 @@ class ModelWriter:
         names: Tensor | None = None,
         remembers: bool = False,
         passes: Passes | None = None,
+        encoded: Encoded | None = None,
         lawless: bool = False,
     ):
         self._races, self._names = races and warpers is not None, names
@@ -124,18 +127,18 @@ class ModelWriter:
         self.warpers = warpers
         self.translate_seconds = 0.0
         lean, head = lean_model(model), None
-        if choices is not None:
+        if choices is not None and encoded is None:
             if lean is None:
                 head = pruned_head(model, choices)
             else:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
         runner: Runner | None = None
         self._drafting: Drafting | None = None
-        if lean is None and passes is not None:
+        if lean is None and passes is not None and encoded is None:
             runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window)
             if runner is not None and choices is None and (lawless or warpers is None):
                 self._drafting = passes.drafting(runner, warpers, confidence, watcher is not None)
-        self._runner = runner or runner_for(model, len(contexts), head=head, lean=lean, window=window)
+        self._runner = runner or runner_for(model, len(contexts), head=head, lean=lean, window=window, encoded=encoded)
         if remembers and lean is not None:
             self.memory = lean.memory(len(contexts), names)
         self._choices = None if choices is None else choices.to(model.device)

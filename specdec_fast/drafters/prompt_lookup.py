@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import torch
 
@@ -22,14 +22,25 @@ class PromptLookup:
         max_ngram: longest suffix compared (``max_matching_ngram_size``).
         device: of the target.
         only: the rows that it proposes for; None: all.
+        sources: what an encoder-decoder target writes about, ids of each row, where it looks too; None: nothing.
     """
 
     translate_seconds = 0.0
 
-    def __init__(self, rows: int, max_ngram: int, device: torch.device, *, only: Collection[int] | None = None):
+    def __init__(
+        self,
+        rows: int,
+        max_ngram: int,
+        device: torch.device,
+        *,
+        only: Collection[int] | None = None,
+        sources: Sequence[list[int]] | None = None,
+    ):
         self._index = [NgramIndex(max_ngram) for _ in range(rows)]
         self._read = [0] * rows
         self._device = device
+        for index, source in zip(self._index, sources or [], strict=False):
+            index.extend(source)
         self._only = range(rows) if only is None else only
 
     def propose(self, rows: Rows, active: list[int], limit: list[int], draws: Draws) -> Proposal:

@@ -21,9 +21,10 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.base import Passes
 from specdec_fast.drafters.model import Context, Watcher
+from specdec_fast.encoded import Encoded
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
-from specdec_fast.recurrent import runner_for
+from specdec_fast.runners import runner_for
 from specdec_fast.spelling import Path, Spelling
 from specdec_fast.state import Rows
 from specdec_fast.verification import Draws
@@ -45,6 +46,7 @@ class TextModel:
         ids: ``[K]`` int64 ids of the drafter it may draw, called entries.
         window: how many tokens a text may have, None: as many as the model has positions for.
         passes: runs a model that has no native form; None: it runs as it is.
+        encoded: what it reads beside the text; None: nothing.
     """
 
     def __init__(
@@ -56,13 +58,14 @@ class TextModel:
         ids: Tensor,
         window: int | None = None,
         passes: Passes | None = None,
+        encoded: Encoded | None = None,
     ):
         self.warpers = warpers
         self._ids = ids.to(model.device)
         lean, runner = lean_model(model), None
-        if lean is None and passes is not None:
+        if lean is None and passes is not None and encoded is None:
             runner = passes.runner(model, rows, head=None, ids=None, window=window)
-        self._runner = runner or runner_for(model, rows, lean=lean, window=window)
+        self._runner = runner or runner_for(model, rows, lean=lean, window=window, encoded=encoded)
         self._cached: list[list[int]] = [[] for _ in range(rows)]
 
     @property
@@ -169,7 +172,7 @@ class SlrsDrafter:
         confidence: stop a row's draft behind a token whose mass is below this, as far as the walk knows it; 0: never.
         watcher: asked behind every token, with that mass, whether the row drafts on, in place of ``confidence``.
         window: how much it reads of a text, in its tokens; None: as much as it has positions for.
-        passes: as for :class:`TextModel`.
+        passes, encoded: as for :class:`TextModel`.
         device: of the target.
     """
 
@@ -186,9 +189,12 @@ class SlrsDrafter:
         watcher: Watcher | None = None,
         window: int | None = None,
         passes: Passes | None = None,
+        encoded: Encoded | None = None,
     ):
         ids = torch.tensor(spelling.ids, dtype=torch.long)
-        self._model = TextModel(model, len(contexts), warpers=warpers, ids=ids, window=window, passes=passes)
+        self._model = TextModel(
+            model, len(contexts), warpers=warpers, ids=ids, window=window, passes=passes, encoded=encoded
+        )
         self._contexts = contexts
         self._spelling = spelling
         self._target = target

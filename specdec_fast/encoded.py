@@ -1,0 +1,444 @@
+"""Models that read what an encoder made beside the text: encoder-decoder models, and decoders of their kind.
+
+The text is the decoder's; what the encoder made of a row's source is read by every pass and never changes, so it has
+no part in drafting and rolling back: its keys and values are computed in a row's first pass and kept.
+
+Few of these models take positions, so rows at different columns seldom share a pass as decoder-only models' rows do.
+They share one nevertheless: those that are ahead read their last few tokens again, from the column of the row that is
+furthest behind. A pass over a few positions more takes little longer, and one a row would take several times as long.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from specdec_fast.cache import RaggedCache, cache_argument, empty, ragged_layers, read_cache, takes, write_cache
+from specdec_fast.lean import LeanModel
+from specdec_fast.masks import level_mask, ragged_masks, text_positions
+from specdec_fast.runner import Runner
+from specdec_fast.trial import alike, trial_ids
+
+__all__ = ["Encoded", "EncodedRunner", "readable", "reads_encoder", "why_not_encoded"]
+
+AHEAD = 16  # tokens that a row reads again at most, to share a pass of two rows with one behind it
+
+
+def reads_encoder(model: PreTrainedModel) -> bool:
+    """Whether passes of a model may be given what an encoder made."""
+    return model.config.is_encoder_decoder or takes(model, "encoder_outputs")
+
+
+class Encoded:
+    """What an encoder made of each row's source.
+
+    Args:
+        outputs: the encoder's output, of Transformers' type: tensors of ``B`` rows, ``[B, S, H]`` the first of them.
+        mask: ``[B, T]``, 0 where the encoder's input is padding; None where the model takes none, or nothing is.
+    """
+
+    def __init__(self, outputs: Any, mask: Tensor | None):
+        self.outputs, self.mask = outputs, mask
+        self._last: tuple[tuple[int, ...], Any, Tensor | None] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.outputs[0].shape[0]
+
+    def of(self, rows: Sequence[int]) -> tuple[Any, Tensor | None]:
+        """Output and mask of some rows, which need not be different ones."""
+        key = tuple(rows)
+        if key == tuple(range(self.rows)):
+            return self.outputs, self.mask
+        if self._last is None or self._last[0] != key:
+            parts = {
+                name: part[list(rows)] for name, part in self.outputs.items() if isinstance(part, Tensor) and part.ndim
+            }
+            self._last = key, type(self.outputs)(**parts), None if self.mask is None else self.mask[list(rows)]
+        return self._last[1:]
+
+    def part(self, rows: Sequence[int]) -> Encoded:
+        """Some rows, as if there were no others."""
+        return Encoded(*self.of(rows))
+
+
+class CrossLayer(DynamicLayer):
+    """Keys and values of what the encoder made: of all rows, and in :attr:`keys` of those of the next pass."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self._rows, self._chosen = rows, list(range(rows))
+        self._all: tuple[Tensor, Tensor] | None = None
+
+    def choose(self, rows: list[int]) -> None:
+        """Says which rows the next pass has."""
+        if rows != self._chosen and self._all is not None:
+            whole = len(rows) == self._rows
+            self.keys, self.values = (part if whole else part[rows] for part in self._all)
+        self._chosen = rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if len(self._chosen) == self._rows:
+            self._all = key_states.contiguous(), value_states.contiguous()
+            self.is_initialized = True
+            self.keys, self.values = self._all
+            return self._all
+        if self._all is None:
+            self.is_initialized = True
+            shapes = [(self._rows, *states.shape[1:]) for states in (key_states, value_states)]
+            self._all = key_states.new_zeros(shapes[0]), value_states.new_zeros(shapes[1])
+        for whole, states in zip(self._all, (key_states, value_states), strict=True):
+            whole[self._chosen] = states
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+    @property
+    def everything(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of all rows; None where the layer has none."""
+        return self._all
+
+
+class EncodedRunner(Runner):
+    """A runner of a model that reads what an encoder made; other arguments are :class:`Runner`'s.
+
+    Args:
+        encoded: of as many rows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        *,
+        encoded: Encoded,
+        joint: bool | None = None,
+        lean: LeanModel | None = None,
+        **settings: Any,
+    ):
+        assert lean is None, "lean forms are of models that read nothing but the text"
+        self._encoded = encoded
+        self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
+        super().__init__(model, rows, joint=True, **settings)
+        config = model.config.get_text_config(decoder=True)
+        learned = getattr(config, "max_target_positions", None)
+        if isinstance(learned, int) and learned > 0:
+            self.positions = min(self.positions, learned)
+        self.vocabulary = readable(model)
+        self._apart = joint if joint is not None else rows > 1 and _shares(model, encoded)
+        # Reading again costs by positions, which rows multiply
+        self._ahead = int(AHEAD / math.sqrt(rows))
+        self.again = 0 if rows == 1 or self._apart else self._ahead // 2
+        self._counts = self._visible is not None and _counts_text(model)
+        self._text: list[list[int]] = [[] for _ in range(rows)]
+        self._stumbles = _found(model, encoded).stumbles
+        self._begun: set[int] = set()  # rows that have read something
+        self._known = [False] * rows  # rows whose source has keys and values
+
+    def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
+        (group,), layers = groups, layer_count(self.model)
+        unit = RaggedCache(len(group), layers)
+        self._cross = [CrossLayer(len(group)) for _ in range(layers)]
+        self._cache = EncoderDecoderCache(unit.cache, Cache(layers=list(self._cross)))
+        return [(group, unit)]
+
+    def _read_once(self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: int) -> tuple[Tensor, list[int]]:
+        """Prompts that are alike have sources that are not."""
+        return tokens, count
+
+    def _feed(
+        self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], embeds: Tensor | None
+    ) -> Tensor:
+        for row, line, n in zip(rows, tokens.tolist(), count, strict=True):
+            self._text[row][self.length[row] :] = line[:n]
+        if self._stumbles is not None:
+            begin = min(self.length[row] for row in rows)
+            if any(self._stumbles in self._text[row][begin:-1] for row in rows):
+                return self._in_pieces(rows, tokens, count, tail, self._stumbles)
+        self._begun.update(row for row, n in zip(rows, count, strict=True) if n)
+        return self._in_passes(rows, tokens, count, tail)
+
+    def _in_pieces(
+        self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int], stumbles: int
+    ) -> Tensor:
+        """The same with passes that end where ``generate``'s do: behind a prompt, and behind padding."""
+        width = max(tail)
+        parts: list[Tensor | None] = []
+        for r, (row, n) in enumerate(zip(rows, count, strict=True)):
+            line = tokens[r, :n].tolist()
+            prompt = 0 if row in self._begun else n - tail[r] + 1
+            cuts = {prompt, n, *(i + 1 for i in range(prompt, n) if line[i] == stumbles)} - {0}
+            ends = sorted(cuts)
+            pieces = []
+            for first, end in zip([0, *ends], ends, strict=False):
+                self._text[row][self.length[row] :] = line[first:end]
+                lanes = [end - first]
+                pieces.append(self._in_passes([row], tokens[r : r + 1, first:end], lanes, lanes))
+            if n:
+                self._begun.add(row)
+                logits = torch.cat(pieces, 1)[:, -tail[r] :]
+                parts.append(torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1])))
+            else:
+                parts.append(None)
+        none = torch.zeros_like(next(part for part in parts if part is not None))
+        return torch.cat([none if part is None else part for part in parts])
+
+    def _in_passes(self, rows: Sequence[int], tokens: Tensor, count: list[int], tail: list[int]) -> Tensor:
+        wanted, width = dict(zip(rows, tail, strict=True)), max(tail)
+        parts: dict[int, Tensor] = {}
+        for group in self._together([row for row, n in zip(rows, count, strict=True) if n]):
+            begin = min(self.length[row] for row in group)
+            if not self._apart:
+                for row in group:  # what those ahead have behind it is read again
+                    self.length[row] = begin
+            texts = [self._text[row][self.length[row] :] for row in group]
+            lanes = [len(text) for text in texts]
+            filled = [text + text[-1:] * (max(lanes) - len(text)) for text in texts]
+            logits = self._forward(
+                self._units[0][1],
+                group,
+                group,
+                torch.tensor(filled, device=tokens.device),
+                lanes,
+                [wanted[row] for row in group],
+                None,
+                False,
+            )
+            logits = torch.nn.functional.pad(logits, (0, 0, 0, width - logits.shape[1]))
+            parts.update(zip(group, logits.split(1), strict=True))
+        none = torch.zeros_like(next(iter(parts.values())))
+        return torch.cat([parts.get(row, none) for row in rows])
+
+    def _together(self, rows: list[int]) -> list[list[int]]:
+        """Rows that share a pass: those at nearly the same column, where the model does not take positions."""
+        groups: list[list[int]] = []
+        ranked = sorted(rows, key=lambda row: (self._known[row], 0 if self._apart else self.length[row]))
+        for row in ranked:
+            first = groups[-1][0] if groups else row
+            near = self._apart or self.length[row] - self.length[first] <= self._ahead
+            if groups and self._known[row] == self._known[first] and near:
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        return [sorted(group) for group in groups]
+
+    def _model_forward(
+        self,
+        rows: list[int],
+        tokens: Tensor,
+        columns: Tensor,
+        count: list[int],
+        unit: RaggedCache,
+        embeds: Tensor | None,
+        lanes: list[int],
+    ) -> Tensor:
+        model, known = self.model, self._known[rows[0]]
+        for layer in self._cross:
+            layer.choose(rows)
+        self._cache.is_updated = dict.fromkeys(range(len(self._cross)), known)
+        outputs, mask = self._encoded.of(rows)
+        level, prefix = unit.window.columns is None, self._prefix
+        visible = None if self._visible is None else self._visible[rows]
+        arguments: dict[str, Any] = {
+            f"{prefix}input_ids": tokens,
+            "encoder_outputs": outputs,
+            cache_argument(type(model)): self._cache,
+            "use_cache": True,
+            "return_dict": True,
+        }
+        if mask is not None:
+            arguments["attention_mask"] = mask
+        hidden = (
+            level_mask(unit.window.end, visible) if level else ragged_masks(model, columns, unit.window.end, visible)
+        )
+        if hidden is not None:
+            arguments[f"{prefix}attention_mask"] = hidden
+        if not level or self._counts:
+            # Lanes behind a row's count are ignored, but a learned position must exist for them too
+            used = torch.tensor(
+                [self.length[row] + n for row, n in zip(rows, count, strict=True)], device=tokens.device
+            )
+            place = torch.minimum(columns, used.unsqueeze(1) - 1)
+            arguments[f"{prefix}position_ids"] = text_positions(place, visible if self._counts else None)
+        logits = self._logits(arguments, lanes, tokens.shape[1])
+        for row in rows:
+            self._known[row] = True
+        return logits
+
+    def load(self, cache: Any, past: int) -> None:
+        """Goes on behind a caller's cache of ``past`` columns, found readable by ``check_cache``."""
+        read_cache(cache.self_attention_cache, self._units[0][1])
+        everyone = list(range(self.rows))
+        self._text = [[0] * past for _ in everyone]  # never read again: no row goes back to it
+        self.length = [past] * self.rows
+        if all(cache.is_updated.values()):
+            for mine, theirs in zip(self._cross, cache.cross_attention_cache.layers, strict=False):
+                mine.choose(everyone)
+                if theirs.is_initialized:
+                    mine.update(theirs.keys.clone(), theirs.values.clone())
+            self._known = [True] * self.rows
+
+    def store(self, cache: Any, columns: int) -> None:
+        """Writes the columns of the result, and the source's keys and values, into a Transformers cache."""
+        write_cache(self._units[0][1], cache.self_attention_cache, columns)
+        empty(cache.cross_attention_cache)
+        for index, layer in enumerate(self._cross):
+            if layer.everything is not None:
+                cache.cross_attention_cache.update(*(part.clone() for part in layer.everything), index)
+                cache.is_updated[index] = True
+
+
+def layer_count(model: PreTrainedModel) -> int:
+    """Layers of a decoder. Some configurations give the encoder's number where Transformers asks for layers."""
+    config = model.config.get_text_config(decoder=True)
+    own = [getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers")]
+    return max([ragged_layers(config) or 0, *(n for n in own if isinstance(n, int))])
+
+
+def readable(model: PreTrainedModel) -> int | None:
+    """How many ids a model reads as its text, None where it does not say. An encoder may have others."""
+    part: Any = model.get_decoder() if model.config.is_encoder_decoder else model
+    try:
+        return getattr(part.get_input_embeddings(), "num_embeddings", None)
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _counts_text(model: PreTrainedModel) -> bool:
+    """Whether ``generate`` counts a decoder's positions without padding. Whisper's are; most count columns."""
+    ids, mask = torch.zeros((1, 2), dtype=torch.long, device=model.device), torch.tensor([[0, 1]], device=model.device)
+    prepare: Any = model.prepare_inputs_for_generation
+    given = prepare(ids, decoder_attention_mask=mask).get("decoder_position_ids")
+    return given is not None and takes(model, "decoder_position_ids")
+
+
+class _Found(NamedTuple):
+    """What was found out of a model.
+
+    Args:
+        why_not: it cannot be decoded.
+        stumbles: an id behind which its positions hang on where a pass began; None: there is none.
+        apart: whether its rows share passes at different columns; None: not tried.
+    """
+
+    why_not: str | None = None
+    stumbles: int | None = None
+    apart: bool | None = None
+
+
+_probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Found]] = weakref.WeakKeyDictionary()
+_probing = threading.Lock()
+
+
+def _form(model: PreTrainedModel, encoded: Encoded) -> str:
+    """What a trial's outcome hangs on: kernels, dropout, and for a decoder alone how wide what it reads is."""
+    width = encoded.outputs[0].shape[-1]
+    return f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training} {width}"
+
+
+def why_not_encoded(model: PreTrainedModel, encoded: Encoded) -> str | None:
+    """Why a model that reads what an encoder made cannot be decoded; None where it can. Tried once a model.
+
+    Several tokens behind others, and again after a rollback, must give what reading them one by one does, and what a
+    pass without a cache does.
+
+    Args:
+        encoded: of any source.
+    """
+    with _probing:
+        found, form = _probed.setdefault(model, {}), _form(model, encoded)
+        if form not in found:
+            found[form] = _Found()  # as the trial's own runners find it
+            try:
+                part = encoded.part([0])
+                why_not = _tried(model, part)
+                found[form] = _Found(why_not, None if why_not else _stumbling(model, part))
+            except BaseException:
+                del found[form]
+                raise
+        return found[form].why_not
+
+
+def _found(model: PreTrainedModel, encoded: Encoded) -> _Found:
+    """What is known of a model so far."""
+    return _probed.get(model, {}).get(_form(model, encoded), _Found())
+
+
+@torch.no_grad()
+def _stumbling(model: PreTrainedModel, encoded: Encoded) -> int | None:
+    """The id of padding, where positions behind it are counted anew in each pass (M2M100's are)."""
+    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    if not isinstance(pad, int) or not 0 <= pad < (readable(model) or 0):
+        return None
+    ids = trial_ids(model).flatten().unsqueeze(0)
+    ids[0, 5] = pad
+    steps, spans = EncodedRunner(model, 1, encoded=encoded), EncodedRunner(model, 1, encoded=encoded)
+    steps.feed([0], ids[:, :4], [4], [1])
+    one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(4, 10)], 1)[0]
+    spans.feed([0], ids[:, :4], [4], [1])
+    return None if alike(model, one_by_one, spans.feed([0], ids[:, 4:10], [6], [6])[0]) else pad
+
+
+@torch.no_grad()
+def _tried(model: PreTrainedModel, encoded: Encoded) -> str | None:
+    if not cache_argument(type(model)):
+        return "it has no key-value cache to roll back"
+    if ragged_layers(model.config.get_text_config(decoder=True)) is None:
+        return "its cache holds more than keys and values"
+    ids = trial_ids(model).flatten().unsqueeze(0)
+    try:
+        steps, spans, whole = (EncodedRunner(model, 1, encoded=encoded, use_cache=use) for use in (True, True, False))
+        steps.feed([0], ids[:, :4], [4], [1])
+        one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(4, 10)], 1)[0]
+        spans.feed([0], ids[:, :4], [4], [1])
+        at_once = spans.feed([0], ids[:, 4:10], [6], [6])
+        spans.rollback(0, 6)
+        behind = spans.feed([0], ids[:, 6:10], [4], [4])
+        anew = whole.feed([0], ids[:, :10], [10], [6])
+        found = [(one_by_one, at_once[0]), (one_by_one[2:], behind[0]), (anew[0], one_by_one)]
+        if not all(alike(model, plain, got) for plain, got in found):
+            return "it gives other logits for several tokens than for one after the other"
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the model
+    except Exception as error:  # what a forward of its own kind can throw
+        return f"its passes do not go on from a cache ({type(error).__name__}: {error})".split("\n")[0]
+    return None
+
+
+def _shares(model: PreTrainedModel, encoded: Encoded) -> bool:
+    """Whether a pass over rows at different columns gives what passes of their own do. Tried once a model."""
+    with _probing:
+        known = _found(model, encoded)
+        if known.apart is None:
+            known = known._replace(apart=_tried_apart(model, encoded))
+            _probed.setdefault(model, {})[_form(model, encoded)] = known
+        return bool(known.apart)
+
+
+@torch.no_grad()
+def _tried_apart(model: PreTrainedModel, encoded: Encoded) -> bool:
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    if not takes(model, f"{prefix}position_ids"):
+        return False
+    ids = trial_ids(model)
+    both = encoded.part([0, encoded.rows - 1])
+    try:
+        runner = EncodedRunner(model, 2, encoded=both, joint=True)
+        runner.feed([0, 1], ids[:, :5], [5, 3], [1, 1])
+        last = runner.feed([0, 1], torch.stack([ids[0, 5:], ids[1, 3:5]]), [2, 2], [2, 2])
+        for row, n in enumerate((7, 5)):
+            alone = EncodedRunner(model, 1, encoded=both.part([row]))
+            plain = alone.feed([0], ids[row : row + 1, :n], [n], [2])[0]
+            if not alike(model, plain, last[row]):
+                return False
+    except Exception:  # what a forward of its own kind can throw
+        return False
+    return True

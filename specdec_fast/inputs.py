@@ -1,0 +1,49 @@
+"""Checks of what a call would have its target's forward pass read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from specdec_fast.cache import CACHE_NAMES
+from specdec_fast.encoded import readable
+from specdec_fast.masks import text_positions
+from specdec_fast.sources import encoder_inputs
+
+__all__ = ["check_ids", "check_positions", "refuse_inputs"]
+
+_FORWARDED = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
+_OF_DECODERS = ("decoder_input_ids", "decoder_attention_mask")
+
+
+def refuse_inputs(model: PreTrainedModel, inputs: Iterable[str]) -> None:
+    """Refuses arguments of the model's forward pass that the loop does not hand on."""
+    known = {"input_ids", *_FORWARDED}
+    if model.config.is_encoder_decoder:
+        known |= {*_OF_DECODERS, *encoder_inputs(model)}
+    if unknown := sorted(set(inputs) - known):
+        raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
+
+
+def check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
+    """Refuses prompts ``[B, P]`` with ids that the model does not have."""
+    known = readable(model)
+    if known is not None and input_ids.numel():
+        least, most = (int(end) for end in input_ids.aminmax())
+        if least < 0 or most >= known:
+            wrong = least if least < 0 else most
+            name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+            raise ValueError(f"{name} holds {wrong}, the model reads ids from 0 to {known - 1}")
+
+
+def check_positions(given: Tensor | None, columns: int, visible: Tensor | None) -> None:
+    """The loop computes positions itself; others than those cannot be honoured."""
+    if given is None:
+        return
+    place = torch.arange(columns, device=given.device).unsqueeze(0)
+    own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
+    if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
+        raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")

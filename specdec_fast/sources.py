@@ -1,0 +1,143 @@
+"""What the models of a call read beside the text: a source, as each of them encodes it."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from specdec_fast.encoded import Encoded, reads_encoder, why_not_encoded
+from specdec_fast.options import Options
+
+__all__ = ["Sources", "encoder_inputs", "main_input", "sources_of"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What models of a call read beside the text.
+
+    Args:
+        target, drafter: what the model's encoder, or the other's, made of it; None: the model reads nothing else.
+        ids: each row's source in the target's ids, where it is text; prompt lookup looks there too.
+    """
+
+    target: Encoded | None = None
+    drafter: Encoded | None = None
+    ids: list[list[int]] | None = None
+
+
+def main_input(model: PreTrainedModel) -> str:
+    """What ``generate`` calls the input of an encoder-decoder model. Some models call it other than their encoder."""
+    own = getattr(getattr(model, "encoder", None), "main_input_name", None)
+    return own or model.main_input_name
+
+
+def encoder_inputs(model: PreTrainedModel) -> set[str]:
+    """Arguments of ``generate`` that are for the encoder of an encoder-decoder model, or say what it made."""
+    encoder: Any = model.get_encoder()
+    return {"encoder_outputs", main_input(model), *inspect.signature(encoder.forward).parameters}
+
+
+def sources_of(
+    model: PreTrainedModel,
+    options: Options,
+    arguments: dict[str, Any],
+    inputs: Tensor | None,
+    batch: int,
+    method: str,
+) -> Sources:
+    """What a call's models read beside the text. Runs the drafter's encoder where it has one.
+
+    Args:
+        arguments: as ``generate`` hands them to a loop.
+        inputs: ``[N, ..]`` the encoder's input, for ``batch / N`` rows each.
+        method: of the call; "model" says that ids of the target are ids of the drafter.
+
+    Raises:
+        ValueError: a model cannot be decoded with what it would read.
+    """
+    drafter = options.assistant_model if method not in ("autoregressive", "prompt_lookup") else None
+    if not model.config.is_encoder_decoder:
+        if drafter is not None and drafter.config.is_encoder_decoder:
+            raise ValueError(
+                f"assistant_model: {type(drafter).__name__} is an encoder-decoder model, and the target reads no "
+                "source that it could encode: pass a decoder-only model"
+            )
+        return Sources()
+    outputs = arguments["encoder_outputs"]
+    if isinstance(outputs, tuple):
+        outputs = BaseModelOutput(last_hidden_state=outputs[0])
+    mask = arguments.get("attention_mask")
+    target = Encoded(outputs, mask)
+    if target.rows != batch:
+        raise ValueError(f"model: {type(model).__name__} does not write one text a source: use model.generate for it")
+    _check(model, target, "model")
+    text = inputs is not None and inputs.ndim == 2 and not inputs.is_floating_point() and bool((inputs >= 0).all())
+    each = batch // inputs.shape[0] if inputs is not None else 1
+    hidden = None if mask is None else mask[::each]
+    ids = _ids(inputs, hidden) if inputs is not None and text else None
+    repeated = None if ids is None else [ids[row // each] for row in range(batch)]
+    if drafter is None or not reads_encoder(drafter):
+        return Sources(target, None, repeated)
+    if not drafter.config.is_encoder_decoder:  # a decoder made for this very encoder
+        own = Encoded(_moved(outputs, drafter.device), None)
+    else:
+        if ids is not None and method != "model":
+            inputs, hidden = _translated(ids, options)
+        own = _encoded(model, drafter, inputs, hidden).part([row // each for row in range(batch)])
+    _check(drafter, own, "assistant_model")
+    return Sources(target, own, repeated)
+
+
+def _check(model: PreTrainedModel, encoded: Encoded, argument: str) -> None:
+    if (why := why_not_encoded(model, encoded)) is not None:
+        raise ValueError(
+            f"{argument}: {type(model).__name__} cannot be rolled back to a rejected token: {why}. "
+            + ("Use model.generate for it" if argument == "model" else "Pass another drafter")
+        )
+
+
+def _ids(inputs: Tensor, mask: Tensor | None) -> list[list[int]]:
+    shown = [[True] * inputs.shape[1]] * len(inputs) if mask is None else mask.bool().tolist()
+    return [
+        [token for token, seen in zip(text, row, strict=True) if seen]
+        for text, row in zip(inputs.tolist(), shown, strict=True)
+    ]
+
+
+def _translated(ids: list[list[int]], options: Options) -> tuple[Tensor, Tensor]:
+    """Sources in the drafter's ids, with the marks its tokenizer adds, and their mask."""
+    texts = [options.tokenizer.decode(text, skip_special_tokens=True) for text in ids]
+    made = [torch.tensor(options.assistant_tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(made, batch_first=True), pad([torch.ones_like(text) for text in made], batch_first=True)
+
+
+def _moved(outputs: Any, device: torch.device) -> Any:
+    return BaseModelOutput(last_hidden_state=outputs[0].to(device))
+
+
+@torch.no_grad()
+def _encoded(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | None, mask: Tensor | None) -> Encoded:
+    """What the drafter's own encoder makes of the call's sources."""
+    name, own = type(drafter).__name__, main_input(drafter)
+    if own != main_input(model):
+        raise ValueError(
+            f"assistant_model: {name} reads {own}, and the target {main_input(model)}: pass a drafter of its kind"
+        )
+    if inputs is None or (own == "input_ids" and (inputs.is_floating_point() or bool((inputs < 0).any()))):
+        raise ValueError(
+            f"assistant_model: {name} has an encoder of its own, which needs the source itself: pass input_ids in "
+            "place of inputs_embeds or encoder_outputs"
+        )
+    encoder: Any = drafter.get_encoder()
+    given: dict[str, Any] = {own: inputs.to(drafter.device), "return_dict": True}
+    mask = None if mask is None else mask.to(drafter.device)
+    if mask is not None and "attention_mask" in inspect.signature(encoder.forward).parameters:
+        given["attention_mask"] = mask
+    return Encoded(encoder(**given), mask)
