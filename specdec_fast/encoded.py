@@ -326,15 +326,14 @@ class _Found(NamedTuple):
     Args:
         why_not: it cannot be decoded.
         stumbles: an id behind which its positions hang on where a pass began; None: there is none.
-        apart: whether its rows share passes at different columns; None: not tried.
     """
 
     why_not: str | None = None
     stumbles: int | None = None
-    apart: bool | None = None
 
 
 _probed: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, _Found]] = weakref.WeakKeyDictionary()
+_apart: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.WeakKeyDictionary()
 _probing = threading.Lock()
 
 
@@ -416,11 +415,10 @@ def _tried(model: PreTrainedModel, encoded: Encoded) -> str | None:
 def _shares(model: PreTrainedModel, encoded: Encoded) -> bool:
     """Whether a pass over rows at different columns gives what passes of their own do. Tried once a model."""
     with _probing:
-        known = _found(model, encoded)
-        if known.apart is None:
-            known = known._replace(apart=_tried_apart(model, encoded))
-            _probed.setdefault(model, {})[_form(model, encoded)] = known
-        return bool(known.apart)
+        found, form = _apart.setdefault(model, {}), _form(model, encoded)
+        if form not in found:
+            found[form] = _tried_apart(model, encoded)
+        return found[form]
 
 
 @torch.no_grad()

@@ -1,0 +1,169 @@
+"""What models that read a source cost here: passes by positions, and whole calls beside ``generate`` and its assistant.
+
+    python benchmarks/source_passes.py --kind whisper [--json FILE]
+    python benchmarks/source_passes.py --kind t5 --rows 1,4 --tokens 32
+
+The models are of real shapes (T5 base, BART large, Whisper small) with random weights in bfloat16: times are theirs,
+texts are not. The drafter is what distilling makes of them: the same encoder, and the first decoder layers of the
+target, whose other layers add so little (``--upper``) that a share of what it writes is accepted; the figures say
+which. Everything is interleaved; medians.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from transformers import PreTrainedModel
+
+from specdec_fast import fast_generate, last_speculation
+from specdec_fast.encoded import Encoded, EncodedRunner
+
+_BART = {"encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_attention_heads": 16, "decoder_attention_heads": 16}
+SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 32128, "d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {"vocab_size": 50265, "d_model": 1024, "encoder_layers": 12, "decoder_layers": 12, **_BART},
+    ),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            "vocab_size": 51865,
+            "d_model": 768,
+            "encoder_layers": 12,
+            "decoder_layers": 12,
+            "encoder_attention_heads": 12,
+            "decoder_attention_heads": 12,
+            "encoder_ffn_dim": 3072,
+            "decoder_ffn_dim": 3072,
+            "num_mel_bins": 80,
+        },
+    ),
+}
+KEPT = 2  # decoder layers of the drafter
+Kind = StrEnum("Kind", list(SHAPES))
+
+
+def medians(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    """Milliseconds of each, in turns; the first turn warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repetitions + 1):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            if turn:
+                seconds[name].append(time.perf_counter() - begin)
+    return {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
+
+
+def built(kind: str, upper: float) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A target, and its drafter: the same but for all decoder layers behind the first few."""
+    name, config, shape = SHAPES[kind]
+    special = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0, "decoder_start_token_id": 2}
+    none = dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens"))
+    made = getattr(transformers, config)(**shape, **special)
+    target: Any = getattr(transformers, name)(made).to(torch.bfloat16).eval()
+    layers = target.decoder.block if kind == "t5" else target.model.decoder.layers
+    with torch.no_grad():
+        for layer in layers[KEPT:]:
+            for part, weights in layer.named_parameters():
+                if part.endswith(("o.weight", "wo.weight", "out_proj.weight", "fc2.weight")):
+                    weights.mul_(upper)
+    drafter = copy.deepcopy(target)
+    if kind == "t5":
+        drafter.decoder.block = drafter.decoder.block[:KEPT]
+        drafter.config.num_decoder_layers = KEPT
+    else:
+        drafter.model.decoder.layers = drafter.model.decoder.layers[:KEPT]
+        drafter.config.decoder_layers = KEPT
+    for model in (target, drafter):
+        for setting, value in {**special, **none, "num_beams": 1, "is_multilingual": False}.items():
+            setattr(model.generation_config, setting, value)
+        if kind == "whisper":
+            model.generation_config.no_timestamps_token_id = 50363
+    return target, drafter
+
+
+def main(
+    kind: Annotated[Kind, typer.Option(help="Which model.")] = Kind.whisper,
+    tokens: Annotated[int, typer.Option(help="New tokens a call.")] = 48,
+    repetitions: Annotated[int, typer.Option(help="Of every pass and call.")] = 5,
+    read: Annotated[int, typer.Option(help="Tokens of a text that is read.")] = 200,
+    rows: Annotated[str, typer.Option(help="Batch sizes of the calls.")] = "1,4",
+    upper: Annotated[
+        float, typer.Option(help="What the target's other layers add, as a share of usual weights.")
+    ] = 0.3,
+    to: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    torch.manual_seed(0)
+    target, drafter = built(kind, upper)
+
+    def source(batch: int) -> dict[str, torch.Tensor]:
+        if kind == "whisper":
+            return {"input_features": torch.randn(batch, 80, 3000, dtype=torch.bfloat16)}
+        return {"input_ids": torch.randint(3, 30000, (batch, read))}
+
+    figures: dict[str, Any] = {"model": str(kind), "parameters": target.num_parameters(), "upper": upper}
+    begun = torch.randint(3, 30000, (1, 96))
+    for batch in map(int, rows.split(",")):
+        inputs = source(batch)
+        with torch.no_grad():
+            made = Encoded(target.get_encoder()(**inputs), None)
+        runner = EncodedRunner(target, batch, encoded=made)
+        everyone = list(range(batch))
+        runner.feed(everyone, begun[:, :24].expand(batch, -1), [24] * batch, [1] * batch)
+
+        def passed(positions: int, runner: Any = runner, batch: int = batch, everyone: list[int] = everyone) -> None:
+            for row in everyone:
+                runner.rollback(row, 24)
+            text = begun[:, 24 : 24 + positions].expand(batch, -1)
+            runner.feed(everyone, text, [positions] * batch, [positions] * batch)
+
+        sizes = (1, 2, 5, 9, 17)
+        passes = medians({f"{n} positions": lambda n=n, run=passed: run(n) for n in sizes}, repetitions)
+        figures[f"passes_ms_{batch}_rows"] = passes
+        said: dict[str, Any] = {}
+
+        def drafted(name: str, sampling: dict[str, Any], inputs: Any = inputs, said: Any = said) -> None:
+            fast_generate(target, **inputs, assistant_model=drafter, max_new_tokens=tokens, **sampling)
+            counts = last_speculation()
+            said[name] = [counts.rounds, counts.drafted, counts.accepted]
+
+        calls: dict[str, Callable[[], Any]] = {
+            "encoder": lambda inputs=inputs: target.get_encoder()(**inputs),
+        }
+        for name, sampling in (("T=0", {"do_sample": False}), ("T=1", {"do_sample": True, "top_k": 0})):
+            both: dict[str, Any] = {**inputs, **sampling, "max_new_tokens": tokens}
+            calls[f"generate, {name}"] = lambda both=both: target.generate(**both)
+            if batch == 1:
+                calls[f"assisted, {name}"] = lambda both=both: target.generate(**both, assistant_model=drafter)
+            calls[f"plain, {name}"] = lambda both=both: fast_generate(target, **both, method="autoregressive")
+            calls[f"drafted, {name}"] = lambda name=name, sampling=sampling, run=drafted: run(name, sampling)
+        with torch.no_grad():
+            figures[f"calls_ms_{batch}_rows"] = medians(calls, repetitions)
+        figures[f"rounds_drafted_accepted_{batch}_rows"] = said
+    figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    print(json.dumps(figures, indent=1))
+    if to is not None:
+        to.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
