@@ -217,11 +217,10 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
     if reason := why_no_twin(model):
         raise ValueError(f"attn_implementation={implementation!r} is not possible for this model: {reason}")
     kept = _twins.setdefault(model, {})
-    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
-    state, key = (id(model.config), modules, model.dtype, model.device.type), (implementation, fused)
+    state, key = parts_of(model), (implementation, fused)
     if key not in kept or kept[key][0] != state:
         memo: dict[int, Any] = {}
-        made: PreTrainedModel = _around(model, memo)
+        made: PreTrainedModel = around(model, memo)
         made.set_attn_implementation(implementation)
         if model.device.type == "cuda" and model.dtype in HALVES:
             fused_layers.fuse_norms(made)
@@ -232,18 +231,24 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
     return kept[key][1]
 
 
-def _around(module: Any, memo: dict[int, Any]) -> Any:
+def parts_of(model: PreTrainedModel) -> Any:
+    """What a twin is made of: where this has changed, a twin is no longer one."""
+    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
+    return id(model.config), modules, model.dtype, model.device.type
+
+
+def around(module: Any, memo: dict[int, Any]) -> Any:
     """A module of the same type around the same tensors; configurations are copied, each once."""
     if id(module) not in memo:
         made = object.__new__(type(module))
         memo[id(module)] = made
         for name, value in vars(module).items():
             if name == "_modules":
-                value = {child: None if m is None else _around(m, memo) for child, m in value.items()}
+                value = {child: None if m is None else around(m, memo) for child, m in value.items()}
             elif isinstance(value, PretrainedConfig):
                 value = copy.deepcopy(value, memo)
             elif isinstance(value, nn.Module):  # one that is not among its own, like a parent
-                value = _around(value, memo)
+                value = around(value, memo)
             made.__dict__[name] = value
     return memo[id(module)]
 

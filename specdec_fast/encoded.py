@@ -3,9 +3,10 @@
 The text is the decoder's; what the encoder made of a row's source is read by every pass and never changes, so it has
 no part in drafting and rolling back: its keys and values are computed in a row's first pass and kept.
 
-Few of these models take positions, so rows at different columns seldom share a pass as decoder-only models' rows do.
-They share one nevertheless: those that are ahead read their last few tokens again, from the column of the row that is
-furthest behind. A pass over a few positions more takes little longer, and one a row would take several times as long.
+Few of these models take positions. A twin is told where rows stand in their place (:mod:`specdec_fast.apart`). Where
+that does not give a model's own scores, rows at different columns share passes nevertheless: those that are ahead read
+their last few tokens again, from the column of the row that is furthest behind. A pass over a few positions more takes
+little longer, and one a row would take several times as long.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
+from specdec_fast.apart import placed, twin_apart
 from specdec_fast.cache import RaggedCache, cache_argument, empty, ragged_layers, read_cache, takes, write_cache
 from specdec_fast.lean import LeanModel
 from specdec_fast.masks import level_mask, ragged_masks, text_positions
@@ -41,18 +43,23 @@ class Encoded:
     """What an encoder made of each row's source.
 
     Args:
-        outputs: the encoder's output, of Transformers' type: tensors of ``B`` rows, ``[B, S, H]`` the first of them.
+        outputs: the encoder's output, of Transformers' type: tensors of ``B`` rows, ``[B, S, H]`` the first of them; or
+            what gives it when somebody first asks.
         mask: ``[B, T]``, 0 where the encoder's input is padding; None where the model takes none, or nothing is.
+        rows: how many there are, where the output is still to come.
     """
 
-    def __init__(self, outputs: Any, mask: Tensor | None):
-        self.outputs, self.mask = outputs, mask
+    def __init__(self, outputs: Any, mask: Tensor | None, rows: int | None = None):
+        self._outputs, self.mask = outputs, mask
+        self.rows: int = outputs[0].shape[0] if rows is None else rows
         self._last: tuple[tuple[int, ...], Any, Tensor | None] | None = None
 
     @property
-    def rows(self) -> int:
-        """How many there are."""
-        return self.outputs[0].shape[0]
+    def outputs(self) -> Any:
+        """The encoder's output."""
+        if callable(self._outputs):
+            self._outputs = self._outputs()
+        return self._outputs
 
     def of(self, rows: Sequence[int]) -> tuple[Any, Tensor | None]:
         """Output and mask of some rows, which need not be different ones."""
@@ -68,7 +75,8 @@ class Encoded:
 
     def part(self, rows: Sequence[int]) -> Encoded:
         """Some rows, as if there were no others."""
-        return Encoded(*self.of(rows))
+        mask = None if self.mask is None else self.mask[list(rows)]
+        return Encoded(lambda: self.of(rows)[0], mask, len(rows))
 
 
 class CrossLayer(DynamicLayer):
@@ -112,6 +120,7 @@ class EncodedRunner(Runner):
 
     Args:
         encoded: of as many rows.
+        twin: whether passes are those of :func:`specdec_fast.apart.twin_apart`; None: what was found out.
     """
 
     def __init__(
@@ -120,12 +129,15 @@ class EncodedRunner(Runner):
         rows: int,
         *,
         encoded: Encoded,
+        twin: bool | None = None,
         joint: bool | None = None,
         lean: LeanModel | None = None,
         **settings: Any,
     ):
         assert lean is None, "lean forms are of models that read nothing but the text"
         self._encoded = encoded
+        made = twin_apart(model) if twin or (twin is None and _found(model, encoded).twin) else None
+        self._twin, self._own = made is not None, made or model
         self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
         super().__init__(model, rows, joint=True, **settings)
         config = model.config.get_text_config(decoder=True)
@@ -133,7 +145,7 @@ class EncodedRunner(Runner):
         if isinstance(learned, int) and learned > 0:
             self.positions = min(self.positions, learned)
         self.vocabulary = readable(model)
-        self._apart = joint if joint is not None else rows > 1 and _shares(model, encoded)
+        self._apart = joint if joint is not None else rows > 1 and _shares(model, encoded, self._twin)
         # Reading again costs by positions, which rows multiply
         self._ahead = int(AHEAD / math.sqrt(rows))
         self.again = 0 if rows == 1 or self._apart else self._ahead // 2
@@ -256,19 +268,22 @@ class EncodedRunner(Runner):
         }
         if mask is not None:
             arguments["attention_mask"] = mask
-        hidden = (
-            level_mask(unit.window.end, visible) if level else ragged_masks(model, columns, unit.window.end, visible)
-        )
+        end = unit.window.end
+        hidden = level_mask(end, visible) if level else ragged_masks(model.get_decoder(), columns, end, visible)
         if hidden is not None:
             arguments[f"{prefix}attention_mask"] = hidden
-        if not level or self._counts:
+        position = f"{prefix}position_ids"
+        if self._counts or (not level and takes(model, position)):
             # Lanes behind a row's count are ignored, but a learned position must exist for them too
             used = torch.tensor(
                 [self.length[row] + n for row, n in zip(rows, count, strict=True)], device=tokens.device
             )
             place = torch.minimum(columns, used.unsqueeze(1) - 1)
-            arguments[f"{prefix}position_ids"] = text_positions(place, visible if self._counts else None)
-        logits = self._logits(arguments, lanes, tokens.shape[1])
+            arguments[position] = text_positions(place, visible if self._counts else None)
+        with placed([self.length[row] for row in rows], lanes):
+            logits = self._own(**arguments).logits
+        if logits.shape[1] > len(lanes):
+            logits = logits[:, lanes]
         for row in rows:
             self._known[row] = True
         return logits
@@ -325,10 +340,12 @@ class _Found(NamedTuple):
 
     Args:
         why_not: it cannot be decoded.
+        twin: its passes are those of a twin (:mod:`specdec_fast.apart`).
         stumbles: an id behind which its positions hang on where a pass began; None: there is none.
     """
 
     why_not: str | None = None
+    twin: bool = False
     stumbles: int | None = None
 
 
@@ -339,7 +356,7 @@ _probing = threading.Lock()
 
 def _form(model: PreTrainedModel, encoded: Encoded) -> str:
     """What a trial's outcome hangs on: kernels, dropout, and for a decoder alone how wide what it reads is."""
-    width = encoded.outputs[0].shape[-1]
+    width = "" if model.config.is_encoder_decoder else encoded.outputs[0].shape[-1]
     return f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training} {width}"
 
 
@@ -355,14 +372,11 @@ def why_not_encoded(model: PreTrainedModel, encoded: Encoded) -> str | None:
     with _probing:
         found, form = _probed.setdefault(model, {}), _form(model, encoded)
         if form not in found:
-            found[form] = _Found()  # as the trial's own runners find it
-            try:
-                part = encoded.part([0])
-                why_not = _tried(model, part)
-                found[form] = _Found(why_not, None if why_not else _stumbling(model, part))
-            except BaseException:
-                del found[form]
-                raise
+            part, twin = encoded.part([0]), twin_apart(model) is not None
+            why_not = _tried(model, part, twin)
+            if why_not and twin:
+                twin, why_not = False, _tried(model, part, False)
+            found[form] = _Found(why_not, twin, None if why_not else _stumbling(model, part, twin))
         return found[form].why_not
 
 
@@ -372,14 +386,14 @@ def _found(model: PreTrainedModel, encoded: Encoded) -> _Found:
 
 
 @torch.no_grad()
-def _stumbling(model: PreTrainedModel, encoded: Encoded) -> int | None:
+def _stumbling(model: PreTrainedModel, encoded: Encoded, twin: bool) -> int | None:
     """The id of padding, where positions behind it are counted anew in each pass (M2M100's are)."""
     pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
     if not isinstance(pad, int) or not 0 <= pad < (readable(model) or 0):
         return None
     ids = trial_ids(model).flatten().unsqueeze(0)
     ids[0, 5] = pad
-    steps, spans = EncodedRunner(model, 1, encoded=encoded), EncodedRunner(model, 1, encoded=encoded)
+    steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin) for _ in range(2))
     steps.feed([0], ids[:, :4], [4], [1])
     one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(4, 10)], 1)[0]
     spans.feed([0], ids[:, :4], [4], [1])
@@ -387,14 +401,15 @@ def _stumbling(model: PreTrainedModel, encoded: Encoded) -> int | None:
 
 
 @torch.no_grad()
-def _tried(model: PreTrainedModel, encoded: Encoded) -> str | None:
+def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool) -> str | None:
     if not cache_argument(type(model)):
         return "it has no key-value cache to roll back"
     if ragged_layers(model.config.get_text_config(decoder=True)) is None:
         return "its cache holds more than keys and values"
     ids = trial_ids(model).flatten().unsqueeze(0)
     try:
-        steps, spans, whole = (EncodedRunner(model, 1, encoded=encoded, use_cache=use) for use in (True, True, False))
+        steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin) for _ in range(2))
+        whole = EncodedRunner(model, 1, encoded=encoded, twin=False, use_cache=False)
         steps.feed([0], ids[:, :4], [4], [1])
         one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(4, 10)], 1)[0]
         spans.feed([0], ids[:, :4], [4], [1])
@@ -412,28 +427,28 @@ def _tried(model: PreTrainedModel, encoded: Encoded) -> str | None:
     return None
 
 
-def _shares(model: PreTrainedModel, encoded: Encoded) -> bool:
+def _shares(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     """Whether a pass over rows at different columns gives what passes of their own do. Tried once a model."""
     with _probing:
-        found, form = _apart.setdefault(model, {}), _form(model, encoded)
+        found, form = _apart.setdefault(model, {}), f"{_form(model, encoded)} {twin}"
         if form not in found:
-            found[form] = _tried_apart(model, encoded)
+            found[form] = _tried_apart(model, encoded, twin)
         return found[form]
 
 
 @torch.no_grad()
-def _tried_apart(model: PreTrainedModel, encoded: Encoded) -> bool:
+def _tried_apart(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
-    if not takes(model, f"{prefix}position_ids"):
+    if not (twin or takes(model, f"{prefix}position_ids")):
         return False
     ids = trial_ids(model)
     both = encoded.part([0, encoded.rows - 1])
     try:
-        runner = EncodedRunner(model, 2, encoded=both, joint=True)
+        runner = EncodedRunner(model, 2, encoded=both, joint=True, twin=twin)
         runner.feed([0, 1], ids[:, :5], [5, 3], [1, 1])
         last = runner.feed([0, 1], torch.stack([ids[0, 5:], ids[1, 3:5]]), [2, 2], [2, 2])
         for row, n in enumerate((7, 5)):
-            alone = EncodedRunner(model, 1, encoded=both.part([row]))
+            alone = EncodedRunner(model, 1, encoded=both.part([row]), twin=False)
             plain = alone.feed([0], ids[row : row + 1, :n], [n], [2])[0]
             if not alike(model, plain, last[row]):
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ def sources_of(
     batch: int,
     method: str,
 ) -> Sources:
-    """What a call's models read beside the text. Runs the drafter's encoder where it has one.
+    """What a call's models read beside the text. The drafter's encoder runs when it first drafts, unless it is the
+    target's.
 
     Args:
         arguments: as ``generate`` hands them to a loop.
@@ -85,11 +87,15 @@ def sources_of(
     if drafter is None or not reads_encoder(drafter):
         return Sources(target, None, repeated)
     if not drafter.config.is_encoder_decoder:  # a decoder made for this very encoder
-        own = Encoded(_moved(outputs, drafter.device), None)
+        own = Encoded(_moved(outputs, drafter), None)
+    elif method == "model" and _same_encoder(model, drafter):
+        own = Encoded(_moved(outputs, drafter), None if mask is None else mask.to(drafter.device))
     else:
+        _check_reads(model, drafter, inputs)
+        assert inputs is not None
         if ids is not None and method != "model":
             inputs, hidden = _translated(ids, options)
-        own = _encoded(model, drafter, inputs, hidden).part([row // each for row in range(batch)])
+        own = _encoded(drafter, inputs, hidden).part([row // each for row in range(batch)])
     _check(drafter, own, "assistant_model")
     return Sources(target, own, repeated)
 
@@ -118,13 +124,37 @@ def _translated(ids: list[list[int]], options: Options) -> tuple[Tensor, Tensor]
     return pad(made, batch_first=True), pad([torch.ones_like(text) for text in made], batch_first=True)
 
 
-def _moved(outputs: Any, device: torch.device) -> Any:
-    return BaseModelOutput(last_hidden_state=outputs[0].to(device))
+def _moved(outputs: Any, drafter: PreTrainedModel) -> Any:
+    return BaseModelOutput(last_hidden_state=outputs[0].to(drafter.device, drafter.dtype))
 
 
-@torch.no_grad()
-def _encoded(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | None, mask: Tensor | None) -> Encoded:
-    """What the drafter's own encoder makes of the call's sources."""
+_same: weakref.WeakKeyDictionary[PreTrainedModel, weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, bool]]]
+_same = weakref.WeakKeyDictionary()
+
+
+def _same_encoder(model: PreTrainedModel, drafter: PreTrainedModel) -> bool:
+    """Whether a drafter's encoder has the target's weights, as one has that was distilled with its encoder kept. Looked
+    at once a pair."""
+    encoders: list[Any] = [one.get_encoder() for one in (model, drafter)]
+    if type(encoders[0]) is not type(encoders[1]):
+        return False
+    tensors = [dict(encoder.state_dict(keep_vars=True)) for encoder in encoders]
+    state = [(t.data_ptr(), t._version) for own in tensors for t in own.values()]
+    kept = _same.setdefault(model, weakref.WeakKeyDictionary())
+    if drafter not in kept or kept[drafter][0] != state:
+        own, other = tensors
+        alike = own.keys() == other.keys() and all(
+            tensor.shape == other[name].shape
+            and tensor.dtype == other[name].dtype
+            and torch.equal(tensor, other[name].to(tensor.device))
+            for name, tensor in own.items()
+        )
+        kept[drafter] = state, alike
+    return kept[drafter][1]
+
+
+def _check_reads(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | None) -> None:
+    """Refuses a drafter whose encoder cannot read what the target's does."""
     name, own = type(drafter).__name__, main_input(drafter)
     if own != main_input(model):
         raise ValueError(
@@ -135,9 +165,19 @@ def _encoded(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | 
             f"assistant_model: {name} has an encoder of its own, which needs the source itself: pass input_ids in "
             "place of inputs_embeds or encoder_outputs"
         )
+
+
+def _encoded(drafter: PreTrainedModel, inputs: Tensor, mask: Tensor | None) -> Encoded:
+    """What the drafter's own encoder makes of sources, when it first drafts: it may never do."""
     encoder: Any = drafter.get_encoder()
-    given: dict[str, Any] = {own: inputs.to(drafter.device), "return_dict": True}
+    dtype = drafter.dtype if inputs.is_floating_point() else inputs.dtype
+    given: dict[str, Any] = {main_input(drafter): inputs.to(drafter.device, dtype), "return_dict": True}
     mask = None if mask is None else mask.to(drafter.device)
     if mask is not None and "attention_mask" in inspect.signature(encoder.forward).parameters:
         given["attention_mask"] = mask
-    return Encoded(encoder(**given), mask)
+
+    @torch.no_grad()
+    def encode() -> Any:
+        return encoder(**given)
+
+    return Encoded(encode, mask, inputs.shape[0])

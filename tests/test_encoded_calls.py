@@ -124,6 +124,44 @@ def test_a_decoder_alone_drafts_for_its_encoder(rows):
     assert 0 < statistics.accepted < statistics.drafted
 
 
+@pytest.fixture
+def encoded(monkeypatch):
+    """Which encoders run, in order."""
+    found, forward = [], type(writer("bart").get_encoder()).forward
+
+    def counted(self, *arguments, **more):
+        found.append(self)
+        return forward(self, *arguments, **more)
+
+    monkeypatch.setattr(type(writer("bart").get_encoder()), "forward", counted)
+    return found
+
+
+def test_an_encoder_of_the_same_weights_runs_once(encoded):
+    """A drafter that was distilled keeps its target's encoder."""
+    target = writer("bart")
+    drafter = copy.deepcopy(target)
+    drafter.model.decoder.layers = drafter.model.decoder.layers[:1]
+    own = {"assistant_model": drafter, "num_assistant_tokens": 3, "max_new_tokens": 12}
+    inputs = source("bart", 2, padded=True)
+    text = fast_generate(target, **inputs, **own)
+    assert encoded == [target.get_encoder()] and last_speculation().drafted
+    assert torch.equal(text, target.generate(**inputs, max_new_tokens=12))
+    with torch.no_grad():
+        drafter.get_encoder().layers[0].fc1.bias[0] += 1
+    del encoded[:]
+    assert torch.equal(fast_generate(target, **inputs, **own), text)
+    assert encoded == [target.get_encoder(), drafter.get_encoder()]
+
+
+def test_an_encoder_of_a_drafter_that_never_drafts_does_not_run(encoded):
+    target, drafter = writer("bart"), noisy_writer("bart")
+    fast_generate(target, **source("bart"), assistant_model=drafter, max_new_tokens=4)  # tried
+    del encoded[:]
+    fast_generate(target, **source("bart"), assistant_model=drafter, max_new_tokens=1)
+    assert encoded == [target.get_encoder()]
+
+
 def test_sources_repeat_for_several_sequences():
     """Rows that begin alike have sources of their own, and each of them several rows."""
     inputs = source("bart", 2, padded=True)
@@ -390,14 +428,11 @@ def test_the_output_has_the_targets_law(kind, method, rule):
 
 def stays(self, buffer, states, own=RaggedLayer._write):
     """A column that was written once is not written again."""
-    window, first = self.window, buffer.shape[2] and int(buffer[0, 0].abs().sum(-1).count_nonzero())
-    new = max(first - window.start, 0)
-    if new >= states.shape[2]:
-        return buffer
-    start, window.start = window.start, window.start + new
-    buffer = own(self, buffer, states[:, :, new:])
-    window.start = start
-    return buffer
+    before = buffer.clone()
+    after, n = own(self, buffer, states), before.shape[2]
+    written = before.abs().sum((1, 3)) > 0
+    after[:, :, :n] = torch.where(written[:, None, :, None], before, after[:, :, :n])
+    return after
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])

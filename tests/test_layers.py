@@ -48,6 +48,7 @@ LAYERS = (
     },
     {"static_model", "prompt_passes", "runners"},
     {"encoded", "recurrent"},
+    {"apart"},
     {"compiled", "device_projection", "device_report"},
     {"device_round"},
     {"device_law", "static_runner"},

@@ -1,0 +1,142 @@
+"""Models whose rows may stand at columns of their own though they take no positions, and whose head reads few lanes.
+
+Decoders that read a source seldom take positions: they count columns, all rows alike, from what their cache says. A
+twin of such a model (new modules around the same tensors, as in :mod:`specdec_fast.attention`) is told where each row
+stands: learned and computed positions, and biases by distance, are then looked up once a row. Its head sees those
+lanes only whose scores somebody wants.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from specdec_fast.attention import around, parts_of, why_no_twin
+from specdec_fast.cache import takes
+
+__all__ = ["placed", "twin_apart"]
+
+
+class _Pass(NamedTuple):
+    """Where the rows of a pass stand, and which lanes' scores are wanted."""
+
+    start: list[int]
+    lanes: list[int]
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def placed(start: list[int], lanes: list[int]) -> Iterator[None]:
+    """Says where the rows of this thread's next pass stand, and the lanes whose scores are wanted."""
+    _thread.now = _Pass(start, lanes)
+    try:
+        yield
+    finally:
+        _thread.now = None
+
+
+def _shifts() -> list[int] | None:
+    """By how much each row is ahead of what the cache says; None where none is."""
+    now: _Pass | None = getattr(_thread, "now", None)
+    if now is None or min(now.start) == max(now.start):
+        return None
+    return [start - min(now.start) for start in now.start]
+
+
+class _Positions(nn.Module):
+    """Embeds the positions of each row. ``own`` gets what it would get if there were that row alone."""
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        shifts = _shifts()
+        if shifts is None:
+            return self.own(*args, **kwargs)
+        rows = []
+        for row, shift in enumerate(shifts):
+            alone = [_of_row(value, row, len(shifts), shift) for value in args]
+            named = {name: _of_row(value, row, len(shifts), shift) for name, value in kwargs.items()}
+            if isinstance(named.get("position_ids"), Tensor):
+                named["position_ids"] = named["position_ids"] + shift
+            made = self.own(*alone, **named)
+            rows.append(made if made.ndim == 3 else made.unsqueeze(0))
+        return torch.cat(rows)
+
+
+def _of_row(value: Any, row: int, rows: int, shift: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[row : row + 1] if value.ndim > 1 and value.shape[0] == rows else value
+    return value + shift if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _biases(own: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
+    """The bias by distance of each row, ``[R, heads, queries, keys]``."""
+    shifts = _shifts()
+    if shifts is None:
+        return own(query_length, key_length, device=device, past_seen_tokens=past_seen_tokens)
+    made = {
+        shift: own(query_length, key_length, device=device, past_seen_tokens=past_seen_tokens + shift)
+        for shift in set(shifts)
+    }
+    return torch.cat([made[shift] for shift in shifts])
+
+
+class _Head(nn.Module):
+    """Scores of the lanes that are wanted."""
+
+    def __init__(self, own: nn.Module):
+        super().__init__()
+        self.own = own
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        now: _Pass | None = getattr(_thread, "now", None)
+        if now is not None and hidden.ndim == 3 and len(now.lanes) < hidden.shape[1]:
+            hidden = hidden[:, now.lanes]
+        return self.own(hidden)
+
+
+_twins: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, PreTrainedModel]] = weakref.WeakKeyDictionary()
+_making = threading.Lock()
+
+
+def twin_apart(model: PreTrainedModel) -> PreTrainedModel | None:
+    """A twin of a model that reads a source, to be called under :func:`placed`; None where none can be made.
+
+    It lives as long as the model, whose tensors it holds.
+    """
+    if why_no_twin(model):
+        return None
+    with _making:
+        state = parts_of(model)
+        if model not in _twins or _twins[model][0] != state:
+            _twins[model] = state, _made(model)
+        return _twins[model][1]
+
+
+def _made(model: PreTrainedModel) -> PreTrainedModel:
+    made: Any = around(model, {})
+    decoder, head = made.get_decoder(), made.get_output_embeddings()
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    counts = not takes(model, f"{prefix}position_ids")
+    for module in list(made.modules()):
+        for name, child in list(module._modules.items()):
+            if child is head and isinstance(child, nn.Linear):
+                module._modules[name] = _Head(child)
+    for module in list(decoder.modules()) if counts else []:
+        if (embed := module._modules.get("embed_positions")) is not None:
+            module._modules["embed_positions"] = _Positions(embed)
+        if hasattr(module, "compute_bias"):
+            module.compute_bias = functools.partial(_biases, module.compute_bias)
+    return made
