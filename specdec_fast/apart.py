@@ -54,7 +54,7 @@ def _shifts() -> list[int] | None:
 
 
 class _Positions(nn.Module):
-    """Embeds the positions of each row. ``own`` gets what it would get if there were that row alone."""
+    """Embeds the positions of each row. ``own`` gets what it would get if all rows stood there."""
 
     def __init__(self, own: nn.Module):
         super().__init__()
@@ -64,20 +64,22 @@ class _Positions(nn.Module):
         shifts = _shifts()
         if shifts is None:
             return self.own(*args, **kwargs)
-        rows = []
-        for row, shift in enumerate(shifts):
-            alone = [_of_row(value, row, len(shifts), shift) for value in args]
-            named = {name: _of_row(value, row, len(shifts), shift) for name, value in kwargs.items()}
+        made = {}
+        for shift in set(shifts):  # rows that are equally far ahead share one
+            alone = [_ahead(value, shift) for value in args]
+            named = {name: _ahead(value, shift) for name, value in kwargs.items()}
             if isinstance(named.get("position_ids"), Tensor):
                 named["position_ids"] = named["position_ids"] + shift
-            made = self.own(*alone, **named)
-            rows.append(made if made.ndim == 3 else made.unsqueeze(0))
-        return torch.cat(rows)
+            made[shift] = self.own(*alone, **named)
+        rows = [made[shift] for shift in shifts]
+        if rows[0].ndim == 2:
+            return torch.stack(rows)
+        alike = rows[0].shape[0] == 1
+        return torch.stack([part[0 if alike else row] for row, part in enumerate(rows)])
 
 
-def _of_row(value: Any, row: int, rows: int, shift: int) -> Any:
-    if isinstance(value, Tensor):
-        return value[row : row + 1] if value.ndim > 1 and value.shape[0] == rows else value
+def _ahead(value: Any, shift: int) -> Any:
+    """A number of columns as a row sees it that is so far ahead."""
     return value + shift if isinstance(value, int) and not isinstance(value, bool) else value
 
 
