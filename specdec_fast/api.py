@@ -103,9 +103,11 @@ def fast_generate(
     :func:`specdec_fast.last_speculation`.
 
     Args:
-        model: the target, a decoder-only model.
-        inputs: prompt ids ``[B, P]``, left-padded where lengths differ (or ``input_ids=``).
-        assistant_model: the drafter. None: no drafter, or prompt lookup.
+        model: the target, a decoder-only or encoder-decoder model.
+        inputs: prompt ids ``[B, P]``, left-padded where lengths differ (or ``input_ids=``). Of an encoder-decoder
+            model what its encoder reads, as ``model.generate`` takes it.
+        assistant_model: the drafter. None: no drafter, or prompt lookup. For an encoder-decoder target one of its kind,
+            a decoder made for the target's encoder, or any model that goes on with text (``docs/sources.md``).
         tokenizer, assistant_tokenizer: of target and drafter; needed where their vocabularies differ.
         method: "auto", "autoregressive", "model" (same tokenizer), "tli", "projection", "slem", "slrs" (string-level
             rejection sampling), "slrs_literal" or "prompt_lookup". "slrs_literal" runs the drafter on every text it can
@@ -128,8 +130,8 @@ def fast_generate(
             or "heuristic_transient" as in Transformers.
         assistant_confidence_threshold: end a draft behind a token less probable than this.
         assistant_temperature: the drafter's own temperature; None: the target's. 0: its argmax.
-        prompt_lookup_num_tokens, max_matching_ngram_size: draft from the text itself, so many tokens a round, and the
-            longest suffix compared.
+        prompt_lookup_num_tokens, max_matching_ngram_size: draft from the text itself, and from a source that is text,
+            so many tokens a round, and the longest suffix compared.
         target_lookbehind, assistant_lookbehind: tokens re-tokenised together with new text.
         assistant_window: the drafter reads the last so many of its tokens, at least half of them; None: all of them.
         draft_tree: "auto" lets a drafter propose several tokens for a place where that pays: methods "model" and "tli"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specdec_fast import fast_generate, last_speculation, prepare
+from specdec_fast.sources import beginning
 from specdec_fast.vocab import Vocabulary, same_tokenizer
 
 __all__ = ["Row", "System", "measure", "systems"]
@@ -25,12 +26,14 @@ class System:
     """One way to generate.
 
     Args:
+        target: the model.
         system: "transformers" or "specdec_fast".
         method: as :func:`specdec_fast.fast_generate` names it; "assisted" is Transformers' own.
         run: from inputs and a seed to ``sequences [B, L]``.
         ready: makes ready what a first call would, given inputs of the calls to come; None: nothing.
     """
 
+    target: Any
     system: str
     method: str
     run: Callable[[Inputs, int], Tensor]
@@ -88,7 +91,8 @@ def systems(
         pair: target, tokenizer, drafter, drafter_tokenizer.
         methods: of :func:`specdec_fast.fast_generate`; plain decoding is always measured.
         temperature: 0: greedy.
-        batch: rows a call; above 1 Transformers has no assisted decoding.
+        batch: rows a call; above 1 Transformers has no assisted decoding. Nor has it across tokenizers for
+            encoder-decoder models.
         tokens: new ones a row.
         lookahead: draft tokens a round of every system; None: each one's defaults.
         compile: of :func:`specdec_fast.fast_generate`.
@@ -96,19 +100,24 @@ def systems(
     target, drafter = pair["target"], pair["drafter"]
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     common = {"max_new_tokens": tokens, **sampling}
-    table = [System("transformers", "autoregressive", _seeded(lambda inputs: target.generate(**inputs, **common)))]
+    table = [
+        System(target, "transformers", "autoregressive", _seeded(lambda inputs: target.generate(**inputs, **common)))
+    ]
     if batch == 1 and drafter is not None:
+        own, other = (Vocabulary.of(pair[name]) for name in ("tokenizer", "drafter_tokenizer"))
+        padded = target.config.get_text_config().vocab_size != drafter.config.get_text_config().vocab_size
+        foreign = padded or not same_tokenizer(own, other)  # padding makes them different ones for Transformers
         mine = copy.deepcopy(drafter)  # its TLI prunes the drafter for good
         if lookahead is not None:
             mine.generation_config.num_assistant_tokens = lookahead
             mine.generation_config.num_assistant_tokens_schedule = "constant"
             mine.generation_config.assistant_confidence_threshold = 0.0
         theirs: dict[str, Any] = {"assistant_model": mine, **common}
-        own, other = (Vocabulary.of(pair[name]) for name in ("tokenizer", "drafter_tokenizer"))
-        padded = target.config.get_text_config().vocab_size != drafter.config.get_text_config().vocab_size
-        if padded or not same_tokenizer(own, other):  # padding makes them different ones for Transformers
+        if foreign:
             theirs |= {"tokenizer": pair["tokenizer"], "assistant_tokenizer": pair["drafter_tokenizer"]}
-        table.append(System("transformers", "assisted", _seeded(lambda inputs: target.generate(**inputs, **theirs))))
+        if not (foreign and target.config.is_encoder_decoder):  # which Transformers has not
+            run = _seeded(lambda inputs: target.generate(**inputs, **theirs))
+            table.append(System(target, "transformers", "assisted", run))
     for method in dict.fromkeys(["autoregressive", *methods]):
         arguments: dict[str, Any] = {"method": method, "compile": compile, **common}
         if method not in ("autoregressive", "prompt_lookup"):
@@ -116,7 +125,9 @@ def systems(
             arguments["assistant_tokenizer"] = pair["drafter_tokenizer"]
         if method != "autoregressive" and lookahead is not None:
             arguments["num_assistant_tokens"] = lookahead
-        table.append(System("specdec_fast", method, _seeded(_ours(target, arguments)), _prepared(target, arguments)))
+        table.append(
+            System(target, "specdec_fast", method, _seeded(_ours(target, arguments)), _prepared(target, arguments))
+        )
     return table
 
 
@@ -172,7 +183,8 @@ def measure(
                 result = system.run(inputs, 1000 * repetition + number)
                 synchronize()
                 seconds[i] += time.perf_counter() - begin
-                written[i] += int(result.shape[0] * (result.shape[1] - inputs["input_ids"].shape[1]))
+                front = beginning(system.target, inputs["input_ids"]).shape[1]
+                written[i] += int(result.shape[0] * (result.shape[1] - front))
                 if repetition == 0:
                     system.results.append(result)
                 if system.system == "specdec_fast":

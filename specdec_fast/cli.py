@@ -195,6 +195,7 @@ def generate(
         session = console.open_session(settings, say)
         inputs = session.encode(text)
     from specdec_fast import fast_generate, last_speculation
+    from specdec_fast.sources import beginning
 
     arguments = {**inputs, **session.sampling(), **session.speculation(seed), "max_new_tokens": max_new_tokens}
     streaming = stream and not as_json
@@ -209,7 +210,7 @@ def generate(
         ids = fast_generate(session.target, **arguments)
         session.synchronize()
         seconds = time.perf_counter() - begin
-    new = ids[0, inputs["input_ids"].shape[1] :]
+    new = ids[0, beginning(session.target, inputs["input_ids"]).shape[1] :]
     written = session.decode(new)
     statistics = last_speculation()
     assert statistics is not None

@@ -205,7 +205,9 @@ class Session:
             if name == "drafter" and getattr(config, "rope_parameters", None):
                 continue  # rotary positions have no end; beyond it a drafter is only rejected more often
             room = getattr(config, "max_position_embeddings", None)
-            if room is not None and length + self.settings.max_new_tokens > room:
+            new = self.settings.max_new_tokens
+            apart = model.config.is_encoder_decoder  # what is read stands elsewhere than what is written
+            if room is not None and (max(length, new) if apart else length + new) > room:
                 raise ValueError(
                     f"{length} tokens of prompt and {self.settings.max_new_tokens} new ones do not fit the {name}'s "
                     f"{room} positions: shorten the prompt or lower --max-new-tokens"

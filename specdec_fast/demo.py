@@ -55,6 +55,11 @@ def run(settings: Settings, prompt: str) -> None:
     out = output_console()
     with working() as say:
         session = open_session(settings, say)
+        if session.target.config.is_encoder_decoder:
+            raise ValueError(
+                "--target: the demo goes on with its prompt, which an encoder-decoder model only reads: use "
+                "specdec-fast generate"
+            )
         inputs = session.encode(prompt)
         say(f"Warming up ({WARM_UP} tokens each, not counted)")
         _plain(session, inputs, min(WARM_UP, settings.max_new_tokens))

@@ -92,7 +92,7 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model, or an encoder-decoder one that reads text, and its tokenizer.
 
     Nothing in the folder gets to run code unless asked for by name.
 
@@ -109,14 +109,15 @@ def load(
         FileNotFoundError: there is no such model, or a part of it is missing.
         ValueError: loading it would need `trust_remote_code` or `allow_pickle`.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
     source = os.fspath(path)
     _check_folder(source, allow_pickle)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
+        kind: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = kind.from_pretrained(
             source,
             config=config,
             dtype=dtype,

@@ -53,6 +53,7 @@ _PREFIX = (
     hf.ForcedEOSTokenLogitsProcessor,
     hf.ExponentialDecayLengthPenalty,
     hf.SuppressTokensAtBeginLogitsProcessor,
+    hf.WhisperTimeStampLogitsProcessor,
 )
 _CACHED = (hf.UnbatchedClassifierFreeGuidanceLogitsProcessor, hf.ClassifierFreeGuidanceLogitsProcessor)
 

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
+from specdec_fast.drafters.begun import mark_of
 from specdec_fast.encoded import Encoded, reads_encoder, why_not_encoded
 from specdec_fast.options import Options
 
-__all__ = ["Sources", "encoder_inputs", "main_input", "sources_of"]
+__all__ = ["Sources", "beginning", "encoder_inputs", "main_input", "sources_of"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,12 @@ def main_input(model: PreTrainedModel) -> str:
     """What ``generate`` calls the input of an encoder-decoder model. Some models call it other than their encoder."""
     own = getattr(getattr(model, "encoder", None), "main_input_name", None)
     return own or model.main_input_name
+
+
+def beginning(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """What a result begins with, ``[B, n]``: the prompt, or the mark of an encoder-decoder model, which reads that."""
+    mark = mark_of(model)
+    return input_ids if mark is None else input_ids.new_full((len(input_ids), 1), mark)
 
 
 def encoder_inputs(model: PreTrainedModel) -> set[str]:

@@ -107,6 +107,41 @@ def test_padding_before_a_text_whose_positions_generate_counts(rows):
     assert torch.equal(got, expected) and last_speculation().accepted
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_transcripts_with_times(rows):
+    """Whisper's rules about time stamps hang on a row's own text alone."""
+    target = copy.deepcopy(writer("whisper"))
+    target.generation_config.no_timestamps_token_id = 40
+    own = {"assistant_model": make_noisy(target, 0.05), "num_assistant_tokens": 4}
+    inputs = {**source("whisper", rows), "return_timestamps": True}
+    statistics = same(target, inputs, own, max_new_tokens=30)
+    assert 0 < statistics.accepted < statistics.drafted
+    text = fast_generate(target, **inputs, **own, max_new_tokens=30)
+    assert (text > 40).any() and not (text == 40).any()
+    assert statistics.row_rounds < sum(30 for _ in range(rows))
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_long_recording(rows):
+    """It is heard in windows, each of which goes on from what was written before."""
+    target = copy.deepcopy(writer("whisper"))
+    target.generation_config.no_timestamps_token_id = 40
+    target.generation_config.prev_sot_token_id = 3
+    target.generation_config.eos_token_id = target.config.eos_token_id = 5
+    sound = torch.randn(rows, 8, 100, generator=torch.Generator().manual_seed(1))
+    both = {
+        "input_features": sound,
+        "attention_mask": torch.ones(rows, 100, dtype=torch.long),
+        "return_timestamps": True,
+        "condition_on_prev_tokens": True,
+        "max_new_tokens": 12,
+        "temperature": 0.0,
+    }
+    expected = target.generate(**both)
+    got = fast_generate(target, **both, assistant_model=make_noisy(target, 0.05), num_assistant_tokens=4)
+    assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("kind", ["bart", "t5gemma"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_attention_implementations(kind, implementation):

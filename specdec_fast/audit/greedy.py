@@ -14,6 +14,7 @@ from specdec_fast import fast_generate
 from specdec_fast.audit.common import EXACT, Generate, Progress, check, name_of, new_tokens, quiet
 from specdec_fast.audit.law import SHAPES, Scorer
 from specdec_fast.console import unit_of
+from specdec_fast.sources import beginning
 
 __all__ = ["Divergence", "GreedyAudit", "GreedyCase", "audit_greedy"]
 
@@ -80,7 +81,7 @@ def audit_greedy(
 
     Args:
         model: the target.
-        prompts: ids ``[1, P]`` each, on the target's device.
+        prompts: ids ``[1, P]`` each, on the target's device; of an encoder-decoder model what it reads.
         generate: what is audited.
         arguments: more of its arguments, such as ``assistant_model``.
         tokens: new tokens a prompt.
@@ -96,8 +97,9 @@ def audit_greedy(
     for number, prompt in enumerate(prompts):
         progress("greedy", number, len(prompts))
         common = {"attention_mask": torch.ones_like(prompt), "do_sample": False, "max_new_tokens": tokens}
-        expected = plainly(prompt, **common)[0, prompt.shape[1] :].tolist()
-        got = new_tokens(generate(model, prompt, **common, **(arguments or {})), prompt)[0].tolist()
+        begin = beginning(model, prompt)
+        expected = plainly(prompt, **common)[0, begin.shape[1] :].tolist()
+        got = new_tokens(generate(model, prompt, **common, **(arguments or {})), begin)[0].tolist()
         found = None
         if got != expected:
             scorer = Scorer(model, prompt, {"do_sample": False}, tokens=tokens, positions=positions)

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from specdec_fast.cache import cache_argument, cache_of
 
@@ -41,7 +42,7 @@ class Scorer:
 
     Args:
         model: the target.
-        prompt: ``[1, P]``.
+        prompt: ``[1, P]``; of an encoder-decoder model what it reads.
         sampling: ``do_sample`` and what else ``model.generate`` takes to choose a law.
         tokens: how many are generated; some processors ask.
         positions: γ+1.
@@ -52,9 +53,8 @@ class Scorer:
     ):
         self._model: Any = model
         self._wide: Any = _widened(model)
-        self._prompt = prompt
         self._positions = positions
-        self._processors, self.ends = _prepared(model, prompt, sampling, tokens)
+        self._processors, self.ends, self._prompt, self._read = _prepared(model, prompt, sampling, tokens)
         self._steps: dict[tuple[int, ...], tuple[Any, Tensor]] = {}
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -128,7 +128,12 @@ class Scorer:
             arguments["logits_to_keep"] = keep
         if "cache" in arguments:
             arguments[cache_argument(type(self._model))] = arguments.pop("cache")
-        return (self._model if model is None else model)(**arguments, return_dict=True)
+        model = self._model if model is None else model
+        if self._read is not None:
+            ids = arguments["decoder_input_ids"] = arguments.pop("input_ids")
+            states = self._read.to(model.dtype).expand(len(ids), -1, -1)
+            arguments["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
+        return model(**arguments, return_dict=True)
 
 
 _wide: weakref.WeakKeyDictionary[PreTrainedModel, PreTrainedModel] = weakref.WeakKeyDictionary()
@@ -150,20 +155,23 @@ def _rows(texts: Tensor) -> Tensor:
 
 def _prepared(
     model: PreTrainedModel, prompt: Tensor, sampling: dict[str, Any], tokens: int
-) -> tuple[LogitsProcessorList, frozenset[int]]:
-    """The processors and the ids that end a text, as ``model.generate`` prepares them."""
+) -> tuple[LogitsProcessorList, frozenset[int], Tensor, Tensor | None]:
+    """The processors, the ids that end a text, and what it begins with, as ``model.generate`` prepares them; and what
+    an encoder made of the prompt, ``[1, S, H]``."""
     found: dict[str, Any] = {}
 
     def look(
-        model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, generation_config: Any, **_: Any
+        model: PreTrainedModel, input_ids: Tensor, logits_processor: Any, generation_config: Any, **more: Any
     ) -> Tensor:
-        found.update(processors=logits_processor, config=generation_config)
+        found.update(processors=logits_processor, config=generation_config, text=input_ids, more=more)
         return input_ids
 
     generate: Any = model.generate
     generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, custom_generate=look, **sampling)
     ends = found["config"].eos_token_id
-    return found["processors"], frozenset([ends] if isinstance(ends, int) else ends or ())
+    read = found["more"].get("encoder_outputs")
+    ends = frozenset([ends] if isinstance(ends, int) else ends or ())
+    return found["processors"], ends, found["text"], None if read is None else read[0]
 
 
 @dataclass

@@ -26,6 +26,7 @@ from specdec_fast import fast_generate
 from specdec_fast.audit.common import EXACT, Generate, Progress, check, name_of, new_tokens, quiet
 from specdec_fast.audit.law import Cells, Scorer, cells_of
 from specdec_fast.audit.transform import BINS, Grid, add_samples, empty_grids
+from specdec_fast.sources import beginning
 
 __all__ = ["RESOLUTION", "SIGNIFICANCE", "SampledTest", "SamplingAudit", "audit_sampling"]
 
@@ -127,7 +128,8 @@ def audit_sampling(
 
     Args:
         model: the target.
-        prompts: ids ``[1, P]`` each, on the target's device. Laws that are neither flat nor one-hot say most.
+        prompts: ids ``[1, P]`` each, on the target's device; of an encoder-decoder model what it
+            reads. Laws that are neither flat nor one-hot say most.
         generate: what is audited.
         sampling: what chooses the law: ``temperature``, ``top_k``, ``top_p`` and so on, as for ``model.generate``.
         arguments: more arguments of ``generate``, such as ``assistant_model``.
@@ -184,7 +186,9 @@ def audit_sampling(
                 ids = prompt.expand(count, -1)
                 given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": tokens, **chosen}
                 output = generate(model, ids, **given, **(arguments or {}))
-                rows.extend(_whole(row, tokens, scorer.ends) for row in new_tokens(output, ids).tolist())
+                rows.extend(
+                    _whole(row, tokens, scorer.ends) for row in new_tokens(output, beginning(model, ids)).tolist()
+                )
             drawn.append(rows)
     progress("samples", whole, whole)
     random = np.random.default_rng(seed)
