@@ -91,13 +91,13 @@ namespace specdec {
 void Llama::embed(int64_t token, float* out) const {
   const int64_t at = token * hidden;
   for (int64_t h = 0; h < hidden; ++h) {
-    out[h] = half ? widen(static_cast<const uint16_t*>(embedding)[at + h])
-                  : static_cast<const float*>(embedding)[at + h];
+    out[h] = scale * (half ? widen(static_cast<const uint16_t*>(embedding)[at + h])
+                           : static_cast<const float*>(embedding)[at + h]);
   }
 }
 
 void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
-                const std::vector<Stored>& caches, const float* turns,
+                const std::vector<Stored>& caches, const float* turns, int64_t apart,
                 const std::vector<int64_t>& asked, float* logits, float* ends) const {
   const int64_t m = lanes.count, last = static_cast<int64_t>(asked.size()), dim = shape.dim;
   const int64_t mixed = shape.heads * dim, width = mixed + 2 * shape.kv_heads * dim;
@@ -117,30 +117,38 @@ void Llama::run(Team& team, const PassKernels& kernels, const Lanes& lanes, cons
     pass.normalise(x + lane * hidden, weight, normal + i * hidden, hidden);
     inputs.take(form, i, normal + i * hidden, hidden);
   };
-  const auto more = [&](int64_t i) { pass.add(x + i * hidden, added + i * hidden, hidden); };
+  // What a half has made joins its lane, behind a norm of its own where the model has one
+  const auto more = [&](int64_t i, int64_t l, int64_t half_of) {
+    float* made = added + i * hidden;
+    if (norms_a_layer == 4)
+      pass.normalise(made, norms + (4 * l + 2 + half_of) * hidden, made, hidden);
+    pass.add(x + i * hidden, made, hidden);
+  };
   pass.each(m, [&](int64_t i) { embed(token[i], x + i * hidden); });
   for (int64_t l = 0; l < layers; ++l) {
     const Matrix* matrix = &matrices[7 * l];
-    const float* norm = norms + 2 * l * hidden;
+    const float* norm = norms + norms_a_layer * l * hidden;
     pass.each(m, [&](int64_t i) {
-      if (l) more(i);
+      if (l) more(i, l - 1, 1);
       normalised(i, i, norm);
     });
     pass.apply({matrix, matrix + 1, matrix + 2}, inputs.data(), fused.data(), m);
-    pass.attend(fused.data(), caches[l], turns, head_norms ? head_norms + 2 * l * dim : nullptr,
-                seen.data(), [&](int64_t i) { inputs.take(form, i, seen + i * mixed, mixed); });
+    pass.attend(fused.data(), caches[l], turns + tables[l] * apart,
+                head_norms ? head_norms + 2 * l * dim : nullptr, seen.data(),
+                [&](int64_t i) { inputs.take(form, i, seen + i * mixed, mixed); });
     pass.apply({matrix + 3}, inputs.data(), added.data(), m);
     pass.each(m, [&](int64_t i) {
-      more(i);
+      more(i, l, 0);
       normalised(i, i, norm + hidden);
     });
     pass.apply({matrix + 4, matrix + 5}, inputs.data(), opened.data(), m);
-    pass.gate(opened.data(), gated.data(), m, inner,
+    pass.gate(curved, opened.data(), gated.data(), m, inner,
               [&](int64_t i) { inputs.take(form, i, gated + i * inner, inner); });
     pass.apply({matrix + 6}, inputs.data(), added.data(), m);
   }
-  if (layers) pass.each(m, more);
-  pass.each(last, [&](int64_t i) { normalised(i, asked[i], norms + 2 * layers * hidden); });
+  if (layers) pass.each(m, [&](int64_t i) { more(i, layers - 1, 1); });
+  const float* norm = norms + norms_a_layer * layers * hidden;
+  pass.each(last, [&](int64_t i) { normalised(i, asked[i], norm); });
   if (ends) std::memcpy(ends, normal.data(), last * hidden * sizeof(float));
   pass.apply({&matrices.back()}, inputs.data(), logits, last);
 }
@@ -154,14 +162,18 @@ using Sessions = specdec::Shelf<const Session>;
 
 int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
                     std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
-                    const Tensor& head_norms, std::vector<int64_t> windows, int64_t heads,
-                    int64_t kv_heads, int64_t dim, double scaling, double epsilon) {
+                    const Tensor& head_norms, std::vector<int64_t> windows,
+                    std::vector<int64_t> tables, int64_t heads, int64_t kv_heads, int64_t dim,
+                    double scaling, double epsilon, double scale, bool curved) {
   auto model = std::make_shared<Llama>();
   const int64_t layers = static_cast<int64_t>(windows.size()), hidden = embedding.size(1);
+  const int64_t more = norms.numel() == (4 * layers + 1) * hidden ? 4 : 2;
   STD_TORCH_CHECK(
       static_cast<int64_t>(weights.size()) == 7 * layers + 1 && scales.size() == weights.size() &&
-          offsets.size() == weights.size() && norms.numel() == (2 * layers + 1) * hidden,
-      "llama: seven matrices a layer and the head, a norm before each half and the head");
+          offsets.size() == weights.size() && norms.numel() == (more * layers + 1) * hidden &&
+          tables.size() == windows.size(),
+      "llama: seven matrices a layer and the head, a norm before each half and the head, or behind "
+      "each half as well");
   STD_TORCH_CHECK(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 &&
                       (!head_norms.numel() || head_norms.numel() == 2 * layers * dim),
                   "llama: heads that share no keys evenly, or a norm of another shape");
@@ -178,6 +190,10 @@ int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
   model->head_norms = floats(head_norms, "norms of heads");
   model->shape = {heads, kv_heads, dim, static_cast<float>(scaling), static_cast<float>(epsilon)};
   model->windows = std::move(windows);
+  model->tables = std::move(tables);
+  model->norms_a_layer = more;
+  model->curved = curved;
+  model->scale = static_cast<float>(scale);
   const int64_t inner = model->inner;
   const std::array<std::array<int64_t, 2>, 7> sizes{{{heads * dim, hidden},
                                                      {kv_heads * dim, hidden},
@@ -213,10 +229,13 @@ int64_t llama_open(int64_t number, const Tensor& rotations, std::vector<Tensor> 
   session->kernels = &kernels_of(capability);
   const Llama& model = *session->model;
   const Shape& shape = model.shape;
-  STD_TORCH_CHECK(rotations.dim() == 3 && rotations.size(1) == 2 && rotations.size(2) == shape.dim,
-                  "llama: rotations are [positions, 2, dim]");
+  STD_TORCH_CHECK(rotations.dim() == 4 && rotations.size(2) == 2 && rotations.size(3) == shape.dim,
+                  "llama: rotations are [tables, positions, 2, dim]");
+  for (int64_t table : model.tables)
+    STD_TORCH_CHECK(table >= 0 && table < rotations.size(0), "llama: a layer turns by no table");
   session->turns = floats(rotations, "rotations");
-  session->columns = rotations.size(0);
+  session->columns = rotations.size(1);
+  session->apart = session->columns * 2 * shape.dim;
   STD_TORCH_CHECK(static_cast<int64_t>(keys.size()) == model.layers && values.size() == keys.size(),
                   "llama: keys and values of every layer");
   for (int64_t l = 0; l < model.layers; ++l) {

@@ -18,11 +18,14 @@ namespace specdec {
 struct Llama {
   std::vector<torch::stable::Tensor> kept;
   std::vector<Matrix> matrices;  // seven a layer, and the head
-  std::vector<int64_t> windows;
+  std::vector<int64_t> windows, tables;  // of turns, by layer
   const void* embedding;
   bool half;  // the embedding's type
   int64_t vocabulary, hidden, inner, layers;
   const float *norms, *head_norms;
+  int64_t norms_a_layer;  // before each half; four: behind each as well
+  bool curved;            // the gate is GELU by tanh, not SiLU
+  float scale;            // of what is embedded
   Shape shape;
 
   // Entries of a row of logits
@@ -31,8 +34,8 @@ struct Llama {
   // Logits of the asked lanes: [asked, width]; and their final hidden states [asked, hidden], where
   // these are wanted
   void run(Team& team, const PassKernels& kernels, const Lanes& lanes, const int64_t* token,
-           const std::vector<Stored>& caches, const float* turns, const std::vector<int64_t>& asked,
-           float* logits, float* ends) const;
+           const std::vector<Stored>& caches, const float* turns, int64_t apart,
+           const std::vector<int64_t>& asked, float* logits, float* ends) const;
 
  private:
   void embed(int64_t token, float* out) const;
@@ -45,7 +48,8 @@ struct Session {
   std::vector<torch::stable::Tensor> kept;
   std::vector<Stored> caches;    // [rows, heads, columns, dim] of every layer
   int64_t rows, columns;         // there is room for
-  const float* turns;            // cosine and sine of every position [positions, 2, dim]
+  const float* turns;            // cosine and sine [tables, positions, 2, dim]
+  int64_t apart;                 // floats from one table to the next
   mutable Buffer<float> scores;  // logits that nobody but the rule of a pass wants
   mutable Buffer<float> ends;    // hidden states that nobody but a memory wants
 
@@ -57,7 +61,7 @@ struct Session {
   // Logits of the asked lanes: [asked, width], and their hidden states as above
   void run(Team& team, const Lanes& lanes, const int64_t* token, const std::vector<int64_t>& asked,
            float* logits, float* ends = nullptr) const {
-    model->run(team, *kernels, lanes, token, caches, turns, asked, logits, ends);
+    model->run(team, *kernels, lanes, token, caches, turns, apart, asked, logits, ends);
   }
 };
 

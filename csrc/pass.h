@@ -48,6 +48,8 @@ struct PassKernels {
   void (*add)(float* x, const float* more, int64_t n);
   // y = silu(opened) * up
   void (*gate)(const float* opened, const float* up, float* y, int64_t n);
+  // y = gelu(opened) * up, by tanh
+  void (*curve)(const float* opened, const float* up, float* y, int64_t n);
   // Turns heads [heads, dim] to a position: x * cosine + rotate_half(x) * sine
   void (*rotate)(float* x, int64_t heads, const float* cosine, const float* sine, int64_t dim);
   // Attention to the columns in [begin, begin + kSpan) that each lane sees, at least one; keys and

@@ -60,22 +60,35 @@ void mix(float* y, const uint16_t* const* parts, const float* weights, int64_t c
   }
 }
 
+// x / (1 + exp(-slope)): SiLU where the slope is x, GELU by tanh where it is the curve's
+template <bool kCurved>
 inline Floats gated(Floats opened, Floats up) {
-  return opened / (exponential(-opened) + 1.0f) * up;
+  Floats slope = opened;
+  if (kCurved) slope = (opened + opened * opened * opened * 0.044715f) * 1.5957691216f;
+  return opened / (exponential(-slope) + 1.0f) * up;
 }
 
-void gate(const float* opened, const float* up, float* y, int64_t n) {
+template <bool kCurved>
+inline void gate_all(const float* opened, const float* up, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + kWide <= n; i += kWide) {
-    const Floats value = gated(floats(opened + i), floats(up + i));
+    const Floats value = gated<kCurved>(floats(opened + i), floats(up + i));
     __builtin_memcpy(y + i, &value, sizeof value);
   }
   if (i < n) {  // one vector for what is left, however few that are
     alignas(64) float some[2][kWide] = {};
     for (int64_t j = i; j < n; ++j) some[0][j - i] = opened[j], some[1][j - i] = up[j];
-    const Floats value = gated(floats(some[0]), floats(some[1]));
+    const Floats value = gated<kCurved>(floats(some[0]), floats(some[1]));
     for (int64_t j = i; j < n; ++j) y[j] = value[j - i];
   }
+}
+
+void gate(const float* opened, const float* up, float* y, int64_t n) {
+  gate_all<false>(opened, up, y, n);
+}
+
+void curve(const float* opened, const float* up, float* y, int64_t n) {
+  gate_all<true>(opened, up, y, n);
 }
 
 // Columns of values: so many behind one another, then single ones

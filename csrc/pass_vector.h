@@ -16,7 +16,7 @@
 namespace {
 
 constexpr specdec::PassKernels pass_named(const char* name) {
-  return {name,   room,        prepare, product, normalise, add_to,    gate,
+  return {name,   room,        prepare, product, normalise, add_to,    gate, curve,
           rotate, attend_room, attend,  merge,   mix,       narrow_all};
 }
 

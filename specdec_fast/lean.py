@@ -1,9 +1,9 @@
 """A model's forward pass at a few positions as one native call (``csrc/llama.cpp``).
 
 On a CPU a pass at a few positions takes as long as its weights take to be read and its modules to be called. Models
-built like Llama (RMSNorm before attention and before a gated SiLU MLP, rotary positions) are therefore run by one fused
-operation. Each model is compared with its own forward pass once; where they differ, or the structure is another, the
-model runs as it is; so do passes longer than what is faster that way on this machine.
+built like Llama (RMSNorm before attention and before a gated MLP, rotary positions), and Gemma 3 with its norms behind
+both, are therefore run by one fused operation. Each model is compared with its own forward pass once; where they
+differ, or the structure is another, it runs as it is; so do passes longer than what is faster that way here.
 
 A target is run on its own weights, in their precision; sums, and what lies between matrices, are float32. A drafter is
 run on weights rounded to 8 bits: a draft token is verified against the very scores it was drawn from, so this changes
@@ -13,7 +13,6 @@ the drafter's law a little and the output's law not at all.
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import threading
 import weakref
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -38,11 +37,25 @@ from specdec_fast.lean_ops import (
     Laws,
     Session,
     Told,
+    joined,
+    level,
 )
-from specdec_fast.lean_weights import equal, linears, matrix, packed, plain, state, unpacked
+from specdec_fast.lean_weights import (
+    embedded,
+    equal,
+    gates,
+    layer_kind,
+    linears,
+    matrix,
+    norms_of,
+    packed,
+    state,
+    turns,
+    unpacked,
+)
 from specdec_fast.memory import Memory, number_of
 
-__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "joined", "lean_model", "level", "why_not_lean"]
+__all__ = ["MOST_LANES", "Choosing", "Drafted", "LeanModel", "lean_model", "why_not_lean"]
 
 CAPABILITIES = ("plain", "avx2", "avx512", "dot")
 LARGEST = 1 << 30  # parameters of a drafter that is copied, a byte each
@@ -52,7 +65,7 @@ MOST_LANES = 16  # positions; beyond, a matrix product of the model's own is fas
 MOST_HALVES, MOST_BESIDE_TILES = 256, 64
 MOST_BYTES = 512  # of a drafter's row, where the machine multiplies bytes in vectors and has no tiles
 # What these compute is known; others may differ where a short trial does not reach (scaling by position, windows)
-ATTENTIONS = ("LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention")
+KNOWN = ("Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "SmolLM3", "SeedOss", "Gemma3")
 # Root mean square of the difference in standard deviations of the logits: another model is above 1
 ROUNDED, EXACT = 0.3, {torch.float32: 1e-3, torch.bfloat16: 0.1}
 
@@ -90,24 +103,34 @@ class LeanModel:
         self._heads = attention.q_proj.out_features // self._dim
         self._kv_heads = attention.k_proj.out_features // self._dim
         self._scaling = float(attention.scaling)
-        self._epsilon = float(body.norm.variance_epsilon)
         self._rotary = weakref.ref(body.rotary_emb)
-        self._rotations = torch.empty((0, 2, self._dim))
+        self._rotations = torch.empty((1, 0, 2, self._dim))
         self._restrictions: dict[bytes, LeanModel] = {}
-        self._embedding = plain(body.embed_tokens, nn.Embedding).weight.detach().contiguous()
+        self._embedding, self._scale = embedded(body.embed_tokens)
+        self._curved = gates(layers)
+        types = [layer_kind(body.rotary_emb, layer) for layer in layers]
+        self._types = list(dict.fromkeys(types))
+        self._tables = [self._types.index(kind) for kind in types]
         cache = DynamicCache(config=model.config)
         self._windows = [int(getattr(layer, "sliding_window", None) or 0) for layer in cache.layers]
         for layer in layers:
-            if type(layer.self_attn).__name__ not in ATTENTIONS:
+            if type(layer.self_attn).__name__.removesuffix("Attention") not in KNOWN:
                 raise TypeError(f"{type(layer.self_attn).__name__} is not known")
+            if getattr(layer.self_attn, "attn_logit_softcapping", None) or not layer.self_attn.is_causal:
+                raise ValueError("attention is capped, or sees what follows")
         if any(self._windows) and type(attention).__name__ == "LlamaAttention":
             raise ValueError("a window that the model itself knows nothing of")
-        norms = [norm for layer in layers for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-        self._norms = torch.stack([self._norm(norm) for norm in [*norms, body.norm]])
+        names = ["input_layernorm", "post_attention_layernorm"]
+        if hasattr(layers[0], "pre_feedforward_layernorm"):  # that name means another norm then
+            names = ["input_layernorm", "pre_feedforward_layernorm", *names[1:], "post_feedforward_layernorm"]
+        norms = [getattr(layer, name) for layer in layers for name in names]
+        self._norms, self._epsilon = norms_of([*norms, body.norm])
         self._head_norms = torch.empty(0)
         if getattr(attention, "q_norm", None) is not None:
-            pairs = [(layer.self_attn.q_norm, layer.self_attn.k_norm) for layer in layers]
-            self._head_norms = torch.stack([torch.stack([self._norm(q), self._norm(k)]) for q, k in pairs])
+            pairs = [norm for layer in layers for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm)]
+            self._head_norms, epsilon = norms_of(pairs)
+            if epsilon != self._epsilon:
+                raise ValueError("the norms differ")
         maps = [linear for layer in layers for linear in linears(layer)]
         matrices = [matrix(linear, rounded) for linear in [*maps, model.get_output_embeddings()]]
         self._weights, self._scales, self._offsets = (list(part) for part in zip(*matrices, strict=True))
@@ -371,8 +394,10 @@ class LeanModel:
         for layer in cache.ragged:
             layer.reserve(end, self._kv_heads, self._dim, self._dtype, self._embedding.device)
         rotations, room = self._rotations, cache.ragged[0].room
-        if rotations.shape[0] < room:
-            rotations = self._rotations = self._turns(2 * room)
+        if rotations.shape[1] < room:
+            rotary = self._rotary()
+            assert rotary is not None, "the model is gone"
+            rotations = self._rotations = turns(rotary, self._types, 2 * room, self._dim)
         cache.session = session = Session(self, self._model(), cache, rotations, self.capability)
         return session
 
@@ -387,41 +412,16 @@ class LeanModel:
                 self._norms,
                 self._head_norms,
                 self._windows,
+                self._tables,
                 self._heads,
                 self._kv_heads,
                 self._dim,
                 self._scaling,
                 self._epsilon,
+                self._scale,
+                self._curved,
             )
         return self._held
-
-    def _turns(self, positions: int) -> Tensor:
-        """Cosine and sine of every position, ``[P, 2, dim]`` float32."""
-        rotary = self._rotary()
-        assert rotary is not None, "the model is gone"
-        cos, sin = rotary(torch.empty(0, dtype=torch.float32), torch.arange(positions).unsqueeze(0))
-        if cos.shape[-1] != self._dim:
-            raise ValueError("only part of each head turns")
-        return torch.stack([cos[0], sin[0]], 1).contiguous()
-
-    def _norm(self, module: Any) -> Tensor:
-        if not type(module).__name__.endswith("RMSNorm"):
-            raise TypeError(f"{type(module).__name__} is no RMSNorm")
-        if module.variance_epsilon != self._epsilon:
-            raise ValueError("the norms differ")
-        return module.weight.detach().float()
-
-
-def joined(texts: list[list[int]]) -> list[int]:
-    """The texts behind one another."""
-    return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
-
-
-def level(lists: list[list[int]], length: int) -> list[int]:
-    """The first entries of each list behind one another, as many of each."""
-    if len(lists) == 1:
-        return lists[0][:length]
-    return [entry for line in lists for entry in (line + [0] * length)[:length]]
 
 
 _Kept = dict[bool, tuple[list[Any], LeanModel | str]]

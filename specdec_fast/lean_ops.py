@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import math
 import weakref
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ __all__ = [
     "Room",
     "Session",
     "Told",
+    "joined",
+    "level",
     "numbers",
 ]
 
@@ -149,6 +152,18 @@ class Index:
         self.list = numbers(ids)
 
 
+def joined(texts: list[list[int]]) -> list[int]:
+    """The texts behind one another."""
+    return texts[0] if len(texts) == 1 else list(itertools.chain.from_iterable(texts))
+
+
+def level(lists: list[list[int]], length: int) -> list[int]:
+    """The first entries of each list behind one another, as many of each."""
+    if len(lists) == 1:
+        return lists[0][:length]
+    return [entry for line in lists for entry in (line + [0] * length)[:length]]
+
+
 def numbers(tensor: Tensor) -> Sequence[int]:
     """Integers ``[K]`` that are looked up one by one, without a tensor a time."""
     view: Any = memoryview(tensor.cpu().contiguous().numpy())  # type: ignore[arg-type]  # which is a buffer
@@ -212,7 +227,7 @@ class Session:
         owner: whose passes they are.
         model: its weights.
         cache: with some room.
-        rotations: cosine and sine of every position, ``[P, 2, dim]`` float32.
+        rotations: cosine and sine of every position, ``[T, P, 2, dim]`` float32, of every table that layers turn by.
         capability: the instruction set, by number.
     """
 
@@ -220,7 +235,7 @@ class Session:
         layers = cache.ragged
         keys, values = [layer.keys for layer in layers], [layer.values for layer in layers]
         self.owner, self.capability, self.grown = owner, capability, cache.window.grown
-        self.end = min(layers[0].room, rotations.shape[0])
+        self.end = min(layers[0].room, rotations.shape[1])
         self.number: int = torch.ops.specdec_fast.llama_open(model.number, rotations, keys, values, capability)
         self._numbers, self._reals = (ctypes.c_int64 * MOST)(), (ctypes.c_double * MOST)()
         self._at = ctypes.c_void_p(ctypes.addressof(self._numbers)), ctypes.c_void_p(ctypes.addressof(self._reals))
@@ -279,7 +294,8 @@ def _entries() -> dict[str, Any]:
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
 _library.define(
     "llama_model(Tensor embedding, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, "
-    "Tensor head_norms, int[] windows, int heads, int kv_heads, int dim, float scaling, float epsilon) -> int"
+    "Tensor head_norms, int[] windows, int[] tables, int heads, int kv_heads, int dim, float scaling, float epsilon, "
+    "float scale, bool curved) -> int"
 )
 _library.define("llama_forget(int model) -> ()")
 _library.define("llama_capability() -> int")

@@ -2,28 +2,110 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["equal", "linears", "matrix", "packed", "plain", "state", "unpacked"]
+__all__ = [
+    "embedded",
+    "equal",
+    "gates",
+    "layer_kind",
+    "linears",
+    "matrix",
+    "norms_of",
+    "packed",
+    "plain",
+    "state",
+    "turns",
+    "unpacked",
+]
 
+UNTURNED = "unturned"
 ZERO = 128  # of a weight in 8 bits
 SAMPLES = 64  # of each matrix, to see whether it has been changed
 
 
 def linears(layer: Any) -> list[Any]:
-    """The seven linear maps of a layer, in the order the native code takes them.
-
-    Raises:
-        TypeError: the layer is built differently.
-    """
+    """The seven linear maps of a layer, in the order the native code takes them."""
     attention, mlp = layer.self_attn, layer.mlp
-    if type(mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        raise TypeError(f"{type(mlp.act_fn).__name__} is no SiLU")
     inner = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
     return [*inner, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+
+
+def gates(layers: list[Any]) -> bool:
+    """Whether the layers' gates are GELU by tanh, and not SiLU.
+
+    Raises:
+        TypeError: they are neither.
+    """
+    names = {type(layer.mlp.act_fn).__name__ for layer in layers}
+    if names <= {"SiLU", "SiLUActivation"}:
+        return False
+    if names <= {"GELUTanh", "PytorchGELUTanh"}:
+        return True
+    raise TypeError(f"{', '.join(names)} is neither SiLU nor GELU by tanh")
+
+
+def norms_of(modules: list[Any]) -> tuple[Tensor, float]:
+    """What RMS norms multiply by, ``[N, n]`` float32, and their epsilon.
+
+    Raises:
+        TypeError: one is no such norm.
+        ValueError: they differ.
+    """
+    weights, epsilons = [], set()
+    for module in modules:
+        name, weight = type(module).__name__, module.weight.detach().float()
+        if not name.endswith("RMSNorm"):
+            raise TypeError(f"{name} is no RMSNorm")
+        ours = name.startswith("Gemma")  # whose weights are what is added to 1
+        weights.append(1 + weight if ours else weight)
+        epsilons.add(float(module.eps if ours else module.variance_epsilon))
+    if len(epsilons) > 1:
+        raise ValueError("the norms differ")
+    return torch.stack(weights), epsilons.pop()
+
+
+def layer_kind(rotary: Any, layer: Any) -> str:
+    """What rotary positions of a layer go by: empty where layers have the same, :data:`UNTURNED` where it has none."""
+    if not getattr(layer.self_attn, "use_rope", True):
+        return UNTURNED
+    several = "layer_type" in inspect.signature(rotary.forward).parameters
+    return layer.self_attn.layer_type if several else ""
+
+
+def turns(rotary: Any, kinds: list[str], positions: int, dim: int) -> Tensor:
+    """Cosine and sine of every position for each kind of layer: ``[T, P, 2, dim]`` float32.
+
+    Raises:
+        ValueError: only part of each head turns.
+    """
+    tables = []
+    for kind in kinds:
+        if kind == UNTURNED:
+            still = torch.tensor([1.0, 0.0]).view(1, 2, 1)
+            tables.append(still.expand(positions, 2, dim))
+            continue
+        which = (kind,) if kind else ()
+        cos, sin = rotary(torch.empty(0, dtype=torch.float32), torch.arange(positions).unsqueeze(0), *which)
+        if cos.shape[-1] != dim:
+            raise ValueError("only part of each head turns")
+        tables.append(torch.stack([cos[0], sin[0]], 1))
+    return torch.stack(tables).contiguous()
+
+
+def embedded(module: Any) -> tuple[Tensor, float]:
+    """An embedding's weights ``[V, n]``, and what they are multiplied by.
+
+    Raises:
+        TypeError: it does something else.
+    """
+    if type(module).__name__ == "Gemma3TextScaledWordEmbedding":
+        return module.weight.detach().contiguous(), float(module.embed_scale.to(module.weight.dtype))
+    return plain(module, nn.Embedding).weight.detach().contiguous(), 1.0
 
 
 def plain(module: Any, kind: type) -> Any:
@@ -68,7 +150,7 @@ def state(model: nn.Module, rounded: bool) -> list[Any]:
     some = [torch.empty(0)] + [
         p.detach().reshape(-1)[:: max(1, p.numel() // SAMPLES)].float() for p in parameters if rounded and p.ndim >= 2
     ]
-    names = ("scaling", "variance_epsilon", "attention_scaling")
+    names = ("scaling", "variance_epsilon", "attention_scaling", "eps", "scalar_embed_scale")
     settings = [
         (type(m), [vars(m)[name] for name in names if type(vars(m).get(name)) is float]) for m in model.modules()
     ]

@@ -57,6 +57,14 @@ def test_the_models_own_forward_gives_the_same(method, rows):
         assert same(target, taught_prompts(rows), drafters()[method], max_new_tokens=5).forward == "native"
 
 
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("architecture", ["gemma3", "qwen2_windows"])
+def test_masks_of_several_kinds_by_the_models_own_forward(architecture, rows):
+    options = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4, "compile": "off"}
+    statistics = same(model(architecture), prompts(rows, padded=True), options, max_new_tokens=24)
+    assert statistics.forward == "eager" and 0 < statistics.accepted < statistics.drafted
+
+
 def test_which_rows_share_a_forward_pass():
     """Found out by trying; a wrong mask would not fail the tests above, only be slower, as each row ran alone."""
     alone = [architecture for architecture in ARCHITECTURES if not supports_ragged_batches(model(architecture))]

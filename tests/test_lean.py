@@ -8,7 +8,17 @@ import weakref
 import pytest
 import torch
 from tiny import model as tiny_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MinistralConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SeedOssConfig,
+    SmolLM3Config,
+)
 
 from specdec_fast import fast_generate, last_speculation, native
 from specdec_fast.lean import CAPABILITIES, lean_model, why_not_lean
@@ -33,6 +43,22 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SHAPE, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**SHAPE, head_dim=16),
     "mistral_window": MistralConfig(**SHAPE, head_dim=12, sliding_window=4),
+    "ministral": MinistralConfig(
+        **SHAPE, head_dim=12, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "smollm3": SmolLM3Config(**SHAPE, no_rope_layers=[1, 0], pad_token_id=0),
+    "smollm3_window": SmolLM3Config(
+        **SHAPE,
+        no_rope_layers=[0, 1],
+        pad_token_id=0,
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "seed_oss": SeedOssConfig(**SHAPE, head_dim=12),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE, head_dim=12, sliding_window=4, layer_types=["sliding_attention", "full_attention"]
+    ),
 }
 
 
@@ -53,7 +79,7 @@ def rounded(model):
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     for module in model.modules():
         if isinstance(module, torch.nn.Linear):
-            step = module.weight.data.abs().amax(1, keepdim=True) / 127
+            step = module.weight.data.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
             module.weight.data = (module.weight.data / step).round() * step
     return model
 
@@ -105,7 +131,7 @@ def test_a_targets_logits_are_its_own(family, padded):
 
 @pytest.mark.parametrize("capability", ["avx2", "dot"])
 @pytest.mark.parametrize("rounded_", [False, True])
-@pytest.mark.parametrize("family", ["llama", "mistral_window"])
+@pytest.mark.parametrize("family", ["llama", "mistral_window", "gemma3"])
 def test_a_position_gets_the_same_bits_whatever_shares_its_pass(family, rounded_, capability):
     model = made(FAMILIES[family], torch.bfloat16)
     lean = on(capability, model, rounded_)
@@ -283,7 +309,7 @@ def test_a_position_is_not_touched_by_what_it_does_not_see():
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-@pytest.mark.parametrize("family", ["llama_bias", "odd_heads"])
+@pytest.mark.parametrize("family", ["llama_bias", "odd_heads", "gemma3"])
 def test_every_instruction_set_gives_these_logits(family, capability):
     model = made(FAMILIES[family])
     ids = torch.randint(97, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -328,8 +354,14 @@ def test_changed_weights_are_read_again():
 
 
 def test_other_structures_run_as_they_are():
-    for family in ("gpt2", "gemma3"):
+    for family in ("gpt2", "gpt_neox"):
         assert lean_model(tiny_model(family)) is None
+    for change in (
+        {"attn_logit_softcapping": 50.0},
+        {"use_bidirectional_attention": True},
+        {"hidden_activation": "relu"},
+    ):
+        assert lean_model(made(Gemma3TextConfig(**SHAPE, head_dim=12, **change))) is None
     hooked = made(FAMILIES["llama"])
     hooked.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, inputs, output: output + 1)
     assert lean_model(hooked) is None
