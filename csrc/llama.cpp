@@ -160,7 +160,7 @@ namespace {
 using Models = specdec::Shelf<const Llama>;
 using Sessions = specdec::Shelf<const Session>;
 
-int64_t llama_model(const Tensor& embedding, std::vector<Tensor> weights,
+int64_t llama_hold(const Tensor& embedding, std::vector<Tensor> weights,
                     std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
                     const Tensor& head_norms, std::vector<int64_t> windows,
                     std::vector<int64_t> tables, int64_t heads, int64_t kv_heads, int64_t dim,
@@ -331,7 +331,7 @@ Tensor llama_forward(int64_t number, const Tensor& tokens, const Tensor& columns
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specdec_fast, CPU, library) {
-  library.impl("llama_model", TORCH_BOX(&llama_model));
+  library.impl("llama_hold", TORCH_BOX(&llama_hold));
   library.impl("llama_open", TORCH_BOX(&llama_open));
   library.impl("llama_forward", TORCH_BOX(&llama_forward));
 }

@@ -471,7 +471,7 @@ def _form(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
 def _native() -> bool:
     """Whether the native pass is there: a library built from older sources may lack it."""
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return native.load_ops() and has("specdec_fast::llama_model", "CPU") and has(NEWEST, "CompositeExplicitAutograd")
+    return native.load_ops() and has("specdec_fast::llama_hold", "CPU") and has(NEWEST, "CompositeExplicitAutograd")
 
 
 @torch.no_grad()

@@ -216,7 +216,7 @@ class KeptModel:
     """A model that the native code keeps, for as long as this object lives."""
 
     def __init__(self, *parts: Any):
-        self.number: int = torch.ops.specdec_fast.llama_model(*parts)
+        self.number: int = torch.ops.specdec_fast.llama_hold(*parts)
         weakref.finalize(self, torch.ops.specdec_fast.llama_forget, self.number)
 
 
@@ -293,7 +293,7 @@ def _entries() -> dict[str, Any]:
 
 _library = torch.library.Library("specdec_fast", "FRAGMENT")
 _library.define(
-    "llama_model(Tensor embedding, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, "
+    "llama_hold(Tensor embedding, Tensor[] weights, Tensor[] scales, Tensor[] offsets, Tensor norms, "
     "Tensor head_norms, int[] windows, int[] tables, int heads, int kv_heads, int dim, float scaling, float epsilon, "
     "float scale, bool curved) -> int"
 )
