@@ -26,9 +26,10 @@ __all__ = ["placed", "twin_apart"]
 
 
 class _Pass(NamedTuple):
-    """Where the rows of a pass stand, and which lanes' scores are wanted."""
+    """Where the rows of a pass stand, how many of its lanes they have, and which lanes' scores are wanted."""
 
     start: list[int]
+    held: list[int]
     lanes: list[int]
 
 
@@ -36,9 +37,10 @@ _thread = threading.local()
 
 
 @contextmanager
-def placed(start: list[int], lanes: list[int]) -> Iterator[None]:
-    """Says where the rows of this thread's next pass stand, and the lanes whose scores are wanted."""
-    _thread.now = _Pass(start, lanes)
+def placed(start: list[int], held: list[int], lanes: list[int]) -> Iterator[None]:
+    """Says where the rows of this thread's next pass stand, how many of its lanes each has, and the lanes whose scores
+    are wanted."""
+    _thread.now = _Pass(start, held, lanes)
     try:
         yield
     finally:
@@ -53,6 +55,12 @@ def _shifts() -> list[int] | None:
     return [start - min(now.start) for start in now.start]
 
 
+def _lanes(shifts: list[int]) -> dict[int, int]:
+    """How many lanes the rows that are so far ahead have: a table may end behind them."""
+    now: _Pass = _thread.now
+    return {shift: max(n for n, own in zip(now.held, shifts, strict=True) if own == shift) for shift in set(shifts)}
+
+
 class _Positions(nn.Module):
     """Embeds the positions of each row. ``own`` gets what it would get if all rows stood there."""
 
@@ -65,12 +73,14 @@ class _Positions(nn.Module):
         if shifts is None:
             return self.own(*args, **kwargs)
         made = {}
-        for shift in set(shifts):  # rows that are equally far ahead share one
-            alone = [_ahead(value, shift) for value in args]
-            named = {name: _ahead(value, shift) for name, value in kwargs.items()}
+        n = max(_thread.now.held)
+        for shift, lanes in _lanes(shifts).items():  # rows that are equally far ahead share one
+            alone = [_ahead(value, shift, n, lanes) for value in args]
+            named = {name: _ahead(value, shift, n, lanes) for name, value in kwargs.items()}
             if isinstance(named.get("position_ids"), Tensor):
                 named["position_ids"] = named["position_ids"] + shift
-            made[shift] = self.own(*alone, **named)
+            part = self.own(*alone, **named)
+            made[shift] = nn.functional.pad(part, (0, 0, 0, n - part.shape[-2]))
         rows = [made[shift] for shift in shifts]
         if rows[0].ndim == 2:
             return torch.stack(rows)
@@ -78,8 +88,14 @@ class _Positions(nn.Module):
         return torch.stack([part[0 if alike else row] for row, part in enumerate(rows)])
 
 
-def _ahead(value: Any, shift: int) -> Any:
-    """A number of columns as a row sees it that is so far ahead."""
+def _ahead(value: Any, shift: int, n: int, lanes: int) -> Any:
+    """What says where a pass of ``n`` lanes stands, as a row sees it that is so far ahead and has fewer."""
+    if isinstance(value, Tensor):
+        if value.ndim > 1 and value.shape[1] == n:
+            return value[:, :lanes]
+        return value[:lanes] if value.shape == (n,) else value
+    if isinstance(value, tuple | list) and len(value) > 1 and value[1] == n:
+        return type(value)((value[0], lanes, *value[2:]))
     return value + shift if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -121,10 +137,18 @@ def twin_apart(model: PreTrainedModel) -> PreTrainedModel | None:
     if why_no_twin(model):
         return None
     with _making:
-        state = parts_of(model)
+        state = [parts_of(model), [one._attn_implementation for one in _configs(model)]]
         if model not in _twins or _twins[model][0] != state:
             _twins[model] = state, _made(model)
         return _twins[model][1]
+
+
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The model's configuration and those within it, of which a twin has copies."""
+    return [
+        model.config,
+        *(vars(model.config)[name] for name in model.config.sub_configs if name in vars(model.config)),
+    ]
 
 
 def _made(model: PreTrainedModel) -> PreTrainedModel:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.cache_utils import Cache
-from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput, StopStringCriteria
+from transformers.generation import (
+    GenerateDecoderOnlyOutput,
+    GenerationMixin,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import costs, dispatch, methods, sampling, warmup
@@ -31,7 +35,8 @@ from specdec_fast.inputs import check_ids, check_positions, refuse_inputs
 from specdec_fast.lean import lean_model, why_not_lean
 from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
 from specdec_fast.options import Options
-from specdec_fast.randomness import Philox, UniformSource, row_seeds
+from specdec_fast.outputs import SpeculativeEncoderDecoderOutput, SpeculativeOutput
+from specdec_fast.randomness import Philox, UniformSource, row_seeds, seed_of_call
 from specdec_fast.record import Record
 from specdec_fast.runner import Runner
 from specdec_fast.settings import Settings
@@ -42,24 +47,6 @@ from specdec_fast.stops import Stops
 from specdec_fast.verification import Apart, rule_for
 
 __all__ = ["SpeculativeOutput", "decoding_loop", "fast_generate"]
-
-
-@dataclass
-class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """Transformers' own output with the statistics of the call beside it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.speculation: Speculation | None = None
-
-
-@dataclass
-class SpeculativeEncoderDecoderOutput(GenerateEncoderDecoderOutput):
-    """The same of an encoder-decoder model."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.speculation: Speculation | None = None
 
 
 def fast_generate(
@@ -98,8 +85,8 @@ def fast_generate(
     """Generates with a drafter; the output has exactly the law of ``model`` alone.
 
     Takes every argument of ``model.generate`` and returns what it returns: ``sequences [B, L]``, or with
-    ``return_dict_in_generate=True`` a ``GenerateDecoderOnlyOutput`` (scores, logits, the cache) that also
-    carries the statistics as ``output.speculation``. After a plain tensor they are in
+    ``return_dict_in_generate=True`` a ``GenerateDecoderOnlyOutput`` or ``GenerateEncoderDecoderOutput`` (scores,
+    logits, the cache) that also carries the statistics as ``output.speculation``. After a plain tensor they are in
     :func:`specdec_fast.last_speculation`.
 
     Args:
@@ -122,8 +109,9 @@ def fast_generate(
             does, and "block" is refused, beside custom processors and criteria, who see each token.
         seed: an int, or one a row, makes a sampled result repeat; row i then does not depend on the batch it stands
             in (but for verification="token" beside a custom processor or criterion, where rows advance in step).
-            None: from torch's global generator; how much is drafted then hangs on what was measured, so that under
-            rules "token" and "block" a result need not repeat.
+            Whisper's ``generate``, which decodes in parts, takes an int. None: from torch's global generator; how much
+            is drafted then hangs on what was measured, so that under rules "token" and "block" a result need not
+            repeat.
         num_assistant_tokens: lookahead, draft tokens a round (in target tokens); constant unless a schedule is given.
         num_assistant_tokens_schedule: "adaptive" (default: from the acceptance so far and from costs, measured or, with
             a seed, guessed from the models' sizes; none at all where drafting does not pay), "constant", "heuristic"
@@ -197,7 +185,8 @@ def fast_generate(
             raise ValueError(f"{strategy} cannot be combined with {names}: leave out the one or the other")
         extra = {} if tokenizer is None else {"tokenizer": tokenizer}
         extra |= {} if streamer is None else {"streamer": streamer}
-        return generate(inputs, generation_config, synced_gpus=synced_gpus, **common, **extra, **kwargs)
+        common |= {"generation_config": generation_config, "synced_gpus": synced_gpus, **extra, **kwargs}
+        return generate(**common) if inputs is None else generate(inputs, **common)
     if synced_gpus:
         raise ValueError("synced_gpus is not supported: generate on one process, or use model.generate")
     if settings.get("token_healing"):
@@ -230,9 +219,16 @@ def fast_generate(
     # Set, these would make `generate` check its own assisted decoding, which refuses batches
     for name in ("prompt_lookup_num_tokens", *_OTHER_SPECULATION):
         settings.take(name)
-    common |= {"generation_config": settings.config, "custom_generate": _Loop(options), **settings.kwargs}
+    loop = _Loop(options)
+    common |= {"generation_config": settings.config, "custom_generate": loop, **settings.kwargs}
     # By position, for models that call their input by a name of its own; not at all where it is given by that name
-    return generate(**common) if inputs is None else generate(inputs, **common)
+    result = generate(**common) if inputs is None else generate(inputs, **common)
+    if not loop.calls:
+        raise ValueError(
+            f"model: {type(model).__name__} has a generate of its own that takes no other decoding loop, so nothing "
+            "here had a part in what it wrote: use model.generate for it"
+        )
+    return result
 
 
 def decoding_loop(**options: Any) -> Callable[..., Tensor | GenerateDecoderOnlyOutput]:
@@ -276,6 +272,7 @@ class _Loop:
 
     def __init__(self, options: Options):
         self._options = options
+        self.calls = 0
         # `generate` looks at the signature to see which of its arguments a custom loop wants
         self.__name__ = "specdec_fast"
 
@@ -312,7 +309,7 @@ class _Loop:
         batch, columns = input_ids.shape
         check_ids(input_ids, model)
         sources = sources_of(model, options, model_kwargs, inputs_tensor, batch, plan.method)
-        seeds = row_seeds(options.seed, batch)
+        seeds = row_seeds(self._seed(model, options), batch)
         limit = stops.max_length if stops.max_length is not None else config.max_length
         pad = config._pad_token_tensor
         if stops.pads and pad is None:
@@ -323,15 +320,17 @@ class _Loop:
         past = columns_of(cache, name) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
             raise ValueError(f"use_cache=False cannot continue {name}: leave out one of them")
-        shift = columns_before(config, columns, past, mask, embeds, name)
+        shift = columns_before(config, columns, past, mask, embeds, name, encodes)
         if isinstance(cache, Cache):
             check_cache(cache, name, batch, model.config, shift + max(limit, columns + 1) - 1)
         visible = None if mask is None else mask.bool().to(input_ids.device)
         if visible is not None and visible.shape[1] != shift + columns:
+            masked = "decoder_attention_mask" if encodes else "attention_mask"
             raise ValueError(
-                f"attention_mask has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
+                f"{masked} has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
-        check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
+        if not encodes:
+            check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
         record = Record(
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
@@ -459,6 +458,19 @@ class _Loop:
         output = made(sequences=sequences.clone(), **fields, **{_CACHE_FIELD: cache})
         output.speculation = statistics
         return output
+
+    def _seed(self, model: PreTrainedModel, options: Options) -> int | Sequence[int] | None:
+        """The seed of this call. A ``generate`` of the model's own (Whisper's) calls the loop once a window and once
+        more for what it throws away, of rows that come and go: no number may be drawn twice there."""
+        call, self.calls = self.calls, self.calls + 1
+        kind: Any = type(model)
+        if kind.generate is GenerationMixin.generate:
+            return options.seed
+        if options.seed is not None and not isinstance(options.seed, int):
+            raise ValueError(
+                f"seed: {type(model).__name__}'s generate decodes in parts whose rows come and go: give one int"
+            )
+        return seed_of_call(options.seed, call)
 
 
 def _refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, model_kwargs: dict[str, Any]) -> None:

@@ -232,9 +232,19 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
 
 
 def parts_of(model: PreTrainedModel) -> Any:
-    """What a twin is made of: where this has changed, a twin is no longer one."""
-    modules = [(id(m), m.training, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules()]
+    """What a twin is made of: where this has changed, a twin is no longer one.
+
+    Modules are referred to weakly: an address may be another module's when the first one is gone.
+    """
+    modules = [
+        (weakref.ref(m), len(m._forward_hooks) + len(m._forward_pre_hooks), _settings(m)) for m in model.modules()
+    ]
     return id(model.config), modules, model.dtype, model.device.type
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """Plain numbers and words that a module holds, which a twin copies."""
+    return [(name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str)]
 
 
 def around(module: Any, memo: dict[int, Any]) -> Any:

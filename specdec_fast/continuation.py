@@ -69,19 +69,31 @@ def store(target: Runner, cache: Any, columns: int) -> None:
 
 
 def columns_before(
-    config: GenerationConfig, columns: int, past: int, mask: Tensor | None, embeds: Tensor | None, name: str
+    config: GenerationConfig,
+    columns: int,
+    past: int,
+    mask: Tensor | None,
+    embeds: Tensor | None,
+    name: str,
+    encodes: bool,
 ) -> int:
-    """Columns of the target's text in front of those of ``input_ids``; ``name`` is that of the cache's argument."""
+    """Columns of the target's text in front of those of ``input_ids``; ``name`` is that of the cache's argument.
+
+    Args:
+        encodes: whether the model has an encoder.
+    """
     if embeds is not None:
         if past:
             raise ValueError(f"inputs_embeds cannot continue {name}: pass input_ids")
         return embeds.shape[1] - columns
     if not past:
         return 0
-    # As `generate`: the mask covers all text; ids that are as long as it repeat what the cache holds
-    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", columns)
+    # As `generate`: the mask covers all text; ids that are as long as it repeat what the cache holds. Without one they
+    # do so for a decoder-only model, and go on behind it for one with an encoder
+    whole = mask.shape[1] if mask is not None else getattr(config, "_mask_length", -1 if encodes else columns)
     if whole == columns:
+        ids = "decoder_input_ids" if encodes else "input_ids"
         if past >= columns:
-            raise ValueError(f"{name} holds {past} columns and input_ids has {columns}: at least one token must be new")
+            raise ValueError(f"{name} holds {past} columns and {ids} has {columns}: at least one token must be new")
         return 0
     return past

@@ -149,6 +149,11 @@ class EncodedRunner(Runner):
         # Reading again costs by positions, which rows multiply
         self._ahead = int(AHEAD / math.sqrt(rows))
         self.again = 0 if rows == 1 or self._apart else self._ahead // 2
+        if self._visible is not None and not _found(model, encoded).masks:
+            raise ValueError(
+                f"decoder_attention_mask: {type(model).__name__} gives other logits for several tokens than for one "
+                "after the other where it hides something: leave it out, or use model.generate"
+            )
         self._counts = self._visible is not None and _counts_text(model)
         self._text: list[list[int]] = [[] for _ in range(rows)]
         self._stumbles = _found(model, encoded).stumbles
@@ -171,7 +176,7 @@ class EncodedRunner(Runner):
     ) -> Tensor:
         for row, line, n in zip(rows, tokens.tolist(), count, strict=True):
             self._text[row][self.length[row] :] = line[:n]
-        if self._stumbles is not None:
+        if self._stumbles is not None and self.use_cache:
             begin = min(self.length[row] for row in rows)
             if any(self._stumbles in self._text[row][begin:-1] for row in rows):
                 return self._in_pieces(rows, tokens, count, tail, self._stumbles)
@@ -262,10 +267,11 @@ class EncodedRunner(Runner):
         arguments: dict[str, Any] = {
             f"{prefix}input_ids": tokens,
             "encoder_outputs": outputs,
-            cache_argument(type(model)): self._cache,
-            "use_cache": True,
+            "use_cache": self.use_cache,
             "return_dict": True,
         }
+        if self.use_cache:
+            arguments[cache_argument(type(model))] = self._cache
         if mask is not None:
             arguments["attention_mask"] = mask
         end = unit.window.end
@@ -280,7 +286,7 @@ class EncodedRunner(Runner):
             )
             place = torch.minimum(columns, used.unsqueeze(1) - 1)
             arguments[position] = text_positions(place, visible if self._counts else None)
-        with placed([self.length[row] for row in rows], lanes):
+        with placed([self.length[row] for row in rows], count, lanes):
             logits = self._own(**arguments).logits
         if logits.shape[1] > len(lanes):
             logits = logits[:, lanes]
@@ -341,11 +347,13 @@ class _Found(NamedTuple):
     Args:
         why_not: it cannot be decoded.
         twin: its passes are those of a twin (:mod:`specdec_fast.apart`).
+        masks: columns of its text may be hidden.
         stumbles: an id behind which its positions hang on where a pass began; None: there is none.
     """
 
     why_not: str | None = None
     twin: bool = False
+    masks: bool = True
     stumbles: int | None = None
 
 
@@ -364,19 +372,25 @@ def why_not_encoded(model: PreTrainedModel, encoded: Encoded) -> str | None:
     """Why a model that reads what an encoder made cannot be decoded; None where it can. Tried once a model.
 
     Several tokens behind others, and again after a rollback, must give what reading them one by one does, and what a
-    pass without a cache does.
+    pass of the model itself without a cache does.
 
     Args:
-        encoded: of any source.
+        encoded: of any source. Where it holds no numbers it says nothing of the model, which is then not tried.
     """
     with _probing:
         found, form = _probed.setdefault(model, {}), _form(model, encoded)
         if form not in found:
             part, twin = encoded.part([0]), twin_apart(model) is not None
+            if not bool(part.outputs[0].isfinite().all()):
+                return None
             why_not = _tried(model, part, twin)
             if why_not and twin:
                 twin, why_not = False, _tried(model, part, False)
-            found[form] = _Found(why_not, twin, None if why_not else _stumbling(model, part, twin))
+            if why_not:
+                found[form] = _Found(why_not)
+            else:
+                masks = _tried(model, part, twin, hidden=2) is None
+                found[form] = _Found(None, twin, masks, _stumbling(model, part, twin))
         return found[form].why_not
 
 
@@ -388,10 +402,10 @@ def _found(model: PreTrainedModel, encoded: Encoded) -> _Found:
 @torch.no_grad()
 def _stumbling(model: PreTrainedModel, encoded: Encoded, twin: bool) -> int | None:
     """The id of padding, where positions behind it are counted anew in each pass (M2M100's are)."""
-    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
-    if not isinstance(pad, int) or not 0 <= pad < (readable(model) or 0):
+    pad = _pad_of(model)
+    if pad is None:
         return None
-    ids = trial_ids(model).flatten().unsqueeze(0)
+    ids = _ids_to_try(model)
     ids[0, 5] = pad
     steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin) for _ in range(2))
     steps.feed([0], ids[:, :4], [4], [1])
@@ -400,16 +414,33 @@ def _stumbling(model: PreTrainedModel, encoded: Encoded, twin: bool) -> int | No
     return None if alike(model, one_by_one, spans.feed([0], ids[:, 4:10], [6], [6])[0]) else pad
 
 
+def _pad_of(model: PreTrainedModel) -> int | None:
+    pad = getattr(model.config.get_text_config(decoder=True), "pad_token_id", None)
+    return pad if isinstance(pad, int) and 0 <= pad < (readable(model) or 0) else None
+
+
+def _ids_to_try(model: PreTrainedModel) -> Tensor:
+    """A text ``[1, 14]`` without padding."""
+    ids, pad = trial_ids(model).flatten().unsqueeze(0), _pad_of(model)
+    return ids if pad is None else torch.where(ids == pad, (pad + 1) % (readable(model) or 1), ids)
+
+
 @torch.no_grad()
-def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool) -> str | None:
+def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool, hidden: int = 0) -> str | None:
+    """Why a model's passes are of no use; None where they are.
+
+    Args:
+        hidden: so many first columns.
+    """
     if not cache_argument(type(model)):
         return "it has no key-value cache to roll back"
     if ragged_layers(model.config.get_text_config(decoder=True)) is None:
         return "its cache holds more than keys and values"
-    ids = trial_ids(model).flatten().unsqueeze(0)
+    ids = _ids_to_try(model)
+    visible = torch.arange(4).unsqueeze(0) >= hidden if hidden else None
     try:
-        steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin) for _ in range(2))
-        whole = EncodedRunner(model, 1, encoded=encoded, twin=False, use_cache=False)
+        steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin, visible=visible) for _ in range(2))
+        whole = EncodedRunner(model, 1, encoded=encoded, twin=False, visible=visible, use_cache=False)
         steps.feed([0], ids[:, :4], [4], [1])
         one_by_one = torch.cat([steps.feed([0], ids[:, i : i + 1], [1], [1]) for i in range(4, 10)], 1)[0]
         spans.feed([0], ids[:, :4], [4], [1])
@@ -419,10 +450,13 @@ def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool) -> str | None:
         anew = whole.feed([0], ids[:, :10], [10], [6])
         found = [(one_by_one, at_once[0]), (one_by_one[2:], behind[0]), (anew[0], one_by_one)]
         if not all(alike(model, plain, got) for plain, got in found):
-            return "it gives other logits for several tokens than for one after the other"
+            dropped = "; it is in training mode, so call model.eval()" if model.training else ""
+            return f"it gives other logits for several tokens than for one after the other{dropped}"
     except torch.OutOfMemoryError:
         raise  # says nothing of the model
     except Exception as error:  # what a forward of its own kind can throw
+        if "memory" in str(error).lower():
+            raise
         return f"its passes do not go on from a cache ({type(error).__name__}: {error})".split("\n")[0]
     return None
 
@@ -441,7 +475,7 @@ def _tried_apart(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     if not (twin or takes(model, f"{prefix}position_ids")):
         return False
-    ids = trial_ids(model)
+    ids = _ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])
     try:
         runner = EncodedRunner(model, 2, encoded=both, joint=True, twin=twin)

@@ -25,7 +25,8 @@ def refuse_inputs(model: PreTrainedModel, inputs: Iterable[str]) -> None:
     if model.config.is_encoder_decoder:
         known |= {*_OF_DECODERS, *encoder_inputs(model)}
     if unknown := sorted(set(inputs) - known):
-        raise ValueError(f"{', '.join(unknown)} is not supported: only text prompts are, use model.generate for others")
+        only = "" if model.config.is_encoder_decoder else "only text prompts are, "
+        raise ValueError(f"{', '.join(unknown)} is not supported: {only}use model.generate for others")
 
 
 def check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from specdec_fast import native
 
-__all__ = ["Philox", "Purpose", "UniformSource", "philox_block", "philox_reference", "row_seeds"]
+__all__ = ["Philox", "Purpose", "UniformSource", "philox_block", "philox_reference", "row_seeds", "seed_of_call"]
 
 _WORD = 0xFFFFFFFF
 _DOUBLE_WORD = 0xFFFFFFFFFFFFFFFF
@@ -142,6 +142,19 @@ def row_seeds(seed: int | Sequence[int] | None, rows: int) -> Tensor:
         state = _mix(_integer(seed))
         values = [_mix(state + (row + 1) * _GOLDEN) for row in range(rows)]
     return torch.tensor([_signed(value) for value in values], dtype=torch.int64)
+
+
+def seed_of_call(seed: int | Sequence[int] | None, call: int) -> int | Sequence[int] | None:
+    """The seed of one of several calls that belong together: that of the first is the seed itself.
+
+    Args:
+        seed: an int, or None for none. One a row is taken for the first call alone.
+        call: its number, from 0.
+    """
+    if seed is None or not call:
+        return seed
+    assert not isinstance(seed, Sequence | Tensor)
+    return _mix(_mix(_integer(seed)) - call * _GOLDEN)
 
 
 def _integer(value: object) -> int:

@@ -59,8 +59,7 @@ def sources_of(
     batch: int,
     method: str,
 ) -> Sources:
-    """What a call's models read beside the text. The drafter's encoder runs when it first drafts, unless it is the
-    target's.
+    """What a call's models read beside the text. The drafter's encoder runs here, unless it is the target's.
 
     Args:
         arguments: as ``generate`` hands them to a loop.
@@ -87,6 +86,7 @@ def sources_of(
         raise ValueError(f"model: {type(model).__name__} does not write one text a source: use model.generate for it")
     _check(model, target, "model")
     text = inputs is not None and inputs.ndim == 2 and not inputs.is_floating_point() and bool((inputs >= 0).all())
+    text = text and inputs is not None and inputs.shape[1] == (outputs[0] if mask is None else mask).shape[1]
     each = batch // inputs.shape[0] if inputs is not None else 1
     hidden = None if mask is None else mask[::each]
     ids = _ids(inputs, hidden) if inputs is not None and text else None
@@ -126,7 +126,9 @@ def _ids(inputs: Tensor, mask: Tensor | None) -> list[list[int]]:
 def _translated(ids: list[list[int]], options: Options) -> tuple[Tensor, Tensor]:
     """Sources in the drafter's ids, with the marks its tokenizer adds, and their mask."""
     texts = [options.tokenizer.decode(text, skip_special_tokens=True) for text in ids]
-    made = [torch.tensor(options.assistant_tokenizer(text)["input_ids"], dtype=torch.long) for text in texts]
+    nothing = [options.assistant_tokenizer.eos_token_id or options.assistant_tokenizer.pad_token_id or 0]
+    read = [options.assistant_tokenizer(text)["input_ids"] or nothing for text in texts]
+    made = [torch.tensor(text, dtype=torch.long) for text in read]
     pad = torch.nn.utils.rnn.pad_sequence
     return pad(made, batch_first=True), pad([torch.ones_like(text) for text in made], batch_first=True)
 
@@ -146,7 +148,7 @@ def _same_encoder(model: PreTrainedModel, drafter: PreTrainedModel) -> bool:
     if type(encoders[0]) is not type(encoders[1]):
         return False
     tensors = [dict(encoder.state_dict(keep_vars=True)) for encoder in encoders]
-    state = [(t.data_ptr(), t._version) for own in tensors for t in own.values()]
+    state = [(t.data_ptr(), 0 if t.is_inference() else t._version) for own in tensors for t in own.values()]
     kept = _same.setdefault(model, weakref.WeakKeyDictionary())
     if drafter not in kept or kept[drafter][0] != state:
         own, other = tensors
@@ -174,17 +176,27 @@ def _check_reads(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tenso
         )
 
 
+@torch.no_grad()
 def _encoded(drafter: PreTrainedModel, inputs: Tensor, mask: Tensor | None) -> Encoded:
-    """What the drafter's own encoder makes of sources, when it first drafts: it may never do."""
+    """What the drafter's own encoder makes of sources.
+
+    Raises:
+        ValueError: it cannot read them.
+    """
     encoder: Any = drafter.get_encoder()
     dtype = drafter.dtype if inputs.is_floating_point() else inputs.dtype
     given: dict[str, Any] = {main_input(drafter): inputs.to(drafter.device, dtype), "return_dict": True}
     mask = None if mask is None else mask.to(drafter.device)
     if mask is not None and "attention_mask" in inspect.signature(encoder.forward).parameters:
         given["attention_mask"] = mask
-
-    @torch.no_grad()
-    def encode() -> Any:
-        return encoder(**given)
-
-    return Encoded(encode, mask, inputs.shape[0])
+    try:
+        made = encoder(**given)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # what a forward of its own kind can throw
+        said = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"assistant_model: the encoder of {type(drafter).__name__} cannot read the source ({type(error).__name__}: "
+            f"{said}): pass another drafter, or a shorter source"
+        ) from error
+    return Encoded(made, mask)

@@ -160,7 +160,7 @@ FORWARD = EncodedRunner._model_forward
 def test_models_that_can(kind):
     made = read(writer(kind), kind, 2)
     assert why_not_encoded(writer(kind), made) is None
-    assert encoded._found(writer(kind), made) == (None, True, PAD if kind == "m2m" else None)
+    assert encoded._found(writer(kind), made) == (None, True, True, PAD if kind == "m2m" else None)
     assert encoded._shares(writer(kind), made, True)
     assert encoded._shares(writer(kind), made, False) is (kind in ("whisper", "t5gemma", "moonshine"))
 
@@ -222,7 +222,8 @@ def test_a_model_that_reads_several_tokens_wrongly_is_found(monkeypatch):
 
     def last_token_sees_nothing(self, input_ids=None, **more):
         output = forward(self, input_ids=input_ids, **more)
-        if input_ids.shape[1] > 1 and more["cache" if "cache" in more else "past_key_values"].get_seq_length():
+        cache = more["cache" if "cache" in more else "past_key_values"]
+        if input_ids.shape[1] > 1 and cache is not None and cache.get_seq_length():
             output.last_hidden_state = output.last_hidden_state.roll(1, 1)
         return output
 

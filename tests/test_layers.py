@@ -52,6 +52,7 @@ LAYERS = (
     {"compiled", "device_projection", "device_report"},
     {"device_round"},
     {"device_law", "static_runner"},
+    {"outputs"},
     {"branching", "runner", "verification", "fused", "stops", "lookahead", "record", "state", "stats"},
     {"sampling"},
     {"costs"},
