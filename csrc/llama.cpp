@@ -160,11 +160,11 @@ namespace {
 using Models = specdec::Shelf<const Llama>;
 using Sessions = specdec::Shelf<const Session>;
 
-int64_t llama_hold(const Tensor& embedding, std::vector<Tensor> weights,
-                    std::vector<Tensor> scales, std::vector<Tensor> offsets, const Tensor& norms,
-                    const Tensor& head_norms, std::vector<int64_t> windows,
-                    std::vector<int64_t> tables, int64_t heads, int64_t kv_heads, int64_t dim,
-                    double scaling, double epsilon, double scale, bool curved) {
+int64_t llama_hold(const Tensor& embedding, std::vector<Tensor> weights, std::vector<Tensor> scales,
+                   std::vector<Tensor> offsets, const Tensor& norms, const Tensor& head_norms,
+                   std::vector<int64_t> windows, std::vector<int64_t> tables, int64_t heads,
+                   int64_t kv_heads, int64_t dim, double scaling, double epsilon, double scale,
+                   bool curved) {
   auto model = std::make_shared<Llama>();
   const int64_t layers = static_cast<int64_t>(windows.size()), hidden = embedding.size(1);
   const int64_t more = norms.numel() == (4 * layers + 1) * hidden ? 4 : 2;

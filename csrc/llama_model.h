@@ -17,7 +17,7 @@ namespace specdec {
 // What does not change from pass to pass, and the tensors it points into
 struct Llama {
   std::vector<torch::stable::Tensor> kept;
-  std::vector<Matrix> matrices;  // seven a layer, and the head
+  std::vector<Matrix> matrices;          // seven a layer, and the head
   std::vector<int64_t> windows, tables;  // of turns, by layer
   const void* embedding;
   bool half;  // the embedding's type

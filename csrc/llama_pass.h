@@ -146,10 +146,11 @@ class Pass {
     });
   }
 
-  // y [m, n] = silu(opened) * up of opened [m, n | n], or GELU's curve in its place, and done(i) for
-  // each of m
+  // y [m, n] = silu(opened) * up of opened [m, n | n], or GELU's curve in its place, and done(i)
+  // for each of m
   template <class Done>
-  void gate(bool curved, const float* opened, float* y, int64_t m, int64_t n, const Done& done) const {
+  void gate(bool curved, const float* opened, float* y, int64_t m, int64_t n,
+            const Done& done) const {
     const auto apply = curved ? kernels_.curve : kernels_.gate;
     const auto some = [&](int64_t i, int64_t begin, int64_t end) {
       const float* at = opened + 2 * i * n + begin;

@@ -16,8 +16,8 @@
 namespace {
 
 constexpr specdec::PassKernels pass_named(const char* name) {
-  return {name,   room,        prepare, product, normalise, add_to,    gate, curve,
-          rotate, attend_room, attend,  merge,   mix,       narrow_all};
+  return {name,  room,   prepare,     product, normalise, add_to, gate,
+          curve, rotate, attend_room, attend,  merge,     mix,    narrow_all};
 }
 
 }  // namespace
