@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import statistics
-import time
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from state_passes import medians
 from transformers import PreTrainedModel
 
 from specdec_fast import fast_generate, last_speculation
@@ -58,18 +57,6 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 KEPT = 2  # decoder layers of the drafter
 Kind = StrEnum("Kind", list(SHAPES))
-
-
-def medians(runs: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
-    """Milliseconds of each, in turns; the first turn warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repetitions + 1):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            if turn:
-                seconds[name].append(time.perf_counter() - begin)
-    return {name: round(1e3 * statistics.median(values), 2) for name, values in seconds.items()}
 
 
 def built(kind: str, upper: float) -> tuple[PreTrainedModel, PreTrainedModel]:
