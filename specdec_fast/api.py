@@ -297,7 +297,7 @@ class _Loop:
         encodes = model.config.is_encoder_decoder
         mask = model_kwargs.get("decoder_attention_mask" if encodes else "attention_mask")
         mode = mode_of(options, model, bool(config.disable_compile), config.compile_config)
-        lean = lean_model(model, rounded=False) if mode == "native" else None
+        lean = lean_model(model, rounded=False) if mode == "native" and not encodes else None
         native = lean is not None
         plan = methods.make_plan(model, options, logits_processor, stops, do_sample, input_ids, mask)
         if plan.method == "autoregressive" and options.speculate:
@@ -353,7 +353,8 @@ class _Loop:
             encoded=sources.target,
         )
         if mode == "native" and lean is None:
-            statistics.loop_reason = f"passes are the model's own: {why_not_lean(model, rounded=False)}"
+            why = "it reads what an encoder made" if encodes else why_not_lean(model, rounded=False)
+            statistics.loop_reason = f"passes are the model's own: {why}"
         opened, passes = open_session(model, mode, config.compile_config, batch, call, statistics)
         try:
             resident = opened if isinstance(opened, Session) else None

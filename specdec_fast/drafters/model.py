@@ -126,7 +126,7 @@ class ModelWriter:
         self.device = model.device
         self.warpers = warpers
         self.translate_seconds = 0.0
-        lean, head = lean_model(model), None
+        lean, head = None if encoded is not None else lean_model(model), None
         if choices is not None and encoded is None:
             if lean is None:
                 head = pruned_head(model, choices)

@@ -62,7 +62,7 @@ class TextModel:
     ):
         self.warpers = warpers
         self._ids = ids.to(model.device)
-        lean, runner = lean_model(model), None
+        lean, runner = None if encoded is not None else lean_model(model), None
         if lean is None and passes is not None and encoded is None:
             runner = passes.runner(model, rows, head=None, ids=None, window=window)
         self._runner = runner or runner_for(model, rows, lean=lean, window=window, encoded=encoded)
