@@ -36,6 +36,7 @@ from specdec_fast.options import LOOKBEHIND, Options
 from specdec_fast.proposal import CompactLaw, LazyLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox, row_seeds
 from specdec_fast.runner import Runner
+from specdec_fast.sources import Sources
 from specdec_fast.state import Rows
 from specdec_fast.text import Reader, TextProposer
 from specdec_fast.verification import Draws
@@ -284,7 +285,7 @@ def _drafters(
         made = {"union": UnionDrafter(writer, index), "slem": SlemDrafter(writer, proposer, device)}
     for method in set(methods) - {"union", "slem"}:
         plan = Plan(method, "block", "", lookahead, "constant")
-        made[method] = build_drafter(plan, pair.target, options, rows, processors, True, device)
+        made[method] = build_drafter(plan, pair.target, options, rows, processors, True, Sources(), device)
     return {method: made[method] for method in METHODS if method in methods}
 
 
