@@ -86,7 +86,8 @@ def sources_of(
         raise ValueError(f"model: {type(model).__name__} does not write one text a source: use model.generate for it")
     _check(model, target, "model")
     text = inputs is not None and inputs.ndim == 2 and not inputs.is_floating_point() and bool((inputs >= 0).all())
-    text = text and inputs is not None and inputs.shape[1] == (outputs[0] if mask is None else mask).shape[1]
+    if text and inputs is not None and mask is not None:
+        text = inputs.shape == mask[:: batch // len(inputs)].shape  # else it is no source, but stands for one
     each = batch // inputs.shape[0] if inputs is not None else 1
     hidden = None if mask is None else mask[::each]
     ids = _ids(inputs, hidden) if inputs is not None and text else None
@@ -98,7 +99,7 @@ def sources_of(
     elif method == "model" and _same_encoder(model, drafter):
         own = Encoded(_moved(outputs, drafter), None if mask is None else mask.to(drafter.device))
     else:
-        _check_reads(model, drafter, inputs)
+        _check_reads(model, drafter, inputs, untold=method != "model" and ids is None)
         assert inputs is not None
         if ids is not None and method != "model":
             inputs, hidden = _translated(ids, options)
@@ -162,14 +163,19 @@ def _same_encoder(model: PreTrainedModel, drafter: PreTrainedModel) -> bool:
     return kept[drafter][1]
 
 
-def _check_reads(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | None) -> None:
-    """Refuses a drafter whose encoder cannot read what the target's does."""
+def _check_reads(model: PreTrainedModel, drafter: PreTrainedModel, inputs: Tensor | None, untold: bool) -> None:
+    """Refuses a drafter whose encoder cannot read what the target's does.
+
+    Args:
+        untold: whether it would have to be told the source in other ids, and nobody knows its text.
+    """
     name, own = type(drafter).__name__, main_input(drafter)
     if own != main_input(model):
         raise ValueError(
             f"assistant_model: {name} reads {own}, and the target {main_input(model)}: pass a drafter of its kind"
         )
-    if inputs is None or (own == "input_ids" and (inputs.is_floating_point() or bool((inputs < 0).any()))):
+    wrong = untold or inputs is None or inputs.is_floating_point() or bool((inputs < 0).any())
+    if inputs is None or (own == "input_ids" and wrong):
         raise ValueError(
             f"assistant_model: {name} has an encoder of its own, which needs the source itself: pass input_ids in "
             "place of inputs_embeds or encoder_outputs"

@@ -191,6 +191,13 @@ def test_an_encoding_as_a_tuple_beside_a_mask():
     starts = {"decoder_input_ids": torch.full((2, 1), START)}
     expected = target.generate(**inputs, max_new_tokens=8)
     assert torch.equal(fast_generate(target, **given, **starts, **LOOKUP, max_new_tokens=8), expected)
+    (reads, own), (drafter, others) = taught_writer("target", "t5"), taught_writer("drafter", "bart")
+    pair = {"assistant_model": drafter, "tokenizer": own, "assistant_tokenizer": others, "method": "tli"}
+    with torch.no_grad():
+        made = reads.get_encoder()(**inputs)
+    starts = {"decoder_input_ids": torch.full((2, 1), reads.config.decoder_start_token_id)}
+    with pytest.raises(ValueError, match=r"^assistant_model: Bart.* needs the source itself"):
+        fast_generate(reads, encoder_outputs=made, attention_mask=inputs["attention_mask"], **starts, **pair)
 
 
 def test_ids_of_the_trial_are_no_padding():
