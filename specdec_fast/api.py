@@ -465,9 +465,9 @@ class _Loop:
         more for what it throws away, of rows that come and go: no number may be drawn twice there."""
         call, self.calls = self.calls, self.calls + 1
         kind: Any = type(model)
-        if kind.generate is GenerationMixin.generate:
+        if kind.generate is GenerationMixin.generate or not model.config.is_encoder_decoder:
             return options.seed
-        if options.seed is not None and not isinstance(options.seed, int):
+        if isinstance(options.seed, Sequence | Tensor):
             raise ValueError(
                 f"seed: {type(model).__name__}'s generate decodes in parts whose rows come and go: give one int"
             )

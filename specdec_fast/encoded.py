@@ -280,11 +280,7 @@ class EncodedRunner(Runner):
             arguments[f"{prefix}attention_mask"] = hidden
         position = f"{prefix}position_ids"
         if self._counts or (not level and takes(model, position)):
-            # Lanes behind a row's count are ignored, but a learned position must exist for them too
-            used = torch.tensor(
-                [self.length[row] + n for row, n in zip(rows, count, strict=True)], device=tokens.device
-            )
-            place = torch.minimum(columns, used.unsqueeze(1) - 1)
+            place = self._read_columns(rows, columns, count)
             arguments[position] = text_positions(place, visible if self._counts else None)
         with placed([self.length[row] for row in rows], count, lanes):
             logits = self._own(**arguments).logits
@@ -327,10 +323,9 @@ def layer_count(model: PreTrainedModel) -> int:
 def readable(model: PreTrainedModel) -> int | None:
     """How many ids a model reads as its text, None where it does not say. An encoder may have others."""
     part: Any = model.get_decoder() if model.config.is_encoder_decoder else model
-    try:
-        return getattr(part.get_input_embeddings(), "num_embeddings", None)
-    except (AttributeError, NotImplementedError):
+    if not isinstance(part, PreTrainedModel):  # FSMT's decoder is a plain module
         return None
+    return getattr(part.get_input_embeddings(), "num_embeddings", None)
 
 
 def _counts_text(model: PreTrainedModel) -> bool:

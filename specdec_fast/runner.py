@@ -401,23 +401,25 @@ class Runner:
         lanes: list[int],
     ) -> Tensor:
         """Logits of some lanes, ``[R, len(lanes), V]``, by the model's own forward."""
-        device, n = tokens.device, tokens.shape[1]
+        n = tokens.shape[1]
         level = unit.window.columns is None
-        start = [self.length[row] for row in rows]
         visible = None if self._visible is None else self._visible[rows]
         cache = cache_argument(type(self.model))
         arguments: dict[str, Any] = {"use_cache": True, cache: unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
         if takes(self.model, "position_ids"):
-            # Lanes behind a row's count are ignored, but a learned position must exist for them too
-            used = (torch.tensor(start, device=device) + torch.tensor(count, device=device)).clamp(min=1)
-            arguments["position_ids"] = text_positions(torch.minimum(columns, used.unsqueeze(1) - 1), visible)
+            arguments["position_ids"] = text_positions(self._read_columns(rows, columns, count), visible)
         arguments["attention_mask"] = (
             level_mask(unit.window.end, visible)
             if level
             else ragged_masks(self.model, columns, unit.window.end, visible)
         )
         return self._logits(arguments, lanes, n)
+
+    def _read_columns(self, rows: list[int], columns: Tensor, count: list[int]) -> Tensor:
+        """Columns of a pass, for positions. Lanes behind a row's count are ignored, but a learned one must exist."""
+        used = torch.tensor([self.length[row] + n for row, n in zip(rows, count, strict=True)], device=columns.device)
+        return torch.minimum(columns, used.clamp(min=1).unsqueeze(1) - 1)
 
     def _logits(self, arguments: dict[str, Any], lanes: list[int], n: int) -> Tensor:
         """Logits of some lanes, ``[R, len(lanes), V]``."""

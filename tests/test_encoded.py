@@ -128,10 +128,8 @@ def test_a_source_of_another_row_is_found(kind, monkeypatch):
     assert walk(kind, 3, padded=False) > 0.05
 
 
-@pytest.mark.parametrize("kind", ["t5", "umt5", "bart", "marian", "m2m", "trocr"])
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind not in ("whisper", "t5gemma", "moonshine")])
 def test_rows_where_they_do_not_stand_are_found(kind, monkeypatch):
-    if kind not in WRITERS:
-        pytest.skip("needs a Transformers whose UMT5 reads several tokens behind a cache as it should")
     monkeypatch.setattr(apart, "_shifts", lambda: None)
     assert walk(kind, 3, padded=False) > 0.05
     target = build_writer(kind, seed=2)

@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from laws import pairs_p_value
 from tiny import model as tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 from specdec_fast import fast_generate, last_speculation, native
+from specdec_fast import lean as lean_module
 from specdec_fast.lean import CAPABILITIES, lean_model, why_not_lean
 from specdec_fast.runner import Runner
 
@@ -62,9 +64,9 @@ FAMILIES = {
 }
 
 
-def made(config, dtype=torch.float32):
+def made(config, dtype=torch.float32, seed=3):
     with torch.random.fork_rng():
-        torch.manual_seed(3)
+        torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config).eval()
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -351,6 +353,37 @@ def test_changed_weights_are_read_again():
     ids = torch.tensor([[1, 2]])
     logits = [Runner(model, 1, lean=lean).feed([0], ids, [2], [1]) for lean in (before, after)]
     assert torch.allclose(2 * logits[0], logits[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "fault"),
+    [
+        ("gemma3", "gates", lambda *_: False),  # SiLU in GELU's place
+        ("gemma3", "embedded", lambda module: (module.weight.detach().contiguous(), 1.0)),
+        ("gemma3", "layer_kind", lambda rotary, layer: "full_attention"),  # one table for all layers
+        ("smollm3", "layer_kind", lambda rotary, layer: ""),  # layers without turns are turned
+    ],
+)
+def test_a_pass_of_another_model_is_found(family, name, fault, monkeypatch):
+    monkeypatch.setattr(lean_module, name, fault)
+    model = made(FAMILIES[family])
+    assert lean_model(model, rounded=False) is None and "other logits" in why_not_lean(model, rounded=False)
+
+
+@pytest.mark.parametrize("rule", ["match", "block"])
+@pytest.mark.parametrize("family", ["gemma3", "smollm3"])
+def test_the_output_has_the_targets_law(family, rule):
+    config = copy.deepcopy(FAMILIES[family])
+    config.vocab_size, config.pad_token_id, config.initializer_range = 8, None, 0.3
+    config.bos_token_id = config.eos_token_id = None
+    target, drafter, prompt = made(config), made(config, seed=4), torch.tensor([[1, 2, 5]])
+    given = {"do_sample": True, "top_k": 0, "max_new_tokens": 4, "num_return_sequences": 3000, "seed": 0}
+    pair = {"assistant_model": drafter, "num_assistant_tokens": 2, "verification": rule}
+    text = fast_generate(target, prompt, **given, **pair)
+    assert last_speculation().forward == "native"
+    assert pairs_p_value(target, prompt, text, 8) > 1e-4
+    if rule == "block":  # the law of another model is none of this one's
+        assert pairs_p_value(drafter, prompt, text, 8) < 1e-6
 
 
 def test_other_structures_run_as_they_are():
