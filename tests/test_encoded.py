@@ -102,6 +102,17 @@ def test_rows_ahead_read_again_what_brings_them_to_those_behind(passes):
     assert passes == [[1], [1]] and runner.length == [3, limit + 4]
 
 
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_rows_may_begin_one_after_the_other(kind):
+    made, ids = read(writer(kind), kind, 3), torch.arange(3, 15).view(3, 4)
+    runner = EncodedRunner(writer(kind), 3, encoded=made)
+    for some in ([2], [0, 1]):
+        runner.feed(some, ids[some, :2], [2] * len(some), [1] * len(some))
+    got = runner.feed([0, 1, 2], ids[:, 2:], [2] * 3, [2] * 3)
+    for row in range(3):
+        assert torch.allclose(got[row], plain(writer(kind), ids[row : row + 1], made, row)[-2:], atol=1e-3)
+
+
 def test_the_source_is_read_once(monkeypatch):
     calls, update = [], CrossLayer.update
     same = {"assistant_model": noisy_writer("t5"), "max_new_tokens": 20}
