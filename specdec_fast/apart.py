@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from specdec_fast.attention import around, parts_of, why_no_twin
 from specdec_fast.cache import takes
 
-__all__ = ["placed", "twin_apart"]
+__all__ = ["placed", "placed_on_device", "twin_apart"]
 
 
 class _Pass(NamedTuple):
@@ -33,7 +33,37 @@ class _Pass(NamedTuple):
     lanes: list[int]
 
 
+class _Fixed(NamedTuple):
+    """The same of a pass of fixed shape, in tensors; as :func:`placed_on_device` is told it."""
+
+    columns: Tensor
+    lane: Tensor | None
+    most: int
+    tokens: Tensor
+    pad: int | None
+
+
 _thread = threading.local()
+
+
+@contextmanager
+def placed_on_device(
+    columns: Tensor, lane: Tensor | None, most: int, tokens: Tensor, pad: int | None = None
+) -> Iterator[None]:
+    """:func:`placed` for a pass of fixed shape, in which no operation hangs on a value.
+
+    Args:
+        columns: ``[B, n]`` int64, below ``most``.
+        lane: ``[B]`` int64, the lane whose scores are wanted; None: all.
+        most: columns that the model has positions for.
+        tokens: ``[B, n]`` int64, what is read.
+        pad: an id that stands nowhere, in a model that counts positions by what it reads; None: there is none.
+    """
+    _thread.now = _Fixed(columns, lane, most, tokens, pad)
+    try:
+        yield
+    finally:
+        _thread.now = None
 
 
 @contextmanager
@@ -47,10 +77,14 @@ def placed(start: list[int], held: list[int], lanes: list[int]) -> Iterator[None
         _thread.now = None
 
 
+def _now() -> _Pass | _Fixed | None:
+    return getattr(_thread, "now", None)
+
+
 def _shifts() -> list[int] | None:
     """By how much each row is ahead of what the cache says; None where none is."""
-    now: _Pass | None = getattr(_thread, "now", None)
-    if now is None or min(now.start) == max(now.start):
+    now = _now()
+    if not isinstance(now, _Pass) or min(now.start) == max(now.start):
         return None
     return [start - min(now.start) for start in now.start]
 
@@ -69,7 +103,14 @@ class _Positions(nn.Module):
         self.own = own
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        shifts = _shifts()
+        now, shifts = _now(), _shifts()
+        if isinstance(now, _Fixed):
+            plain = 0 if now.pad is None else now.pad + (1 if now.pad == 0 else -1)
+            found = self._table(now, now.most, plain, args, kwargs)[now.columns]
+            if now.pad is None:
+                return found
+            nowhere = self._table(now, 1, now.pad, args, kwargs)[0]
+            return torch.where((now.tokens == now.pad).unsqueeze(2), nowhere, found)
         if shifts is None:
             return self.own(*args, **kwargs)
         made = {}
@@ -87,6 +128,14 @@ class _Positions(nn.Module):
         alike = rows[0].shape[0] == 1
         return torch.stack([part[0 if alike else row] for row, part in enumerate(rows)])
 
+    def _table(self, now: _Fixed, most: int, token: int, args: Any, kwargs: dict[str, Any]) -> Tensor:
+        """What a text of ``most`` like tokens would get, ``[most, H]``."""
+        n = now.columns.shape[1]
+        alone = [_from_start(value, n, most, token) for value in args]
+        named = {name: _from_start(value, n, most, token, name) for name, value in kwargs.items()}
+        table: Tensor = self.own(*alone, **named)
+        return table.reshape(-1, table.shape[-1])
+
 
 def _ahead(value: Any, shift: int, n: int, lanes: int) -> Any:
     """What says where a pass of ``n`` lanes stands, as a row sees it that is so far ahead and has fewer."""
@@ -99,9 +148,29 @@ def _ahead(value: Any, shift: int, n: int, lanes: int) -> Any:
     return value + shift if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _from_start(value: Any, n: int, most: int, token: int, name: str = "") -> Any:
+    """What says where a pass of ``n`` lanes stands, as one row would see it that reads ``most`` tokens at once."""
+    if isinstance(value, Tensor):
+        if value.shape == (n,) or name == "position_ids":
+            return torch.arange(most, device=value.device).view(*[1] * (value.ndim - 1), most)
+        if value.ndim == 2 and value.shape[1] == n and not value.is_floating_point():
+            return torch.full((1, most), token, device=value.device)
+        return value[:1, :1].expand(1, most, *value.shape[2:]) if value.ndim > 2 and value.shape[1] == n else value
+    if isinstance(value, tuple | list) and len(value) > 1 and value[1] == n:
+        return type(value)((1, most, *value[2:]))
+    return 0 if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 def _biases(own: Any, query_length: int, key_length: int, device: Any = None, past_seen_tokens: Any = 0) -> Tensor:
     """The bias by distance of each row, ``[R, heads, queries, keys]``."""
-    shifts = _shifts()
+    now, shifts = _now(), _shifts()
+    if isinstance(now, _Fixed):
+
+        def of_a_row(first: Tensor) -> Tensor:
+            found: Tensor = own(query_length, key_length, device=device, past_seen_tokens=first)
+            return found[0]
+
+        return torch.vmap(of_a_row)(now.columns[:, 0])
     if shifts is None:
         return own(query_length, key_length, device=device, past_seen_tokens=past_seen_tokens)
     made = {
@@ -119,9 +188,11 @@ class _Head(nn.Module):
         self.own = own
 
     def forward(self, hidden: Tensor) -> Tensor:
-        now: _Pass | None = getattr(_thread, "now", None)
-        if now is not None and hidden.ndim == 3 and len(now.lanes) < hidden.shape[1]:
+        now = _now()
+        if isinstance(now, _Pass) and hidden.ndim == 3 and len(now.lanes) < hidden.shape[1]:
             hidden = hidden[:, now.lanes]
+        elif isinstance(now, _Fixed) and now.lane is not None:
+            hidden = hidden.gather(1, now.lane[:, None, None].expand(-1, 1, hidden.shape[2]))
         return self.own(hidden)
 
 

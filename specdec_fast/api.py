@@ -350,7 +350,8 @@ class _Loop:
             embeds=embeds is not None,
             use_cache=config.use_cache is not False,
             prefill_chunk=config.prefill_chunk_size,
-            encoded=sources.target,
+            sources=sources,
+            ids=input_ids,
         )
         if mode == "native" and lean is None:
             why = "it reads what an encoder made" if encodes else why_not_lean(model, rounded=False)

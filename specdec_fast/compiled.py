@@ -24,9 +24,11 @@ from transformers import PreTrainedModel
 
 from specdec_fast.costs import Costs
 from specdec_fast.device_round import State
+from specdec_fast.encoded import Encoded
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
-from specdec_fast.static_runner import Forward, empty_cache, static_forward
+from specdec_fast.static_runner import Forward, static_forward
+from specdec_fast.static_sources import SourceShape, empty_cache, shape_of
 
 __all__ = [
     "BRANCHES",
@@ -295,6 +297,7 @@ def check_out(
     *,
     head: Head | None = None,
     choices: dict[str, Tensor] | None = None,
+    encoded: tuple[Encoded | None, Encoded | None] = (None, None),
 ) -> Pair:
     """A pair that nobody else uses, kept from an earlier call or made.
 
@@ -305,10 +308,15 @@ def check_out(
         how: passes run.
         head: of the drafter.
         choices: tensors of the drafter's writer: ``index``, ``choices`` and ``picks``, those that it has, a map's.
+        encoded: what the model and the drafter read beside the text.
     """
+    shapes = tuple(
+        shape_of(one, read) if one is not None and read is not None else None
+        for one, read in zip((model, drafter), encoded, strict=True)
+    )
     names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
-    key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype)
+    key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype, shapes)
     weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
     with _lock:
         found = _kept.setdefault(model, [])
@@ -318,7 +326,7 @@ def check_out(
             found.append(pair)  # used last
             pair.busy = True
     if pair is None:
-        pair = _made(model, drafter, key, rows, capacity, how, choices or {})
+        pair = _made(model, drafter, key, rows, capacity, how, choices or {}, tuple(zip(encoded, shapes, strict=True)))
         pair.busy = True
         with _lock:
             found = _kept.setdefault(model, [])
@@ -382,6 +390,7 @@ def _made(
     capacity: tuple[int, int],
     how: Compilation,
     choices: dict[str, Tensor],
+    sources: tuple[tuple[Encoded | None, SourceShape | None], ...],
 ) -> Pair:
     def forward(one: PreTrainedModel | None) -> Forward:
         return Compiled(dict(how.settings), f"passes of {type(one).__name__}") if how.compiled else static_forward
@@ -389,8 +398,8 @@ def _made(
     device = model.device
     pair = Pair(
         key,
-        empty_cache(model, rows, capacity[0]),
-        None if drafter is None else empty_cache(drafter, rows, capacity[1]),
+        empty_cache(model, rows, capacity[0], *sources[0]),
+        None if drafter is None else empty_cache(drafter, rows, capacity[1], *sources[1]),
         State.empty(rows, capacity[0], device),
         {name: tensor.to(device) for name, tensor in choices.items()},
         (forward(model), forward(drafter)),

@@ -14,13 +14,14 @@ from specdec_fast.cache import RaggedCache, read_cache, write_cache
 from specdec_fast.encoded import EncodedRunner
 from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
+from specdec_fast.static_sources import StaticEncodedRunner
 
 __all__ = ["columns_before", "load", "new_cache", "store"]
 
 
 def load(target: Runner, cache: Any, past: int) -> None:
     """Copies a caller's cache of ``past`` columns, found readable by :func:`check_cache`, into a runner's."""
-    if isinstance(target, RecurrentRunner | EncodedRunner):
+    if isinstance(target, RecurrentRunner | EncodedRunner | StaticEncodedRunner):
         target.load(cache, past)
         return
     for group, own in target.caches:
@@ -50,7 +51,7 @@ def _row_of(cache: Any, row: int) -> Any:
 
 def store(target: Runner, cache: Any, columns: int) -> None:
     """Writes the columns of the result into a Transformers cache."""
-    if isinstance(target, RecurrentRunner | EncodedRunner):
+    if isinstance(target, RecurrentRunner | EncodedRunner | StaticEncodedRunner):
         target.store(cache, columns)
         return
     caches = [own for _, own in target.caches]

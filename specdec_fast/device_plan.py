@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,20 +17,20 @@ from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoded import learned_positions
 from specdec_fast.host_model import HostModel
 from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel, lean_model
-from specdec_fast.methods import Plan, asks, logit_width
-from specdec_fast.options import LOOKBEHIND, Options
+from specdec_fast.methods import Plan, asks, contexts_of, logit_width
+from specdec_fast.options import Options
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
 from specdec_fast.runners import runner_for
+from specdec_fast.sources import Sources
 from specdec_fast.static_model import for_passes
-from specdec_fast.static_runner import why_not_static
+from specdec_fast.static_sources import why_not_static
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
-from specdec_fast.text import Reader
 from specdec_fast.token_map import TokenMap, token_map
 from specdec_fast.vocab import Vocabulary, intersection
 
@@ -66,7 +66,8 @@ class Call:
         prompt, longest: columns of the target's cache that the prompt fills, and that the text may reach.
         recorded: whether scores are to be kept.
         embeds: whether prompts are embeddings.
-        encoded: what the target reads beside the text; None: nothing.
+        sources: what its models read beside the text.
+        ids: ``[B, P]`` the prompt.
     """
 
     plan: Plan
@@ -81,7 +82,8 @@ class Call:
     embeds: bool
     use_cache: bool
     prefill_chunk: int | None
-    encoded: Encoded | None = None
+    sources: Sources = field(default_factory=Sources)
+    ids: Tensor | None = None
 
     def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
         """The target as it is."""
@@ -93,7 +95,7 @@ class Call:
             use_cache=self.use_cache,
             prefill_chunk=chunk,
             lean=lean,
-            encoded=self.encoded,
+            encoded=self.sources.target,
             most=self.longest + self.plan.tree,  # a tree may stand behind the last token
         )
 
@@ -116,28 +118,31 @@ def open_session(
             said = "compile_config is for GPUs, as in generate; compile='inductor' compiles here too"
             statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
         return None, None
-    how, plan = Compilation.of(mode, model, config), call.plan
+    how, plan, encoded = Compilation.of(mode, model, config), call.plan, call.sources.target
+    if encoded is not None and how.compiled:
+        how = Compilation(captured=how.captured, why_not=f"passes of {type(model).__name__} read a source")
     passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
-    if call.encoded is not None:
-        statistics.loop_reason = (
-            f"passes of {type(model).__name__} read what an encoder made, which have no fixed shape"
-        )
-        return None, passes
     model, switched = for_passes(model, how.compiled)
-    statistics.loop_reason = why_not_static(model) or why_not_resident(model, call, how) or ""
-    if why_not_static(model) or not call.use_cache or not _padded_left(call.visible):
+    why_not = why_not_static(model, encoded, call.ids)
+    statistics.loop_reason = why_not or why_not_resident(model, call, how) or ""
+    if why_not or not call.use_cache or not _padded_left(call.visible):
         return None, passes
     statistics.forward = "inductor" if how.compiled else "static"
     statistics.attention = switched or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
     if statistics.loop_reason:
         drafter = call.options.assistant_model
-        why = None if drafter is None or lean_model(drafter) is not None else passes.why_not(drafter)
+        why = (
+            None
+            if drafter is None or lean_model(drafter) is not None
+            else passes.why_not(drafter, call.sources.drafter)
+        )
         if why is not None:
             statistics.loop_reason += f"; the drafter's passes are its own: {why}"
         passes.target = True
         ready = PREPARED + 1 if warmup.preparing() else 0
-        target = HostModel(*sizes, visible=call.visible, prefill_chunk=call.prefill_chunk, ready=ready)
+        given: dict[str, Any] = {"visible": call.visible, "prefill_chunk": call.prefill_chunk, "encoded": encoded}
+        target = HostModel(*sizes, **given, ready=ready)
         statistics.static_bytes = target.bytes
         return target, passes
     session = Session(
@@ -152,6 +157,7 @@ def open_session(
         visible=call.visible,
         prefill_chunk=call.prefill_chunk,
         ends=sorted(call.stops.eos) if call.stops.pads else [],
+        encoded=encoded,
     )
     statistics.loop, statistics.loop_reason = "device", how.why_not
     statistics.static_bytes = session.bytes
@@ -207,10 +213,11 @@ def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> st
         return "assistant_window: the drafter's text is cut on the host"
     if drafter.device != model.device:
         return "the drafter is on another device"
-    if reason := why_not_static(for_passes(drafter, how.compiled)[0]):
+    if reason := why_not_static(for_passes(drafter, how.compiled)[0], call.sources.drafter):
         return f"the drafter: {reason}"
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < call.longest:
+    positions = learned_positions(drafter, positions if isinstance(positions, int) and positions > 0 else 1 << 60)
+    if positions < call.longest:
         return f"the text may leave the drafter's {positions} positions"
     return None
 
@@ -252,23 +259,21 @@ def drafter_part(model: PreTrainedModel, rows: int, call: Call, how: Compilation
     stop: dict[str, Any] = {
         "confidence": options.assistant_confidence_threshold or 0.0,
         "watched": watches(call.plan, options, how),
+        "encoded": call.sources.drafter,
     }
     if call.plan.method == "model":
         return DrafterPart(drafter, law, **stop)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
-    contexts = [
-        Reader(target, options.assistant_tokenizer, own, lookbehind=options.assistant_lookbehind or LOOKBEHIND)
-        for _ in range(rows)
-    ]
+    contexts, pruned = contexts_of(model, options, rows), None if call.sources.drafter else pruned_head
     if call.plan.method == "projection":
         table = _map_of(model, options)
-        head, tensors = pruned_head(drafter, table.drafter_ids), dict(device_tables(table))
+        head, tensors = pruned and pruned(drafter, table.drafter_ids), dict(device_tables(table))
         if head is None:
             tensors["picks"] = table.drafter_ids
         listed = int(tensors["number"].amax())
         return DrafterPart(drafter, law, head, tensors, contexts, listed=listed, **stop)
     shared = intersection(target, own, target_size=logit_width(model), drafter_size=logit_width(drafter))
-    head = pruned_head(drafter, shared.drafter_ids)
+    head = pruned and pruned(drafter, shared.drafter_ids)
     tensors = {"index": shared.target_ids.int(), "target_ids": shared.target_ids, "choices": shared.drafter_ids}
     if head is None:
         tensors["picks"] = shared.drafter_ids

@@ -44,6 +44,7 @@ from specdec_fast.device_round import (
 )
 from specdec_fast.device_text import DraftedText, read_texts
 from specdec_fast.drafters.model import Context
+from specdec_fast.encoded import Encoded
 from specdec_fast.host_model import lanes_for
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
@@ -51,6 +52,7 @@ from specdec_fast.staging import upload
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_runner import StaticRunner
+from specdec_fast.static_sources import static_runner_for
 
 __all__ = ["DrafterPart", "Session"]
 
@@ -70,6 +72,7 @@ class DrafterPart:
         contexts: one a row, of a tokenizer of its own.
         confidence, watched: as for :class:`DeviceWriter`.
         listed: of a projection, the longest list of what may follow; None for other methods.
+        encoded: what the model reads beside the text; None: nothing.
     """
 
     model: PreTrainedModel
@@ -80,6 +83,7 @@ class DrafterPart:
     confidence: float = 0.0
     watched: bool = False
     listed: int | None = None
+    encoded: Encoded | None = None
 
 
 class Session:
@@ -95,6 +99,7 @@ class Session:
         others: make the candidates behind that one, which may draft later; None: not here.
         visible, prefill_chunk: as for :class:`StaticRunner`.
         ends: ids that end a row.
+        encoded: what the target reads beside the text; None: nothing.
     """
 
     def __init__(
@@ -112,11 +117,12 @@ class Session:
         visible: Tensor | None = None,
         prefill_chunk: int | None = None,
         ends: Sequence[int] = (),
+        encoded: Encoded | None = None,
     ):
         self.why_not_captured = ""
         self.late = int(model.device.type == "cuda" and (drafter is None or drafter.contexts is None))
         self.costly = how.compiled or how.captured
-        self._ends = ends
+        self._ends, self._encoded = ends, encoded
         self._model, self._how, self._part = model, how, drafter
         self._others = others
         self._known: dict[int, tuple[DrafterPart, DraftedText]] = {}  # candidates that have drafted
@@ -130,13 +136,14 @@ class Session:
         self._report: HostReport | None = None  # of the newest round; None: it drafted nothing
         self.drafter: StaticRunner | None = None
         with handing_back(self._pair):
-            self.target = StaticRunner(
+            self.target = static_runner_for(
                 model,
                 self._pair.target,
                 batch,
                 visible=visible,
                 prefill_chunk=prefill_chunk,
                 forward=self._pair.forwards[0],
+                encoded=encoded,
             )
             if how.captured and prefill_chunk is None:
                 self.target.reader = read_prompts
@@ -170,12 +177,14 @@ class Session:
             self._how,
             head=None if part is None else part.head,
             choices=None if part is None else part.tensors,
+            encoded=(self._encoded, None if part is None else part.encoded),
         )
 
     def _drafter_over(self, pair: Pair) -> StaticRunner:
         part = self._part
         assert part is not None and pair.drafter is not None
-        runner = StaticRunner(part.model, pair.drafter, self._batch, head=part.head, forward=pair.forwards[1])
+        own: dict[str, Any] = {"head": part.head, "forward": pair.forwards[1], "encoded": part.encoded}
+        runner = static_runner_for(part.model, pair.drafter, self._batch, **own)
         if self._how.captured:
             runner.reader = read_prompts
         return runner

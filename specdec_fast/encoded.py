@@ -29,7 +29,19 @@ from specdec_fast.masks import level_mask, ragged_masks, text_positions
 from specdec_fast.runner import Runner
 from specdec_fast.trial import alike, trial_ids
 
-__all__ = ["Encoded", "EncodedRunner", "readable", "reads_encoder", "why_not_encoded"]
+__all__ = [
+    "Encoded",
+    "EncodedRunner",
+    "counts_text",
+    "form_of",
+    "found_of",
+    "ids_to_try",
+    "layer_count",
+    "learned_positions",
+    "readable",
+    "reads_encoder",
+    "why_not_encoded",
+]
 
 AHEAD = 16  # tokens that a row reads again at most, to share a pass of two rows with one behind it
 
@@ -136,27 +148,24 @@ class EncodedRunner(Runner):
     ):
         assert lean is None, "lean forms are of models that read nothing but the text"
         self._encoded = encoded
-        made = twin_apart(model) if twin or (twin is None and _found(model, encoded).twin) else None
+        made = twin_apart(model) if twin or (twin is None and found_of(model, encoded).twin) else None
         self._twin, self._own = made is not None, made or model
         self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
         super().__init__(model, rows, joint=True, **settings)
-        config = model.config.get_text_config(decoder=True)
-        learned = getattr(config, "max_target_positions", None)
-        if isinstance(learned, int) and learned > 0:
-            self.positions = min(self.positions, learned)
+        self.positions = learned_positions(model, self.positions)
         self.vocabulary = readable(model)
         self._apart = joint if joint is not None else rows > 1 and _shares(model, encoded, self._twin)
         # Reading again costs by positions, which rows multiply
         self._ahead = int(AHEAD / math.sqrt(rows))
         self.again = 0 if rows == 1 or self._apart else self._ahead // 2
-        if self._visible is not None and not _found(model, encoded).masks:
+        if self._visible is not None and not found_of(model, encoded).masks:
             raise ValueError(
                 f"decoder_attention_mask: {type(model).__name__} gives other logits for several tokens than for one "
                 "after the other where it hides something: leave it out, or use model.generate"
             )
-        self._counts = self._visible is not None and _counts_text(model)
+        self._counts = self._visible is not None and counts_text(model)
         self._text: list[list[int]] = [[] for _ in range(rows)]
-        self._stumbles = _found(model, encoded).stumbles
+        self._stumbles = found_of(model, encoded).stumbles
         self._begun: set[int] = set()  # rows that have read something
         self._known = [False] * rows  # rows whose source has keys and values
 
@@ -320,6 +329,12 @@ def layer_count(model: PreTrainedModel) -> int:
     return max([ragged_layers(config) or 0, *(n for n in own if isinstance(n, int))])
 
 
+def learned_positions(model: PreTrainedModel, positions: int) -> int:
+    """How many of so many positions a decoder has. Some configurations call them by another name."""
+    learned = getattr(model.config.get_text_config(decoder=True), "max_target_positions", None)
+    return min(positions, learned) if isinstance(learned, int) and learned > 0 else positions
+
+
 def readable(model: PreTrainedModel) -> int | None:
     """How many ids a model reads as its text, None where it does not say. An encoder may have others."""
     part: Any = model.get_decoder() if model.config.is_encoder_decoder else model
@@ -328,7 +343,7 @@ def readable(model: PreTrainedModel) -> int | None:
     return getattr(part.get_input_embeddings(), "num_embeddings", None)
 
 
-def _counts_text(model: PreTrainedModel) -> bool:
+def counts_text(model: PreTrainedModel) -> bool:
     """Whether ``generate`` counts a decoder's positions without padding. Whisper's are; most count columns."""
     ids, mask = torch.zeros((1, 2), dtype=torch.long, device=model.device), torch.tensor([[0, 1]], device=model.device)
     prepare: Any = model.prepare_inputs_for_generation
@@ -357,7 +372,7 @@ _apart: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, bool]] = weakref.We
 _probing = threading.Lock()
 
 
-def _form(model: PreTrainedModel, encoded: Encoded) -> str:
+def form_of(model: PreTrainedModel, encoded: Encoded) -> str:
     """What a trial's outcome hangs on: kernels, dropout, and for a decoder alone how wide what it reads is."""
     width = "" if model.config.is_encoder_decoder else encoded.outputs[0].shape[-1]
     return f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training} {width}"
@@ -373,7 +388,7 @@ def why_not_encoded(model: PreTrainedModel, encoded: Encoded) -> str | None:
         encoded: of any source. Where it holds no numbers it says nothing of the model, which is then not tried.
     """
     with _probing:
-        found, form = _probed.setdefault(model, {}), _form(model, encoded)
+        found, form = _probed.setdefault(model, {}), form_of(model, encoded)
         if form not in found:
             part, twin = encoded.part([0]), twin_apart(model) is not None
             if not bool(part.outputs[0].isfinite().all()):
@@ -389,9 +404,9 @@ def why_not_encoded(model: PreTrainedModel, encoded: Encoded) -> str | None:
         return found[form].why_not
 
 
-def _found(model: PreTrainedModel, encoded: Encoded) -> _Found:
+def found_of(model: PreTrainedModel, encoded: Encoded) -> _Found:
     """What is known of a model so far."""
-    return _probed.get(model, {}).get(_form(model, encoded), _Found())
+    return _probed.get(model, {}).get(form_of(model, encoded), _Found())
 
 
 @torch.no_grad()
@@ -400,7 +415,7 @@ def _stumbling(model: PreTrainedModel, encoded: Encoded, twin: bool) -> int | No
     pad = _pad_of(model)
     if pad is None:
         return None
-    ids = _ids_to_try(model)
+    ids = ids_to_try(model)
     ids[0, 5] = pad
     steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin) for _ in range(2))
     steps.feed([0], ids[:, :4], [4], [1])
@@ -414,7 +429,7 @@ def _pad_of(model: PreTrainedModel) -> int | None:
     return pad if isinstance(pad, int) and 0 <= pad < (readable(model) or 0) else None
 
 
-def _ids_to_try(model: PreTrainedModel) -> Tensor:
+def ids_to_try(model: PreTrainedModel) -> Tensor:
     """A text ``[1, 14]`` without padding."""
     ids, pad = trial_ids(model).flatten().unsqueeze(0), _pad_of(model)
     return ids if pad is None else torch.where(ids == pad, (pad + 1) % (readable(model) or 1), ids)
@@ -431,7 +446,7 @@ def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool, hidden: int = 0
         return "it has no key-value cache to roll back"
     if ragged_layers(model.config.get_text_config(decoder=True)) is None:
         return "its cache holds more than keys and values"
-    ids = _ids_to_try(model)
+    ids = ids_to_try(model)
     visible = torch.arange(4).unsqueeze(0) >= hidden if hidden else None
     try:
         steps, spans = (EncodedRunner(model, 1, encoded=encoded, twin=twin, visible=visible) for _ in range(2))
@@ -459,7 +474,7 @@ def _tried(model: PreTrainedModel, encoded: Encoded, twin: bool, hidden: int = 0
 def _shares(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     """Whether a pass over rows at different columns gives what passes of their own do. Tried once a model."""
     with _probing:
-        found, form = _apart.setdefault(model, {}), f"{_form(model, encoded)} {twin}"
+        found, form = _apart.setdefault(model, {}), f"{form_of(model, encoded)} {twin}"
         if form not in found:
             found[form] = _tried_apart(model, encoded, twin)
         return found[form]
@@ -470,7 +485,7 @@ def _tried_apart(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     if not (twin or takes(model, f"{prefix}position_ids")):
         return False
-    ids = _ids_to_try(model).view(2, 7)
+    ids = ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])
     try:
         runner = EncodedRunner(model, 2, encoded=both, joint=True, twin=twin)

@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from specdec_fast import static_cache
 from specdec_fast.compiled import Captured, Compilation, Pair, check_out, forget, hand_back, handing_back
 from specdec_fast.device_round import bucket_of
+from specdec_fast.encoded import Encoded
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import capacity_for, rows_for
-from specdec_fast.static_runner import Forward, StaticRunner
+from specdec_fast.static_runner import Forward
+from specdec_fast.static_sources import static_runner_for
 
 __all__ = ["HostModel", "lanes_for"]
 
@@ -36,6 +38,7 @@ class HostModel:
         visible, prefill_chunk, head, window: as for :class:`StaticRunner`.
         ids: ``[K]`` int64, what the head's logits are of, where it is not the model's own.
         ready: passes of up to so many lanes are captured at once (:meth:`make`), 0: at their first use.
+        encoded: what the model reads beside the text; None: nothing.
 
     Attributes:
         runner: feeds it.
@@ -55,13 +58,18 @@ class HostModel:
         ids: Tensor | None = None,
         window: int | None = None,
         ready: int = 0,
+        encoded: Encoded | None = None,
     ):
         self.how = how
         self._model, self._batch, self._columns = model, batch, columns
-        self._own: dict[str, Any] = {"head": head, "choices": {} if head is None or ids is None else {"choices": ids}}
+        self._own: dict[str, Any] = {
+            "encoded": (encoded, None),
+            "head": head,
+            "choices": {} if head is None or ids is None else {"choices": ids},
+        }
         self.pair = self._check_out(min(columns, prompt + static_cache.ALLOWANCE))
         with handing_back(self.pair):
-            self.runner = StaticRunner(
+            self.runner = static_runner_for(
                 model,
                 self.pair.target,
                 batch,
@@ -71,6 +79,7 @@ class HostModel:
                 window=window,
                 forward=self._forward(),
                 room=self._room,
+                encoded=encoded,
             )
             if how.captured and prefill_chunk is None:
                 self.runner.reader = read_prompts

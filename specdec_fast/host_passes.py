@@ -20,11 +20,12 @@ from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import BUCKETS, Begun, DeviceWriter, State, bucket_of
 from specdec_fast.device_text import read_texts
 from specdec_fast.drafters.base import RowDraft
+from specdec_fast.encoded import Encoded
 from specdec_fast.host_model import HostModel
 from specdec_fast.runner import Head, Runner
 from specdec_fast.staging import upload
 from specdec_fast.static_model import for_passes
-from specdec_fast.static_runner import why_not_static
+from specdec_fast.static_sources import why_not_static
 
 __all__ = ["HostDraft", "HostPasses"]
 
@@ -53,11 +54,15 @@ class HostPasses:
         """Whether passes are compiled, which takes seconds a shape."""
         return self._how.compiled
 
-    def why_not(self, model: PreTrainedModel) -> str | None:
-        """Why a model cannot run passes of fixed shape; None where it can."""
+    def why_not(self, model: PreTrainedModel, encoded: Encoded | None = None) -> str | None:
+        """Why a model cannot run passes of fixed shape; None where it can.
+
+        Args:
+            encoded: what it reads beside the text; None: nothing.
+        """
         if model.device != self._device:
             return f"it is on {model.device}"
-        return why_not_static(for_passes(model, self._how.compiled)[0])
+        return why_not_static(for_passes(model, self._how.compiled)[0], encoded)
 
     def runner(
         self,
@@ -68,20 +73,23 @@ class HostPasses:
         ids: Tensor | None = None,
         window: int | None = None,
         columns: int = 0,
+        encoded: Encoded | None = None,
     ) -> Runner | None:
         """A runner for so many rows, until :meth:`close`; None where the model cannot run so.
 
         Args:
             ids: ``[K]`` int64, what the head's logits are of.
             columns: of its texts, 0: as many as the call's.
+            encoded: what it reads beside the text; None: nothing.
         """
-        if self.why_not(model) is not None:
+        if self.why_not(model, encoded) is not None:
             return None
         own, sizes = for_passes(model, self._how.compiled)[0], (columns, columns) if columns else self._sizes
         if window is not None:  # no text is longer, and a draft behind it
             sizes = min(sizes[0], window + BUCKETS[-1] + 1), min(sizes[1], window)
         ready = self._ready and self._ready + 1
-        self._taken.append(HostModel(own, self._how, rows, *sizes, head=head, ids=ids, window=window, ready=ready))
+        given: dict[str, Any] = {"head": head, "ids": ids, "window": window, "encoded": encoded}
+        self._taken.append(HostModel(own, self._how, rows, *sizes, **given, ready=ready))
         if columns:
             self._small.append(self._taken[-1])
         return self._taken[-1].runner

@@ -358,6 +358,18 @@ def _remembers(
     return options.draft_memory == "on" or (affordable and not (repeats and verification in ("token", "block")))
 
 
+def contexts_of(model: PreTrainedModel, options: Options, rows: int) -> list[Context]:
+    """The rows' texts in the ids of a drafter with a tokenizer of its own."""
+    drafter = options.assistant_model
+    assert drafter is not None
+    target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
+    lookbehind, marks = options.assistant_lookbehind or LOOKBEHIND, (mark_of(drafter), mark_of(model))
+    contexts: list[Context] = [
+        Reader(target, options.assistant_tokenizer, own, lookbehind=lookbehind) for _ in range(rows)
+    ]
+    return contexts if marks == (None, None) else [Begun(context, *marks) for context in contexts]
+
+
 def build_drafter(
     plan: Plan,
     model: PreTrainedModel,
@@ -416,12 +428,7 @@ def build_drafter(
         )
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
-    lookbehind, marks = options.assistant_lookbehind or LOOKBEHIND, (mark_of(drafter), mark_of(model))
-    contexts: list[Context] = [
-        Reader(target, options.assistant_tokenizer, own, lookbehind=lookbehind) for _ in range(rows)
-    ]
-    if marks != (None, None):
-        contexts = [Begun(context, *marks) for context in contexts]
+    contexts = contexts_of(model, options, rows)
     if plan.method in ("slem", "slrs_literal"):
         proposer = TextProposer(options.tokenizer, target, own, lookbehind=options.target_lookbehind or LOOKBEHIND)
         if plan.method == "slem" or not do_sample or warpers is None:  # at T=0 one text has all the mass

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from specdec_fast.cache import CACHE_NAMES, RaggedCache, RaggedLayer, Window
 
-__all__ = ["Place", "StaticCache", "StaticLayer", "capacity_for", "rows_for"]
+__all__ = ["Place", "StaticCache", "StaticLayer", "StaticSource", "capacity_for", "rows_for"]
 
 LEAST_CAPACITY = 256
 ALLOWANCE = 2048  # columns behind the prompt that are allocated at once; callers who stop at an EOS allow millions
@@ -97,6 +97,69 @@ class StaticLayer(RaggedLayer):
         return buffer
 
 
+class StaticSource:
+    """Keys and values of what an encoder made of each row's source, in buffers that are written once a text.
+
+    Args:
+        like: keys and values ``[1, heads, S', head_dim]`` of each layer, as the model gives them.
+        rows: of the cache.
+        columns: of the longest source, S.
+        masked: whether sources may be shorter.
+        outputs: the type of the encoder's output, and ``width`` of its states.
+        counted: whether positions leave a text's padding out.
+        pad: an id that stands at no position, wherever it is read; None: there is none.
+    """
+
+    def __init__(
+        self,
+        like: list[tuple[Tensor, Tensor]],
+        rows: int,
+        columns: int,
+        *,
+        masked: bool,
+        outputs: type,
+        width: int,
+        counted: bool,
+        pad: int | None,
+    ):
+        self.counted, self.pad = counted, pad
+        self.layers = [DynamicLayer() for _ in like]
+        for layer, (keys, values) in zip(self.layers, like, strict=True):
+            shapes = [(rows, states.shape[1], columns, states.shape[3]) for states in (keys, values)]
+            layer.keys, layer.values = keys.new_zeros(shapes[0]), values.new_zeros(shapes[1])
+            layer.is_initialized = True
+        some = like[0][0]
+        # Nobody reads the states themselves again, but their shape and type
+        self.outputs = outputs(last_hidden_state=some.new_zeros(1, 1, 1).expand(rows, columns, width))
+        self.shown = torch.ones((rows, columns), dtype=torch.bool, device=some.device) if masked else None
+
+    def tensors(self) -> list[Tensor]:
+        """Everything whose address must stay."""
+        buffers = [t for layer in self.layers for t in (layer.keys, layer.values) if t is not None]
+        return buffers if self.shown is None else [*buffers, self.shown]
+
+    def write(self, layers: list[tuple[Tensor, Tensor]], shown: Tensor | None) -> None:
+        """Writes the first rows.
+
+        Args:
+            layers: keys and values ``[R, heads, S', head_dim]``, S' at most S.
+            shown: ``[R, S']``, 0 where nothing is; None: everything.
+        """
+        for own, parts in zip(self.layers, layers, strict=True):
+            for buffer, part in zip((own.keys, own.values), parts, strict=True):
+                assert buffer is not None
+                buffer[: part.shape[0], :, : part.shape[2]] = part
+        if self.shown is not None:
+            rows, _, columns, _ = layers[0][0].shape
+            self.shown[:, columns:] = False
+            self.shown[:rows, :columns] = True if shown is None else shown.bool()
+
+    def take(self, other: StaticSource) -> None:
+        """Copies that of another cache for as many rows and columns."""
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(theirs)
+
+
 @dataclass
 class StaticCache(RaggedCache):
     """The cache of one model for ``rows`` rows of ``capacity`` columns.
@@ -106,8 +169,10 @@ class StaticCache(RaggedCache):
         capacity: columns, one more than the longest text.
         device: of the model.
         windows: of each layer, None: full attention.
+        source: of models that read what an encoder made.
 
     Attributes:
+        handed: what a forward is given.
         graphs: captured passes that concern this cache alone (:mod:`specdec_fast.prompt_passes`).
     """
 
@@ -115,6 +180,8 @@ class StaticCache(RaggedCache):
     capacity: int = LEAST_CAPACITY
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: tuple[int | None, ...] = ()
+    source: StaticSource | None = None
+    handed: Cache = field(init=False)
     place: Place = field(init=False)
     graphs: dict[Any, Any] = field(init=False, default_factory=dict)
 
@@ -123,7 +190,10 @@ class StaticCache(RaggedCache):
         start, hidden = (torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(2))
         self.place = Place(start, hidden, self.capacity)
         self.ragged = [StaticLayer(self.window, self.place, sliding) for sliding in self.windows]
-        self.cache = Cache(layers=list(self.ragged))
+        self.cache = self.handed = Cache(layers=list(self.ragged))
+        if self.source is not None:
+            self.handed = EncoderDecoderCache(self.cache, Cache(layers=list(self.source.layers)))
+            self.handed.is_updated = dict.fromkeys(range(len(self.source.layers)), True)
 
     @property
     def bytes(self) -> int:
@@ -133,7 +203,8 @@ class StaticCache(RaggedCache):
     def tensors(self) -> list[Tensor]:
         """Everything whose address must stay."""
         buffers = [t for layer in self.ragged for t in (layer.keys, layer.values) if t is not None]
-        return [*buffers, self.place.start, self.place.hidden]
+        source = [] if self.source is None else self.source.tensors()
+        return [*buffers, *source, self.place.start, self.place.hidden]
 
     def forget(self) -> None:
         """Empties it for another text. What was there is cleared: a NaN in a masked column would still spread."""
@@ -141,6 +212,8 @@ class StaticCache(RaggedCache):
         self.window.start = self.window.end = 0
         for tensor in self.tensors():
             tensor.zero_()
+        if self.source is not None and self.source.shown is not None:
+            self.source.shown.fill_(True)  # a row that sees nothing would turn the softmax into NaN
 
     def view(self, rows: int) -> RaggedCache:
         """The first rows as a ragged cache over the same memory."""
@@ -162,6 +235,8 @@ class StaticCache(RaggedCache):
                 assert mine.keys is not None and mine.values is not None
                 mine.keys[:, :, : other.capacity - 1] = theirs.keys[:, :, :-1]
                 mine.values[:, :, : other.capacity - 1] = theirs.values[:, :, :-1]
+        if self.source is not None and other.source is not None:
+            self.source.take(other.source)
         self.place.start.copy_(other.place.start)
         self.place.hidden.copy_(other.place.hidden)
 

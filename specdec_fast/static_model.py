@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from specdec_fast import attention, dispatch, round_ops
 from specdec_fast.cache import ragged_layers
 from specdec_fast.compiled import capture, first_line, notice
+from specdec_fast.encoded import reads_encoder
 from specdec_fast.fused_layers import fused_count, why_no_kernels
 from specdec_fast.static_cache import capacity_for
 from specdec_fast.static_runner import StaticRunner, empty_cache
@@ -50,8 +51,8 @@ def for_passes(model: PreTrainedModel, compiled: bool = False) -> tuple[PreTrain
         the model or a :func:`~specdec_fast.attention.twin` of it, which attention takes the place of which, and how its
         layers run where that was a choice.
     """
-    if ragged_layers(model.config) is None:
-        return model, None
+    if reads_encoder(model) or ragged_layers(model.config) is None:
+        return model, None  # such a model has a twin of its own there (:mod:`specdec_fast.static_sources`)
     if model.device.type == "cuda":
         round_ops.why_no_kernels("cuda")  # tried here: a round may be captured, or watched for waits
     made, switched = attention.for_static_cache(model)

@@ -19,11 +19,12 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
-from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers
+from specdec_fast.apart import placed_on_device
+from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers, takes
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.staging import staged
-from specdec_fast.static_cache import Place, StaticCache, capacity_for
+from specdec_fast.static_cache import Place, StaticCache, StaticSource, capacity_for
 from specdec_fast.trial import distance, trial_ids
 
 __all__ = ["Forward", "StaticRunner", "empty_cache", "static_forward", "why_not_static"]
@@ -48,6 +49,8 @@ def static_forward(
     Returns:
         logits ``[B, n, V]``, or ``[B, V]`` of one lane.
     """
+    if cache.source is not None:
+        return _with_source(model, cache, cache.source, head, tokens, lane, positions, ids)
     place = cache.place
     windows = sorted({window or 0 for window in cache.windows})
     ours = model.config._attn_implementation == attention.NAME
@@ -57,14 +60,14 @@ def static_forward(
     if ours:
         masks = dict(zip(map(_kind, windows), places.unbind(), strict=True))
     else:
-        masks = _masks(model, cache, columns, windows)
+        masks = _masks(model.config, model.dtype, cache, columns, windows)
     if not torch.compiler.is_compiling():  # a compiler sees by itself that it is the same in all layers
         place.lanes = columns
     arguments: dict[str, Any] = {
         "input_ids": tokens.clamp(0, ids - 1),
         "position_ids": position_ids,
         "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-        cache.argument: cache.cache,
+        cache.argument: cache.handed,
         "use_cache": True,
         "return_dict": True,
     }
@@ -75,13 +78,58 @@ def static_forward(
     return head(hidden if lane is None else _pick(hidden, lane))
 
 
+def _with_source(
+    model: Any,
+    cache: StaticCache,
+    source: StaticSource,
+    head: Head | None,
+    tokens: Tensor,
+    lane: Tensor | None,
+    positions: int,
+    ids: int,
+) -> Tensor:
+    """:func:`static_forward` of a twin (:mod:`specdec_fast.apart`) of a model that reads what an encoder made.
+
+    Args:
+        head: None, or what says that nobody wants logits.
+    """
+    place, windows = cache.place, sorted({window or 0 for window in cache.windows})
+    left_out = place.hidden if source.counted else torch.zeros_like(place.hidden)
+    given = place.start, left_out, tokens.shape[1], place.capacity, positions
+    columns, position_ids, _ = pass_places(*given, [])
+    place.lanes = columns
+    prefix, decoder = ("decoder_", model.get_decoder()) if model.config.is_encoder_decoder else ("", model)
+    masks = _masks(decoder.config, model.dtype, cache, columns, windows)
+    tokens = tokens.clamp(0, ids - 1)
+    arguments: dict[str, Any] = {
+        f"{prefix}input_ids": tokens,
+        f"{prefix}attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+        "encoder_outputs": source.outputs,
+        cache.argument: cache.handed,
+        "use_cache": True,
+        "return_dict": True,
+    }
+    if source.shown is not None:
+        shown = source.shown[:, None, None].expand(-1, 1, tokens.shape[1], -1)
+        arguments["attention_mask"] = _as_wanted(shown, decoder.config, model.dtype)
+    if takes(model, f"{prefix}position_ids"):
+        arguments[f"{prefix}position_ids"] = position_ids
+    wanted = torch.zeros_like(place.start) if head is not None else lane
+    most = min(positions, place.capacity)
+    with placed_on_device(columns.clamp(max=positions - 1), wanted, most, tokens, source.pad):
+        logits: Tensor = model(**arguments).logits
+    return logits if lane is None else logits.squeeze(1)
+
+
 def _pick(values: Tensor, lane: Tensor) -> Tensor:
     """``values [B, n, H]`` at one lane a row: ``[B, H]``."""
     index = lane[:, None, None].expand(-1, 1, values.shape[2])
     return values.gather(1, index).squeeze(1)
 
 
-def _masks(model: Any, cache: StaticCache, columns: Tensor, windows: list[int]) -> dict[str, Tensor]:
+def _masks(
+    config: Any, dtype: torch.dtype, cache: StaticCache, columns: Tensor, windows: list[int]
+) -> dict[str, Tensor]:
     """Explicit masks ``[B, 1, n, capacity]``, one a kind of layer."""
     place: Place = cache.place
     kv = torch.arange(place.capacity, device=columns.device)
@@ -91,10 +139,15 @@ def _masks(model: Any, cache: StaticCache, columns: Tensor, windows: list[int]) 
     masks = {}
     for size in windows:
         mask = (seen & (kv > query - size) if size else seen).unsqueeze(1)
-        if model.config._attn_implementation == "eager":
-            mask = torch.where(mask, 0.0, torch.finfo(model.dtype).min).to(model.dtype)
-        masks[_kind(size)] = mask
+        masks[_kind(size)] = _as_wanted(mask, config, dtype)
     return masks
+
+
+def _as_wanted(mask: Tensor, config: Any, dtype: torch.dtype) -> Tensor:
+    """A mask as the attention of a model takes it."""
+    if config._attn_implementation != "eager":
+        return mask
+    return torch.where(mask, 0.0, torch.finfo(dtype).min).to(dtype)
 
 
 def _kind(window: int) -> str:
@@ -203,9 +256,8 @@ class StaticRunner(Runner):
         embeds: Tensor | None,
         lean: bool,
     ) -> Tensor:
-        start = [self.length[row] for row in rows]
-        lanes = 0 if self._room is None else self._room(max(start) + tokens.shape[1], tokens.shape[1])
-        if not lanes or not min(start) or embeds is not None:
+        lanes = self._lanes([self.length[row] for row in rows], tokens.shape[1])
+        if not lanes or embeds is not None:
             return super()._forward(self.cache, rows, places, tokens, count, tail, embeds, lean)
         # Rows that take no part write behind their own text, where it will be overwritten
         everyone = tokens.new_zeros((self.cache.rows, lanes))
@@ -218,6 +270,11 @@ class StaticRunner(Runner):
         # A copy: a graph's own memory holds the next pass's logits soon
         own = logits[some].clone() if isinstance(some, slice) else logits[some]
         return left_align(own, list(range(lanes)), count, tail)
+
+    def _lanes(self, start: list[int], tokens: int) -> int:
+        """Lanes of a pass of fixed shape over so many tokens behind ``start``; 0 where it has none."""
+        lanes = 0 if self._room is None else self._room(max(start) + tokens, tokens)
+        return lanes if min(start) else 0
 
     def score(
         self, tokens: Tensor, start: Tensor, lane: Tensor | None = None, *, forward: Forward | None = None

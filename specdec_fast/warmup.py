@@ -117,7 +117,8 @@ def _measured_at_fixed_shapes(
         apart = passes.apart()
 
         def target(apart: HostPasses = apart) -> Runner:
-            fixed = apart.runner(model, batch, columns=CONTEXT + max(SIZES)) if apart.target and lean is None else None
+            own: dict[str, Any] = {"columns": CONTEXT + max(SIZES), "encoded": sources.target}
+            fixed = apart.runner(model, batch, **own) if apart.target and lean is None else None
             return runner_for(model, batch, lean=lean, encoded=sources.target) if fixed is None else fixed
 
         try:

@@ -169,7 +169,7 @@ FORWARD = EncodedRunner._model_forward
 def test_models_that_can(kind):
     made = read(writer(kind), kind, 2)
     assert why_not_encoded(writer(kind), made) is None
-    assert encoded._found(writer(kind), made) == (None, True, True, PAD if kind == "m2m" else None)
+    assert encoded.found_of(writer(kind), made) == (None, True, True, PAD if kind == "m2m" else None)
     assert encoded._shares(writer(kind), made, True)
     assert encoded._shares(writer(kind), made, False) is (kind in ("whisper", "t5gemma", "moonshine"))
 
@@ -180,7 +180,7 @@ def test_a_model_whose_twin_gives_other_scores_runs_itself(monkeypatch):
     )
     target = build_writer("bart", seed=2)
     made = read(target, "bart", 2)
-    assert why_not_encoded(target, made) is None and not encoded._found(target, made).twin
+    assert why_not_encoded(target, made) is None and not encoded.found_of(target, made).twin
     same = fast_generate(target, **source("bart", 2), max_new_tokens=12, prompt_lookup_num_tokens=3)
     assert torch.equal(same, target.generate(**source("bart", 2), max_new_tokens=12))
 

@@ -203,7 +203,7 @@ def test_an_encoding_as_a_tuple_beside_a_mask():
 def test_ids_of_the_trial_are_no_padding():
     target = build_writer("m2m", vocabulary=8)
     made = Encoded(target.get_encoder()(input_ids=torch.tensor([[3, 4, 5]])), None)
-    assert why_not_encoded(target, made) is None and encoded._found(target, made).stumbles == PAD
+    assert why_not_encoded(target, made) is None and encoded.found_of(target, made).stumbles == PAD
 
 
 # A generate of the model's own ---------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def test_rows_that_change_have_exactly_the_targets_law(rule, where, changing, ch
     """From one candidate on the device to another there, or to one that needs the host and back."""
     monkeypatch.setattr(dispatch, "DEFAULT", "reference")
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
-    monkeypatch.setattr(device_plan, "why_not_static", lambda _: None)  # the trial takes no scores of -inf
+    monkeypatch.setattr(device_plan, "why_not_static", lambda *_: None)  # the trial takes no scores of -inf
     monkeypatch.setattr(device_session, "rows_for", lambda batch: batch)  # a row of nothing would draw numbers too
     monkeypatch.setattr(History, "LEAST", 1)
     changing("projection", "tli")

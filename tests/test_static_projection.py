@@ -293,7 +293,7 @@ def enumerated(monkeypatch):
     """The distance of one round's law from the target's, on the operations' reference and numbers of the enumerator."""
     monkeypatch.setattr(dispatch, "DEFAULT", "reference")
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
-    monkeypatch.setattr(device_plan, "why_not_static", lambda _: None)  # the trial takes no scores of -inf
+    monkeypatch.setattr(device_plan, "why_not_static", lambda *_: None)  # the trial takes no scores of -inf
     monkeypatch.setattr(device_session, "rows_for", lambda batch: batch)  # a row of nothing would draw numbers too
 
     def measure(rule, pair, gamma, *, sampling="plain", count=2, kinds=("dense", "dense"), **more):

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
+from specdec_fast.encoded import Encoded
 from specdec_fast.proposal import Proposal
 from specdec_fast.runner import Head, Runner
 from specdec_fast.state import Rows
@@ -80,13 +81,21 @@ class Passes(Protocol):
     """Runs models at fixed shapes (:class:`specdec_fast.host_passes.HostPasses`)."""
 
     def runner(
-        self, model: PreTrainedModel, rows: int, *, head: Head | None, ids: Tensor | None, window: int | None
+        self,
+        model: PreTrainedModel,
+        rows: int,
+        *,
+        head: Head | None,
+        ids: Tensor | None,
+        window: int | None,
+        encoded: Encoded | None,
     ) -> Runner | None:
         """A runner for so many rows; None where the model cannot run so.
 
         Args:
             head, window: as for :class:`~specdec_fast.runner.Runner`.
             ids: ``[K]`` int64, what the head's logits are of.
+            encoded: what the model reads beside the text; None: nothing.
         """
 
     def drafting(

@@ -134,8 +134,8 @@ class ModelWriter:
                 lean, head = lean.restricted(choices), dense_head(model, choices)
         runner: Runner | None = None
         self._drafting: Drafting | None = None
-        if lean is None and passes is not None and encoded is None:
-            runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window)
+        if lean is None and passes is not None:
+            runner = passes.runner(model, len(contexts), head=head, ids=choices, window=window, encoded=encoded)
             if runner is not None and choices is None and (lawless or warpers is None):
                 self._drafting = passes.drafting(runner, warpers, confidence, watcher is not None)
         self._runner = runner or runner_for(model, len(contexts), head=head, lean=lean, window=window, encoded=encoded)

@@ -63,8 +63,8 @@ class TextModel:
         self.warpers = warpers
         self._ids = ids.to(model.device)
         lean, runner = None if encoded is not None else lean_model(model), None
-        if lean is None and passes is not None and encoded is None:
-            runner = passes.runner(model, rows, head=None, ids=None, window=window)
+        if lean is None and passes is not None:
+            runner = passes.runner(model, rows, head=None, ids=None, window=window, encoded=encoded)
         self._runner = runner or runner_for(model, rows, lean=lean, window=window, encoded=encoded)
         self._cached: list[list[int]] = [[] for _ in range(rows)]
 
