@@ -25,7 +25,8 @@ from state_passes import medians
 from transformers import PreTrainedModel
 
 from specdec_fast import fast_generate, last_speculation
-from specdec_fast.encoded import Encoded, EncodedRunner
+from specdec_fast.encoded import EncodedRunner
+from specdec_fast.encoding import Encoded
 
 _BART = {"encoder_ffn_dim": 4096, "decoder_ffn_dim": 4096, "encoder_attention_heads": 16, "decoder_attention_heads": 16}
 SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {

@@ -196,22 +196,26 @@ class _Head(nn.Module):
         return self.own(hidden)
 
 
-_twins: weakref.WeakKeyDictionary[PreTrainedModel, tuple[Any, PreTrainedModel]] = weakref.WeakKeyDictionary()
+_twins: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[Any, PreTrainedModel]]] = weakref.WeakKeyDictionary()
 _making = threading.Lock()
 
 
-def twin_apart(model: PreTrainedModel) -> PreTrainedModel | None:
+def twin_apart(model: PreTrainedModel, implementation: str = "") -> PreTrainedModel | None:
     """A twin of a model that reads a source, to be called under :func:`placed`; None where none can be made.
 
     It lives as long as the model, whose tensors it holds.
+
+    Args:
+        implementation: of its attention, "": the model's.
     """
     if why_no_twin(model):
         return None
     with _making:
         state = [parts_of(model), [one._attn_implementation for one in _configs(model)]]
-        if model not in _twins or _twins[model][0] != state:
-            _twins[model] = state, _made(model)
-        return _twins[model][1]
+        kept = _twins.setdefault(model, {})
+        if implementation not in kept or kept[implementation][0] != state:
+            kept[implementation] = state, _made(model, implementation)
+        return kept[implementation][1]
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:
@@ -222,8 +226,10 @@ def _configs(model: PreTrainedModel) -> list[Any]:
     ]
 
 
-def _made(model: PreTrainedModel) -> PreTrainedModel:
+def _made(model: PreTrainedModel, implementation: str) -> PreTrainedModel:
     made: Any = around(model, {})
+    if implementation:
+        made.set_attn_implementation(implementation)
     decoder, head = made.get_decoder(), made.get_output_embeddings()
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
     counts = not takes(model, f"{prefix}position_ids")

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from specdec_fast.costs import Costs
 from specdec_fast.device_round import State
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, static_forward

@@ -17,7 +17,7 @@ from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
-from specdec_fast.encoded import learned_positions
+from specdec_fast.encoding import learned_positions
 from specdec_fast.host_model import HostModel
 from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel, lean_model
@@ -28,7 +28,7 @@ from specdec_fast.runner import Runner
 from specdec_fast.runners import runner_for
 from specdec_fast.sources import Sources
 from specdec_fast.static_model import for_passes
-from specdec_fast.static_sources import why_not_static
+from specdec_fast.static_sources import attention_of, why_not_static
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
 from specdec_fast.token_map import TokenMap, token_map
@@ -128,7 +128,7 @@ def open_session(
     if why_not or not call.use_cache or not _padded_left(call.visible):
         return None, passes
     statistics.forward = "inductor" if how.compiled else "static"
-    statistics.attention = switched or ""
+    statistics.attention = (switched if encoded is None else attention_of(model)) or ""
     sizes: tuple[Any, ...] = (model, how, batch, call.longest, call.prompt)
     if statistics.loop_reason:
         drafter = call.options.assistant_model

@@ -44,7 +44,7 @@ from specdec_fast.device_round import (
 )
 from specdec_fast.device_text import DraftedText, read_texts
 from specdec_fast.drafters.model import Context
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.host_model import lanes_for
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head

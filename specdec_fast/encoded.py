@@ -20,111 +20,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from specdec_fast.apart import placed, twin_apart
 from specdec_fast.cache import RaggedCache, cache_argument, empty, ragged_layers, read_cache, takes, write_cache
+from specdec_fast.encoding import (
+    CrossLayer,
+    Encoded,
+    counts_text,
+    layer_count,
+    learned_positions,
+    readable,
+)
 from specdec_fast.lean import LeanModel
 from specdec_fast.masks import level_mask, ragged_masks, text_positions
 from specdec_fast.runner import Runner
 from specdec_fast.trial import alike, trial_ids
 
-__all__ = [
-    "Encoded",
-    "EncodedRunner",
-    "counts_text",
-    "form_of",
-    "found_of",
-    "ids_to_try",
-    "layer_count",
-    "learned_positions",
-    "readable",
-    "reads_encoder",
-    "why_not_encoded",
-]
+__all__ = ["EncodedRunner", "form_of", "found_of", "ids_to_try", "why_not_encoded"]
 
 AHEAD = 16  # tokens that a row reads again at most, to share a pass of two rows with one behind it
-
-
-def reads_encoder(model: PreTrainedModel) -> bool:
-    """Whether passes of a model may be given what an encoder made."""
-    return model.config.is_encoder_decoder or takes(model, "encoder_outputs")
-
-
-class Encoded:
-    """What an encoder made of each row's source.
-
-    Args:
-        outputs: the encoder's output, of Transformers' type: tensors of ``B`` rows, ``[B, S, H]`` the first of them; or
-            what gives it when somebody first asks.
-        mask: ``[B, T]``, 0 where the encoder's input is padding; None where the model takes none, or nothing is.
-        rows: how many there are, where the output is still to come.
-    """
-
-    def __init__(self, outputs: Any, mask: Tensor | None, rows: int | None = None):
-        self._outputs, self.mask = outputs, mask
-        self.rows: int = outputs[0].shape[0] if rows is None else rows
-        self._last: tuple[tuple[int, ...], Any, Tensor | None] | None = None
-
-    @property
-    def outputs(self) -> Any:
-        """The encoder's output."""
-        if callable(self._outputs):
-            self._outputs = self._outputs()
-        return self._outputs
-
-    def of(self, rows: Sequence[int]) -> tuple[Any, Tensor | None]:
-        """Output and mask of some rows, which need not be different ones."""
-        key = tuple(rows)
-        if key == tuple(range(self.rows)):
-            return self.outputs, self.mask
-        if self._last is None or self._last[0] != key:
-            parts = {
-                name: part[list(rows)] for name, part in self.outputs.items() if isinstance(part, Tensor) and part.ndim
-            }
-            self._last = key, type(self.outputs)(**parts), None if self.mask is None else self.mask[list(rows)]
-        return self._last[1:]
-
-    def part(self, rows: Sequence[int]) -> Encoded:
-        """Some rows, as if there were no others."""
-        mask = None if self.mask is None else self.mask[list(rows)]
-        return Encoded(lambda: self.of(rows)[0], mask, len(rows))
-
-
-class CrossLayer(DynamicLayer):
-    """Keys and values of what the encoder made: of all rows, and in :attr:`keys` of those of the next pass."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self._rows, self._chosen = rows, list(range(rows))
-        self._all: tuple[Tensor, Tensor] | None = None
-
-    def choose(self, rows: list[int]) -> None:
-        """Says which rows the next pass has."""
-        if rows != self._chosen and self._all is not None:
-            whole = len(rows) == self._rows
-            self.keys, self.values = (part if whole else part[rows] for part in self._all)
-        self._chosen = rows
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if len(self._chosen) == self._rows:
-            self._all = key_states.contiguous(), value_states.contiguous()
-            self.is_initialized = True
-            self.keys, self.values = self._all
-            return self._all
-        if self._all is None:
-            self.is_initialized = True
-            shapes = [(self._rows, *states.shape[1:]) for states in (key_states, value_states)]
-            self._all = key_states.new_zeros(shapes[0]), value_states.new_zeros(shapes[1])
-        for whole, states in zip(self._all, (key_states, value_states), strict=True):
-            whole[self._chosen] = states
-        self.keys, self.values = key_states, value_states
-        return key_states, value_states
-
-    @property
-    def everything(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values of all rows; None where the layer has none."""
-        return self._all
 
 
 class EncodedRunner(Runner):
@@ -320,35 +235,6 @@ class EncodedRunner(Runner):
             if layer.everything is not None:
                 cache.cross_attention_cache.update(*(part.clone() for part in layer.everything), index)
                 cache.is_updated[index] = True
-
-
-def layer_count(model: PreTrainedModel) -> int:
-    """Layers of a decoder. Some configurations give the encoder's number where Transformers asks for layers."""
-    config = model.config.get_text_config(decoder=True)
-    own = [getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers")]
-    return max([ragged_layers(config) or 0, *(n for n in own if isinstance(n, int))])
-
-
-def learned_positions(model: PreTrainedModel, positions: int) -> int:
-    """How many of so many positions a decoder has. Some configurations call them by another name."""
-    learned = getattr(model.config.get_text_config(decoder=True), "max_target_positions", None)
-    return min(positions, learned) if isinstance(learned, int) and learned > 0 else positions
-
-
-def readable(model: PreTrainedModel) -> int | None:
-    """How many ids a model reads as its text, None where it does not say. An encoder may have others."""
-    part: Any = model.get_decoder() if model.config.is_encoder_decoder else model
-    if not isinstance(part, PreTrainedModel):  # FSMT's decoder is a plain module
-        return None
-    return getattr(part.get_input_embeddings(), "num_embeddings", None)
-
-
-def counts_text(model: PreTrainedModel) -> bool:
-    """Whether ``generate`` counts a decoder's positions without padding. Whisper's are; most count columns."""
-    ids, mask = torch.zeros((1, 2), dtype=torch.long, device=model.device), torch.tensor([[0, 1]], device=model.device)
-    prepare: Any = model.prepare_inputs_for_generation
-    given = prepare(ids, decoder_attention_mask=mask).get("decoder_position_ids")
-    return given is not None and takes(model, "decoder_position_ids")
 
 
 class _Found(NamedTuple):

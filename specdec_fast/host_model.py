@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from specdec_fast import static_cache
 from specdec_fast.compiled import Captured, Compilation, Pair, check_out, forget, hand_back, handing_back
 from specdec_fast.device_round import bucket_of
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import capacity_for, rows_for

@@ -20,7 +20,7 @@ from specdec_fast.device_law import DeviceLaw
 from specdec_fast.device_round import BUCKETS, Begun, DeviceWriter, State, bucket_of
 from specdec_fast.device_text import read_texts
 from specdec_fast.drafters.base import RowDraft
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.host_model import HostModel
 from specdec_fast.runner import Head, Runner
 from specdec_fast.staging import upload

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast.cache import CACHE_NAMES
-from specdec_fast.encoded import readable
+from specdec_fast.encoding import readable
 from specdec_fast.masks import text_positions
 from specdec_fast.sources import encoder_inputs
 

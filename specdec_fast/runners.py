@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from specdec_fast.cache import ragged_layers
-from specdec_fast.encoded import Encoded, EncodedRunner
+from specdec_fast.encoded import EncodedRunner
+from specdec_fast.encoding import Encoded
 from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from specdec_fast.drafters.begun import mark_of
-from specdec_fast.encoded import Encoded, reads_encoder, why_not_encoded
+from specdec_fast.encoded import why_not_encoded
+from specdec_fast.encoding import Encoded, reads_encoder
 from specdec_fast.options import Options
 
 __all__ = ["Sources", "beginning", "encoder_inputs", "main_input", "sources_of"]

@@ -14,6 +14,7 @@ taken in and handed back, as with those.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +105,8 @@ class StaticSource:
         like: keys and values ``[1, heads, S', head_dim]`` of each layer, as the model gives them.
         rows: of the cache.
         columns: of the longest source, S.
-        masked: whether sources may be shorter.
+        masked: where a forward takes the mask that hides columns behind a shorter source: "given" beside the encoder's
+            output, "inside" it, "": nowhere, and all sources are of S columns.
         outputs: the type of the encoder's output, and ``width`` of its states.
         counted: whether positions leave a text's padding out.
         pad: an id that stands at no position, wherever it is read; None: there is none.
@@ -116,13 +118,13 @@ class StaticSource:
         rows: int,
         columns: int,
         *,
-        masked: bool,
+        masked: str,
         outputs: type,
         width: int,
         counted: bool,
         pad: int | None,
     ):
-        self.counted, self.pad = counted, pad
+        self.masked, self.counted, self.pad = masked, counted, pad
         self.layers = [DynamicLayer() for _ in like]
         for layer, (keys, values) in zip(self.layers, like, strict=True):
             shapes = [(rows, states.shape[1], columns, states.shape[3]) for states in (keys, values)]
@@ -130,8 +132,21 @@ class StaticSource:
             layer.is_initialized = True
         some = like[0][0]
         # Nobody reads the states themselves again, but their shape and type
-        self.outputs = outputs(last_hidden_state=some.new_zeros(1, 1, 1).expand(rows, columns, width))
+        self._type, self._states = outputs, some.new_zeros(1, 1, 1).expand(rows, columns, width)
         self.shown = torch.ones((rows, columns), dtype=torch.bool, device=some.device) if masked else None
+
+    def arguments(self, lanes: int, made: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """What a forward of so many lanes takes.
+
+        Args:
+            made: of a mask ``[B, 1, n, S]``, bool, what the model's attention takes.
+        """
+        if self.shown is None:
+            return {"encoder_outputs": self._type(last_hidden_state=self._states)}
+        mask = made(self.shown[:, None, None].expand(-1, 1, lanes, -1))
+        if self.masked == "inside":
+            return {"encoder_outputs": self._type(last_hidden_state=self._states, attention_mask=mask)}
+        return {"encoder_outputs": self._type(last_hidden_state=self._states), "attention_mask": mask}
 
     def tensors(self) -> list[Tensor]:
         """Everything whose address must stay."""

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from specdec_fast import attention, dispatch, round_ops
 from specdec_fast.cache import ragged_layers
 from specdec_fast.compiled import capture, first_line, notice
-from specdec_fast.encoded import reads_encoder
+from specdec_fast.encoding import reads_encoder
 from specdec_fast.fused_layers import fused_count, why_no_kernels
 from specdec_fast.static_cache import capacity_for
 from specdec_fast.static_runner import StaticRunner, empty_cache

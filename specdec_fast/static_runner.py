@@ -104,14 +104,11 @@ def _with_source(
     arguments: dict[str, Any] = {
         f"{prefix}input_ids": tokens,
         f"{prefix}attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
-        "encoder_outputs": source.outputs,
+        **source.arguments(tokens.shape[1], lambda mask: _as_wanted(mask, decoder.config, model.dtype)),
         cache.argument: cache.handed,
         "use_cache": True,
         "return_dict": True,
     }
-    if source.shown is not None:
-        shown = source.shown[:, None, None].expand(-1, 1, tokens.shape[1], -1)
-        arguments["attention_mask"] = _as_wanted(shown, decoder.config, model.dtype)
     if takes(model, f"{prefix}position_ids"):
         arguments[f"{prefix}position_ids"] = position_ids
     wanted = torch.zeros_like(place.start) if head is not None else lane

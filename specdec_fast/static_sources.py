@@ -19,46 +19,61 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
 from specdec_fast import static_runner
 from specdec_fast.apart import twin_apart
+from specdec_fast.attention import why_no_twin
 from specdec_fast.cache import cache_argument, empty, read_cache, write_cache
-from specdec_fast.encoded import (
-    Encoded,
-    EncodedRunner,
-    counts_text,
-    form_of,
-    found_of,
-    ids_to_try,
-    layer_count,
-    learned_positions,
-    readable,
-)
+from specdec_fast.encoded import EncodedRunner, form_of, found_of, ids_to_try
+from specdec_fast.encoding import Encoded, counts_text, layer_count, learned_positions, readable
 from specdec_fast.static_cache import StaticCache, StaticSource, capacity_for
 from specdec_fast.static_runner import StaticRunner
 from specdec_fast.trial import alike
 
-__all__ = ["SourceShape", "StaticEncodedRunner", "empty_cache", "shape_of", "static_runner_for", "why_not_static"]
+__all__ = [
+    "SourceShape",
+    "StaticEncodedRunner",
+    "attention_of",
+    "empty_cache",
+    "shape_of",
+    "static_runner_for",
+    "why_not_static",
+]
 
 LANES = (1, 4, 16, 64, 256)  # of the passes that read prompts
 LEAST_COLUMNS = 32  # of buffers for sources that may be shorter
 
 
 class SourceShape(NamedTuple):
-    """What buffers for sources hang on: their columns, whether sources may be shorter, and the states' width."""
+    """What buffers for sources hang on: their columns, where a mask goes that hides those behind a shorter source
+    (:class:`specdec_fast.static_cache.StaticSource`), and the states' width."""
 
     columns: int
-    masked: bool
+    masked: str
     width: int
 
 
 def shape_of(model: PreTrainedModel, encoded: Encoded) -> SourceShape | None:
     """The shape that sources of a call need; None where their mask is one that no pass of fixed shape takes."""
     columns, width = encoded.outputs[0].shape[1:]
-    mask = encoded.mask
+    mask, exact = encoded.mask, SourceShape(columns, "", width)
+    if _holds_mask(encoded):
+        own = encoded.outputs.get("attention_mask")
+        if (own is None or own.shape[1:] == (columns,)) and _tried(model, encoded, "inside") is None:
+            return SourceShape(_rounded(columns), "inside", width)
+        if own is not None:
+            return None
     if mask is None:
-        return SourceShape(columns, False, width)
-    if mask.ndim == 2 and mask.shape[1] == columns:
-        return SourceShape(_rounded(columns), True, width)
-    read = _reading(model, encoded)
-    return SourceShape(columns, False, width) if read.never or (read.hidden and bool(mask.all())) else None
+        # Pictures are all alike, and their attention needs no mask then
+        masked = model.main_input_name != "pixel_values" and _tried(model, encoded, "given") is None
+    elif mask.ndim == 2 and mask.shape[1] == columns:
+        masked = True
+    else:
+        read = _reading(model, encoded)
+        return exact if read.never or (read.hidden and bool(mask.all())) else None
+    return SourceShape(_rounded(columns), "given", width) if masked else exact
+
+
+def _holds_mask(encoded: Encoded) -> bool:
+    """Whether what an encoder made has a place for the mask of its states."""
+    return "attention_mask" in getattr(type(encoded.outputs), "__dataclass_fields__", {})
 
 
 def _rounded(columns: int) -> int:
@@ -82,16 +97,16 @@ class StaticEncodedRunner(StaticRunner):
     """
 
     def __init__(self, model: PreTrainedModel, cache: StaticCache, rows: int, *, encoded: Encoded, **settings: Any):
-        self._model = model
         settings["prefill_chunk"] = min(settings.get("prefill_chunk") or LANES[-1], LANES[-1])
-        super().__init__(twin_apart(model) or model, cache, rows, **settings)
+        super().__init__(_twin(model) or model, cache, rows, **settings)
         self.positions = learned_positions(model, self.positions)
         self.vocabulary = readable(model)
         self._ids = self.vocabulary or 1 << 60
         assert cache.source is not None
         layers = _read(model, encoded)
         self._source_columns = layers[0][0].shape[2]
-        cache.source.write(layers, encoded.mask)
+        shown = encoded.outputs.get("attention_mask") if cache.source.masked == "inside" else encoded.mask
+        cache.source.write(layers, shown)
 
     def _read_once(self, rows: Any, tokens: Tensor, count: list[int], tail: int) -> tuple[Tensor, list[int]]:
         """Prompts that are alike have sources that are not."""
@@ -136,6 +151,18 @@ def static_runner_for(
     if encoded is None:
         return StaticRunner(model, cache, rows, **settings)
     return StaticEncodedRunner(model, cache, rows, encoded=encoded, **settings)
+
+
+def _twin(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The form of a model that runs passes of fixed shape; None where there is none."""
+    return twin_apart(model, "sdpa" if attention_of(model) else "")
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """What there is to say of a model's attention in passes of fixed shape: one that takes no mask a row is left."""
+    decoder: Any = model.get_decoder() if model.config.is_encoder_decoder else model
+    own = str(decoder.config._attn_implementation)
+    return None if own in ("sdpa", "eager") else f"sdpa attention in the place of {own}"
 
 
 @torch.no_grad()
@@ -252,36 +279,47 @@ def why_not_static(model: PreTrainedModel, encoded: Encoded | None = None, promp
     name, shape = type(model).__name__, shape_of(model, encoded)
     if shape is None:
         return f"{name} hides parts of its source by a mask that is not of what its encoder made"
+    tensors = {key for key, part in encoded.outputs.items() if isinstance(part, Tensor)}
+    known = {"last_hidden_state", "pooler_output", *(["attention_mask"] if shape.masked == "inside" else [])}
+    if more := sorted(tensors - known):
+        return f"the encoder of {name} makes more than states: {', '.join(more)}"
     stumbles = found_of(model, encoded).stumbles
     if prompt is not None and stumbles is not None and bool((prompt == stumbles).any()):
         return f"{name} counts positions by what it reads, and the text begins with padding"
+    return _tried(model, encoded, shape.masked)
+
+
+def _tried(model: PreTrainedModel, encoded: Encoded, masked: str) -> str | None:
+    """Why a model cannot read sources so; None where it can. Tried once a model."""
     with _probing:
-        found, form = _probed.setdefault(model, {}), f"{form_of(model, encoded)} {shape.masked}"
+        found, form = _probed.setdefault(model, {}), f"{form_of(model, encoded)} {masked}"
         if form not in found:
             if not bool(encoded.outputs[0].isfinite().all()):
-                return f"what the encoder of {name} made holds no numbers to try it with"
-            found[form] = _probe(model, encoded)
+                return f"what the encoder of {type(model).__name__} made holds no numbers to try it with"
+            found[form] = _probe(model, encoded, masked)
         return found[form]
 
 
 @torch.no_grad()
-def _probe(model: PreTrainedModel, encoded: Encoded) -> str | None:
+def _probe(model: PreTrainedModel, encoded: Encoded, masked: str) -> str | None:
     name, known = type(model).__name__, found_of(model, encoded)
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return f"{name} is spread over several devices"
-    if twin_apart(model) is None:
-        return f"{name} has no twin whose rows may stand at columns of their own"
-    tensors = {key for key, part in encoded.outputs.items() if isinstance(part, Tensor)}
-    if more := sorted(tensors - {"last_hidden_state", "pooler_output"}):
-        return f"the encoder of {name} makes more than states: {', '.join(more)}"
+    if (why := why_no_twin(model)) is not None:
+        return why
     ids = ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])
-    if both.mask is not None and both.mask.shape[1] == both.outputs[0].shape[1] > 1:
-        hidden = torch.ones_like(both.mask)
-        hidden[1, -(-2 * hidden.shape[1] // 3) :] = 0
-        both = Encoded(both.outputs, hidden)
-    shape = shape_of(model, both)
-    assert shape is not None
+    columns, width = both.outputs[0].shape[1:]
+    if masked:
+        hidden = torch.ones((2, columns), dtype=torch.long, device=model.device)
+        hidden[1, -(-2 * columns // 3) :] = 0
+        hidden[:, 0] = 1
+        if masked == "given":
+            both = Encoded(both.outputs, hidden)
+        else:
+            outputs = type(both.outputs)(last_hidden_state=both.outputs[0], attention_mask=hidden)
+            both = Encoded(outputs, both.mask)
+    shape = SourceShape(_rounded(columns) if masked else columns, masked, width)
     visible = torch.tensor([[True, True, True], [False, True, True]]) if known.masks else None
     try:
         cache = empty_cache(model, 2, capacity_for(8), both, shape)
@@ -304,6 +342,6 @@ def _probe(model: PreTrainedModel, encoded: Encoded) -> str | None:
                 return f"{name} gives other logits with a static cache"
     except torch.OutOfMemoryError:
         raise  # says nothing of the model
-    except Exception as error:  # what a forward of its own kind can throw
+    except Exception as error:  # what a forward of its own kind, or one that has no such attention, can throw
         return f"{name} fails with a static cache ({type(error).__name__})"
     return None

@@ -8,7 +8,8 @@ from sources import START, WRITERS, build_writer, decoder_of, noisy_writer, sour
 from tiny import PAD, VOCABULARY
 
 from specdec_fast import apart, encoded, fast_generate
-from specdec_fast.encoded import AHEAD, CrossLayer, Encoded, EncodedRunner, why_not_encoded
+from specdec_fast.encoded import AHEAD, EncodedRunner, why_not_encoded
+from specdec_fast.encoding import CrossLayer, Encoded
 from specdec_fast.trial import trial_ids
 
 
@@ -28,11 +29,15 @@ def plain(target, ids, made, row, mask=None):
     return target(decoder_input_ids=ids, encoder_outputs=outputs, use_cache=False, **more).logits[0]
 
 
-def walk(kind, rows, *, padded, apart=True, twin=True, moves=40, seed=0):
+def own_passes(target, rows, made, apart=True, twin=True):
+    return EncodedRunner(target, rows, encoded=made, joint=apart, twin=twin)
+
+
+def walk(kind, rows, *, padded, moves=40, seed=0, runner=own_passes, **settings):
     """Feeds and rolls back at random; the largest difference to plain passes over the same texts."""
     dice, target = random.Random(seed), writer(kind)
     made = read(target, kind, rows, padded=padded)
-    runner = EncodedRunner(target, rows, encoded=made, joint=apart, twin=twin)
+    runner = runner(target, rows, made, **settings)
     texts, worst = [[START] for _ in range(rows)], 0.0
     runner.feed(range(rows), torch.tensor(texts), [1] * rows, [1] * rows)
     for _ in range(moves):

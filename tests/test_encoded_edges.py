@@ -12,7 +12,8 @@ from transformers import GenerationMixin
 from specdec_fast import decoding_loop, encoded, fast_generate, last_speculation
 from specdec_fast.apart import twin_apart
 from specdec_fast.cache import cache_argument, cache_of
-from specdec_fast.encoded import Encoded, why_not_encoded
+from specdec_fast.encoded import why_not_encoded
+from specdec_fast.encoding import Encoded
 
 LOOKUP = {"prompt_lookup_num_tokens": 4}
 

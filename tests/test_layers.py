@@ -51,7 +51,7 @@ LAYERS = (
     {"device_round", "static_sources"},
     {"device_law", "static_runner"},
     {"encoded", "recurrent"},
-    {"apart"},
+    {"apart", "encoding"},
     {"outputs"},
     {"branching", "runner", "verification", "fused", "stops", "lookahead", "record", "state", "stats"},
     {"sampling"},

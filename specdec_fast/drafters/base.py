@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.proposal import Proposal
 from specdec_fast.runner import Head, Runner
 from specdec_fast.state import Rows

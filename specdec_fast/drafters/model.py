@@ -26,7 +26,7 @@ from specdec_fast.branching import Branching
 from specdec_fast.drafters.base import Drafting, Passes
 from specdec_fast.drafters.head import dense_head, pruned_head
 from specdec_fast.drafters.written import Written
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.fused import confidence, drafted_token, draws_natively, likeliest, raced_token
 from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.lean_ops import Choices, Index, Told

@@ -21,7 +21,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from specdec_fast import reference, sampling
 from specdec_fast.drafters.base import Passes
 from specdec_fast.drafters.model import Context, Watcher
-from specdec_fast.encoded import Encoded
+from specdec_fast.encoding import Encoded
 from specdec_fast.lean import MOST_LANES, lean_model
 from specdec_fast.proposal import Proposal
 from specdec_fast.runners import runner_for
