@@ -257,6 +257,11 @@ def summary(out: Path) -> None:
         )
         share = f", {row['share_of_limit']:.0%} of the bandwidth limit" if row["share_of_limit"] else ""
         lines.append(f"{words}: {row['tokens_per_second']:.1f} tokens/s, {row['ratio_to_plain']:.2f}x plain{share}")
+    for kind in ("whisper", "t5"):
+        for rows in (1, 4):
+            calls = (read(f"sources_{kind}.json") or {}).get(f"calls_ms_{rows}_rows", {})
+            took = ", ".join(f"{name} {ms:.0f} ms" for name, ms in calls.items() if "T=0" in name)
+            lines += [f"{kind} B={rows}: {took}"] if took else []
     text = "\n".join(lines)
     (out / "summary.txt").write_text(text + "\n")
     print(text)

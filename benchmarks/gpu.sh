@@ -5,11 +5,12 @@
 #     benchmarks/gpu.sh test OUT       the tests that need a GPU; small shapes under compute-sanitizer
 #     benchmarks/gpu.sh kernels OUT    first measurements, then the microbenchmarks
 #     benchmarks/gpu.sh e2e OUT        whole generations on models of real shapes
+#     benchmarks/gpu.sh sources OUT    encoder-decoder models of real shapes
 #     benchmarks/gpu.sh quick OUT      of each a little, without inductor: what four minutes allow
 #
 # SPECDEC_FAST_LAYERS=plain or fused runs decoder layers so in e2e and quick; by default the faster of both is taken.
 #
-# Each writes small JSON and text files into OUT, at most 9 in all, and prints a summary. Repeat a step until it says
+# Each writes small JSON and text files into OUT, at most 10 in all, and prints a summary. Repeat a step until it says
 # that nothing is left. Needs Python with torch and transformers (PYTHON names it), nothing of the network, nothing
 # outside the repository. Supported from Python 3.12, torch 2.11+cu130, triton 3.6, transformers 5.17 on.
 #
@@ -18,7 +19,7 @@
 set -uo pipefail
 
 usage() {
-    sed -n '2,12s/^# \{0,1\}//p' "$0"
+    sed -n '2,13s/^# \{0,1\}//p' "$0"
     exit 2
 }
 [ $# -eq 2 ] || usage
@@ -156,6 +157,16 @@ step_e2e() {
         --minutes "$(minutes)" --json "$out/e2e.json"
 }
 
+step_sources() {
+    built
+    local kind small=()
+    [ "$SPECDEC_FAST_DEVICE" = cpu ] && small=(--small --repetitions 1 --tokens 4 --rows 1)
+    for kind in whisper t5; do
+        run 280 env PYTHONPATH="$PYTHONPATH:$root/benchmarks" "$python" benchmarks/source_passes.py --kind "$kind" \
+            --device "$SPECDEC_FAST_DEVICE" "${small[@]}" --json "$out/sources_$kind.json"
+    done
+}
+
 step_quick() {
     built
     run "$(left)" env PYTHONPATH="$PYTHONPATH:$root/benchmarks" "$python" benchmarks/gpu_quick.py \
@@ -167,6 +178,7 @@ build) step_build ;;
 test) step_test ;;
 kernels) step_kernels ;;
 e2e) step_e2e ;;
+sources) step_sources ;;
 quick) step_quick ;;
 *) usage ;;
 esac

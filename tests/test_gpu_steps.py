@@ -16,7 +16,7 @@ import widen
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu.sh"
-STEPS = ("build", "test", "kernels", "e2e")
+STEPS = ("build", "test", "kernels", "e2e", "sources")
 
 
 def run(step, out, work):
@@ -37,7 +37,7 @@ def test_every_step_runs_and_leaves_few_small_files(tmp_path):
     files = {path.name for path in out.iterdir()}
     assert files == {
         "environment.json", "build.txt", "tests.txt", "first.json", "kernels.json", "kernels.md", "e2e.json",
-        "summary.txt",
+        "summary.txt", "sources_whisper.json", "sources_t5.json",
     }  # fmt: skip
     assert all(path.stat().st_size < 200_000 for path in out.iterdir())
     assert "test: green" in (out / "tests.txt").read_text()
@@ -50,6 +50,9 @@ def test_every_step_runs_and_leaves_few_small_files(tmp_path):
     plain = [row for row in whole if row["method"] == "autoregressive"]
     assert all(row["share_of_limit_with_prompt"] for row in plain)
     assert all((row["share_of_limit"] is None) == (row["system"] == "transformers") for row in plain)
+    heard = json.loads((out / "sources_whisper.json").read_text())
+    assert heard["fixed_passes_ms_1_rows"]["5 positions"] > 0 and heard["calls_ms_1_rows"]["drafted, T=0"] > 0
+    assert "whisper B=1: generate, T=0" in (out / "summary.txt").read_text()
     assert {path for path in ROOT.iterdir()} == untouched
 
 
