@@ -65,7 +65,11 @@ SHAPES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }
 KEPT = 2  # decoder layers of the drafter
 SMALL: dict[str, Any] = {"d_model": 64, "num_layers": 3, "num_heads": 2, "d_ff": 64, "d_kv": 32}
-SMALL |= {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 3), ("ffn_dim", 64))}
+SMALL |= {
+    f"{side}_{name}": n
+    for side in ("encoder", "decoder")
+    for name, n in (("layers", 3), ("ffn_dim", 64), ("attention_heads", 2))
+}
 Kind = StrEnum("Kind", list(SHAPES))
 
 
