@@ -28,7 +28,8 @@ from specdec_fast.encoding import Encoded
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import StaticCache
 from specdec_fast.static_runner import Forward, static_forward
-from specdec_fast.static_sources import SourceShape, empty_cache, shape_of
+from specdec_fast.static_runners import empty_cache
+from specdec_fast.static_sources import SourceShape, shape_of
 
 __all__ = [
     "BRANCHES",
@@ -144,9 +145,11 @@ class Captured:
             return self._forward(model, cache, head, tokens, lane, *rest)
         key = ("pass", tokens.shape[1], *rest)  # a window of a drafter's text is among the rest
         if key not in self._graphs:
-            own = tokens.clone()
+            own, before = tokens.clone(), [state.clone() for state in cache.states()]
             with notice(f"capturing a pass of {tokens.shape[1]} positions"):
                 made, _ = capture(lambda: self._forward(model, cache, head, own, None, *rest), cache.device)
+            for state, old in zip(cache.states(), before, strict=True):
+                state.copy_(old)
             self._graphs[key] = None if made is None else (*made, own)
         if self._graphs[key] is None:
             return self._forward(model, cache, head, tokens, None, *rest)

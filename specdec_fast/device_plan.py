@@ -28,7 +28,8 @@ from specdec_fast.runner import Runner
 from specdec_fast.runners import runner_for
 from specdec_fast.sources import Sources
 from specdec_fast.static_model import for_passes
-from specdec_fast.static_sources import attention_of, why_not_static
+from specdec_fast.static_runners import why_not_rounds, why_not_static
+from specdec_fast.static_sources import attention_of
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
 from specdec_fast.token_map import TokenMap, token_map
@@ -119,12 +120,15 @@ def open_session(
             statistics.loop_reason = "; ".join(filter(None, [statistics.loop_reason, said]))
         return None, None
     how, plan, encoded = Compilation.of(mode, model, config), call.plan, call.sources.target
-    if encoded is not None and how.compiled:
-        how = Compilation(captured=how.captured, why_not=f"passes of {type(model).__name__} read a source")
+    if how.compiled and (encoded is not None or why_not_rounds(model)):
+        kept = "read a source" if encoded is not None else "keep a state"
+        how = Compilation(captured=how.captured, why_not=f"passes of {type(model).__name__} {kept}: not compiled")
     passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
     model, switched = for_passes(model, how.compiled)
     why_not = why_not_static(model, encoded, call.ids)
     statistics.loop_reason = why_not or why_not_resident(model, call, how) or ""
+    if statistics.loop_reason and how.why_not:
+        statistics.loop_reason += f"; {how.why_not}"
     if why_not or not call.use_cache or not _padded_left(call.visible):
         return None, passes
     statistics.forward = "inductor" if how.compiled else "static"
@@ -189,6 +193,8 @@ def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> st
     """Why the rounds of a call cannot live on the device; None where they can."""
     plan, options, visible = call.plan, call.options, call.visible
     drafter = options.assistant_model
+    if reason := why_not_rounds(model, call.sources.target):
+        return reason
     if plan.method not in METHODS:
         return f"method {plan.method} needs the host between draft and verification"
     if plan.verification == "gumbel" and call.do_sample:
@@ -214,6 +220,8 @@ def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> st
     if drafter.device != model.device:
         return "the drafter is on another device"
     if reason := why_not_static(for_passes(drafter, how.compiled)[0], call.sources.drafter):
+        return f"the drafter: {reason}"
+    if reason := why_not_rounds(drafter, call.sources.drafter):
         return f"the drafter: {reason}"
     positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
     positions = learned_positions(drafter, positions if isinstance(positions, int) and positions > 0 else 1 << 60)

@@ -52,7 +52,7 @@ from specdec_fast.staging import upload
 from specdec_fast.state import Rows
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_runner import StaticRunner
-from specdec_fast.static_sources import static_runner_for
+from specdec_fast.static_runners import static_runner_for
 
 __all__ = ["DrafterPart", "Session"]
 

@@ -19,8 +19,9 @@ from specdec_fast.encoding import Encoded
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.static_cache import capacity_for, rows_for
+from specdec_fast.static_recurrent import LONGEST, StaticRecurrentRunner
 from specdec_fast.static_runner import Forward
-from specdec_fast.static_sources import static_runner_for
+from specdec_fast.static_runners import host_runner_for
 
 __all__ = ["HostModel", "lanes_for"]
 
@@ -69,7 +70,7 @@ class HostModel:
         }
         self.pair = self._check_out(min(columns, prompt + static_cache.ALLOWANCE))
         with handing_back(self.pair):
-            self.runner = static_runner_for(
+            self.runner = host_runner_for(
                 model,
                 self.pair.target,
                 batch,
@@ -81,7 +82,7 @@ class HostModel:
                 room=self._room,
                 encoded=encoded,
             )
-            if how.captured and prefill_chunk is None:
+            if how.captured and prefill_chunk is None and not isinstance(self.runner, StaticRecurrentRunner):
                 self.runner.reader = read_prompts
             if ready:
                 self.make(ready)
@@ -105,10 +106,14 @@ class HostModel:
         """
         if not self.how.captured or self.how.compiled:
             return
-        capture_all(self.runner)
         cache = self.pair.target
         nobodys = torch.full((cache.rows,), cache.capacity - 1, device=cache.device)
-        for lanes in sorted({lanes_for(n) for n in range(1, most + 1)}):
+        sizes = {lanes_for(n) for n in range(1, most + 1)}
+        if isinstance(self.runner, StaticRecurrentRunner):  # as many lanes as tokens, those that are read again too
+            sizes = set(range(1, min(most + 2 * self.runner.again, LONGEST) + 1))
+        else:
+            capture_all(self.runner)
+        for lanes in sorted(sizes):
             self.runner.score(nobodys.new_zeros((cache.rows, lanes)), nobodys)
 
     def reserve(self, columns: int) -> None:

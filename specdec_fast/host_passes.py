@@ -25,7 +25,9 @@ from specdec_fast.host_model import HostModel
 from specdec_fast.runner import Head, Runner
 from specdec_fast.staging import upload
 from specdec_fast.static_model import for_passes
-from specdec_fast.static_sources import why_not_static
+from specdec_fast.static_recurrent import StaticRecurrentRunner
+from specdec_fast.static_runner import StaticRunner
+from specdec_fast.static_runners import why_not_rounds, why_not_static
 
 __all__ = ["HostDraft", "HostPasses"]
 
@@ -62,6 +64,8 @@ class HostPasses:
         """
         if model.device != self._device:
             return f"it is on {model.device}"
+        if self._how.compiled and (reason := why_not_rounds(model, encoded)):
+            return f"{reason}, and such passes are not compiled"
         return why_not_static(for_passes(model, self._how.compiled)[0], encoded)
 
     def runner(
@@ -96,8 +100,10 @@ class HostPasses:
 
     def drafting(
         self, runner: Runner, warpers: LogitsProcessorList | None, confidence: float, watched: bool
-    ) -> HostDraft:
-        """Whole drafts on a runner that was made here."""
+    ) -> HostDraft | None:
+        """Whole drafts on a runner that was made here; None where it rolls back on the host."""
+        if isinstance(runner, StaticRecurrentRunner):
+            return None
         host = next(one for one in self._taken if one.runner is runner)
         made = HostDraft(host, confidence, watched)
         if self._ready:
@@ -130,7 +136,8 @@ class HostDraft:
     """
 
     def __init__(self, host: HostModel, confidence: float, watched: bool):
-        self._host = host
+        assert isinstance(host.runner, StaticRunner)
+        self._host, self._runner = host, host.runner
         self._ends: dict[str, Any] = {"confidence": confidence, "watched": watched}
         self._law: DeviceLaw | None = None
         self._pair: Pair | None = None
@@ -149,7 +156,7 @@ class HostDraft:
         law = DeviceLaw.of(warpers, do_sample=warpers is not None)
         if law.processors or max(steps) > BUCKETS[-1]:
             return None
-        runner, gamma = self._host.runner, bucket_of(max(steps))
+        runner, gamma = self._runner, bucket_of(max(steps))
         length = [len(text) - at for text, at in zip(texts, first, strict=True)]
         self._host.reserve(max(length) + gamma + 1)
         behind = [row for row in active if length[row] - runner.length[row] > State.TAIL]
@@ -194,7 +201,7 @@ class HostDraft:
         if pair is not self._pair or law != self._law:
             self._pair, self._law, how = pair, law, self._host.how
             self._writer = DeviceWriter(
-                self._host.runner,
+                self._runner,
                 law,
                 parameters=pair.set_parameters(0, law.values),
                 eager=not (how.compiled or how.captured),

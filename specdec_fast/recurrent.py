@@ -27,7 +27,7 @@ from specdec_fast.runner import Runner, left_align
 from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
 from specdec_fast.trial import alike, exact, trial_ids
 
-__all__ = ["RecurrentRunner", "why_not_recurrent"]
+__all__ = ["RecurrentRunner", "shares_passes", "why_not_recurrent"]
 
 REPLAYED = 16  # tokens fed again in front of a draft at most, in a pass of one row
 
@@ -159,7 +159,7 @@ class RecurrentRunner(Runner):
         window.columns = None if min(start) == max(start) else columns
         lanes = sorted({c - t + j for c, t in zip(count, tail, strict=True) for j in range(t)})
         logits = self._model_forward(rows, tokens, columns, [n] * len(rows), unit, embeds, lanes)
-        unit.take(own)
+        unit.collect(own)
         for one in own:
             one.stands += n
         return left_align(logits, lanes, count, tail)
@@ -196,11 +196,13 @@ class RecurrentRunner(Runner):
             mine: Any = self._unit_of[0].stateful[index]
             layer.device, layer.dtype = mine.device, mine.dtype  # type: ignore[union-attr]
         units: list[Any] = [unit for _, unit in self._units]
+        sizes = [len(group) for group, _ in self._units]  # a cache of fixed size may have more rows
         for index in range(len(cache.layers)):
             parts = [unit.cache.layers[index] for unit in units]
             if isinstance(parts[0], RaggedLayer) and parts[0].keys is not None:
                 keys, values = (
-                    torch.cat([getattr(part, name)[:, :, :columns] for part in parts]) for name in ("keys", "values")
+                    torch.cat([getattr(part, name)[:n, :, :columns] for part, n in zip(parts, sizes, strict=True)])
+                    for name in ("keys", "values")
                 )
                 cache.update(self._padded(keys, columns), self._padded(values, columns), index)
 
@@ -209,6 +211,11 @@ class RecurrentRunner(Runner):
         pad = torch.nn.functional.pad
         rows = [pad(row[:, :, : columns - n], (0, 0, n, 0)) for row, n in zip(part.split(1), self.hidden, strict=True)]
         return torch.cat(rows)
+
+
+def shares_passes(model: PreTrainedModel) -> bool:
+    """Whether rows of a model that :func:`why_not_recurrent` has nothing against share passes at different columns."""
+    return _found(model).joint
 
 
 class _Found(NamedTuple):

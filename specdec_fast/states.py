@@ -175,7 +175,7 @@ class Unit(RaggedCache):
         for index, layer in enumerate(self.stateful):
             set_state(layer, side_by_side([row.state[index] for row in rows]))
 
-    def take(self, rows: list[Row]) -> None:
+    def collect(self, rows: list[Row]) -> None:
         """Gives the rows what the layers have made of their states."""
         states = [state_of(layer) for layer in self.stateful]
         for number, row in enumerate(rows):

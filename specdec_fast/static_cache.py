@@ -188,6 +188,7 @@ class StaticCache(RaggedCache):
 
     Attributes:
         handed: what a forward is given.
+        stateful: its layers that keep a state (:mod:`specdec_fast.static_recurrent`).
         graphs: captured passes that concern this cache alone (:mod:`specdec_fast.prompt_passes`).
     """
 
@@ -197,6 +198,7 @@ class StaticCache(RaggedCache):
     windows: tuple[int | None, ...] = ()
     source: StaticSource | None = None
     handed: Cache = field(init=False)
+    stateful: list[Any] = field(init=False, default_factory=list)
     place: Place = field(init=False)
     graphs: dict[Any, Any] = field(init=False, default_factory=dict)
 
@@ -220,6 +222,16 @@ class StaticCache(RaggedCache):
         buffers = [t for layer in self.ragged for t in (layer.keys, layer.values) if t is not None]
         source = [] if self.source is None else self.source.tensors()
         return [*buffers, *source, self.place.start, self.place.hidden]
+
+    def states(self) -> list[Tensor]:
+        """What a pass reads and replaces, so that running it again would give something else."""
+        return []
+
+    def enter(self) -> None:
+        """To be called before a forward that reads and writes states."""
+
+    def leave(self) -> None:
+        """To be called behind one."""
 
     def forget(self) -> None:
         """Empties it for another text. What was there is cleared: a NaN in a masked column would still spread."""

@@ -51,6 +51,8 @@ def static_forward(
     """
     if cache.source is not None:
         return _with_source(model, cache, cache.source, head, tokens, lane, positions, ids)
+    if cache.stateful:
+        return _with_states(model, cache, head, tokens, positions, ids)
     place = cache.place
     windows = sorted({window or 0 for window in cache.windows})
     ours = model.config._attn_implementation == attention.NAME
@@ -76,6 +78,32 @@ def static_forward(
         return logits if lane is None else _pick(logits, lane)
     hidden = model.base_model(**arguments).last_hidden_state
     return head(hidden if lane is None else _pick(hidden, lane))
+
+
+def _with_states(model: Any, cache: StaticCache, head: Head | None, tokens: Tensor, positions: int, ids: int) -> Tensor:
+    """:func:`static_forward` of a model whose layers keep a state (:mod:`specdec_fast.static_recurrent`)."""
+    place, windows = cache.place, sorted({window or 0 for window in cache.windows}) or [0]
+    columns, position_ids, _ = pass_places(place.start, place.hidden, tokens.shape[1], place.capacity, positions, [])
+    place.lanes = columns
+    masks: dict[str, Any] = dict(_masks(model.config, model.dtype, cache, columns, windows))
+    if len(masks) > 1:  # layers that keep a state have no mask: all columns are of a text
+        kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+        masks.update(dict.fromkeys(kinds - set(masks)))
+    arguments: dict[str, Any] = {
+        "input_ids": tokens.clamp(0, ids - 1),
+        "attention_mask": masks if len(masks) > 1 else next(iter(masks.values())),
+        cache.argument: cache.handed,
+        "use_cache": True,
+        "return_dict": True,
+    }
+    if takes(model, "position_ids"):
+        arguments["position_ids"] = position_ids
+    cache.enter()
+    logits: Tensor = (
+        model(**arguments).logits if head is None else head(model.base_model(**arguments).last_hidden_state)
+    )
+    cache.leave()
+    return logits
 
 
 def _with_source(

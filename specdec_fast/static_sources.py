@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from specdec_fast import static_runner
 from specdec_fast.apart import twin_apart
 from specdec_fast.attention import why_no_twin
 from specdec_fast.cache import cache_argument, empty, read_cache, write_cache
@@ -33,7 +32,6 @@ __all__ = [
     "attention_of",
     "empty_cache",
     "shape_of",
-    "static_runner_for",
     "why_not_static",
 ]
 
@@ -140,19 +138,6 @@ class StaticEncodedRunner(StaticRunner):
             cache.is_updated[index] = True
 
 
-def static_runner_for(
-    model: PreTrainedModel, cache: StaticCache, rows: int, *, encoded: Encoded | None = None, **settings: Any
-) -> StaticRunner:
-    """The runner of passes of fixed shape that suits a model; other arguments are :class:`StaticRunner`'s.
-
-    Args:
-        encoded: what the model reads beside the text, of so many rows; None: nothing.
-    """
-    if encoded is None:
-        return StaticRunner(model, cache, rows, **settings)
-    return StaticEncodedRunner(model, cache, rows, encoded=encoded, **settings)
-
-
 def _twin(model: PreTrainedModel) -> PreTrainedModel | None:
     """The form of a model that runs passes of fixed shape; None where there is none."""
     return twin_apart(model, "sdpa" if attention_of(model) else "")
@@ -189,16 +174,9 @@ def _read(model: PreTrainedModel, encoded: Encoded) -> list[tuple[Tensor, Tensor
     return [(layer.keys, layer.values) for layer in made.cross_attention_cache.layers]
 
 
-def empty_cache(
-    model: PreTrainedModel, rows: int, capacity: int, encoded: Encoded | None = None, shape: SourceShape | None = None
-) -> StaticCache:
-    """A static cache for a model that :func:`why_not_static` has nothing against, its buffers allocated.
-
-    Args:
-        encoded, shape: of a model that reads what an encoder made, and what sources of this shape need.
-    """
-    if encoded is None or shape is None:
-        return static_runner.empty_cache(model, rows, capacity)
+def empty_cache(model: PreTrainedModel, rows: int, capacity: int, encoded: Encoded, shape: SourceShape) -> StaticCache:
+    """A static cache for a model that :func:`why_not_static` has nothing against, its buffers allocated, for sources of
+    this shape."""
     config = model.config.get_text_config(decoder=True)
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     windows += [None] * (layer_count(model) - len(windows))
@@ -267,15 +245,13 @@ def _reading(model: PreTrainedModel, encoded: Encoded) -> _Reading:
         return found[form]
 
 
-def why_not_static(model: PreTrainedModel, encoded: Encoded | None = None, prompt: Tensor | None = None) -> str | None:
-    """:func:`specdec_fast.static_runner.why_not_static`, for models that read what an encoder made too.
+def why_not_static(model: PreTrainedModel, encoded: Encoded, prompt: Tensor | None = None) -> str | None:
+    """Why a model cannot read what an encoder made in passes of fixed shape; None where it can.
 
     Args:
-        encoded: what the model would read; None: it reads nothing but the text.
+        encoded: what the model would read.
         prompt: ``[B, P]`` ids that texts begin with.
     """
-    if encoded is None:
-        return static_runner.why_not_static(model)
     name, shape = type(model).__name__, shape_of(model, encoded)
     if shape is None:
         return f"{name} hides parts of its source by a mask that is not of what its encoder made"

@@ -24,12 +24,12 @@ def known(architecture):
 # What a runner gives ------------------------------------------------------------------------------------------------
 
 
-def walk(target, rows, *, joint, padded, moves=40, seed=0):
+def walk(target, rows, *, padded, moves=40, seed=0, runner=RecurrentRunner, **settings):
     """Feeds and rolls back at random; the largest difference to plain passes over the same texts."""
     dice = random.Random(seed)
     inputs = prompts(rows, padded=padded, length=12)
     ids, visible = inputs["input_ids"], inputs["attention_mask"].bool()
-    runner = RecurrentRunner(target, rows, visible=visible, joint=joint)
+    runner = runner(target, rows, visible=visible, **settings)
     texts, worst = ids.tolist(), 0.0
     runner.feed(range(rows), ids, [12] * rows, [1] * rows)
     for _ in range(moves):

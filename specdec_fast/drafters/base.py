@@ -100,8 +100,8 @@ class Passes(Protocol):
 
     def drafting(
         self, runner: Runner, warpers: LogitsProcessorList | None, confidence: float, watched: bool
-    ) -> Drafting:
-        """Whole drafts on a runner that was made here.
+    ) -> Drafting | None:
+        """Whole drafts on a runner that was made here; None where they cannot be.
 
         Args:
             warpers: the model's sampling, as far as it is known by now.
