@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from specdec_fast.attention import around, parts_of, why_no_twin
 from specdec_fast.cache import takes
 
-__all__ = ["placed", "placed_on_device", "twin_apart"]
+__all__ = ["placed", "placed_on_device", "told_apart", "twin_apart"]
 
 
 class _Pass(NamedTuple):
@@ -216,6 +216,18 @@ def twin_apart(model: PreTrainedModel, implementation: str = "") -> PreTrainedMo
         if implementation not in kept or kept[implementation][0] != state:
             kept[implementation] = state, _made(model, implementation)
         return kept[implementation][1]
+
+
+def told_apart(model: PreTrainedModel) -> bool:
+    """Whether passes of a model's twin can be told where each row stands.
+
+    A trial alone would not do: in half precision it takes small differences for rounding, and a model whose positions
+    are looked up in another way would be read at one place for another.
+    """
+    prefix = "decoder_" if model.config.is_encoder_decoder else ""
+    decoder: Any = model.get_decoder() if model.config.is_encoder_decoder else model
+    counts = any("embed_positions" in m._modules or hasattr(m, "compute_bias") for m in decoder.modules())
+    return counts or takes(model, f"{prefix}position_ids")
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -352,6 +352,7 @@ class _Loop:
             prefill_chunk=config.prefill_chunk_size,
             sources=sources,
             ids=input_ids,
+            cache=cache if past else None,
         )
         if mode == "native" and lean is None:
             why = "it reads what an encoder made" if encodes else why_not_lean(model, rounded=False)

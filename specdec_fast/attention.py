@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -25,10 +26,11 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from specdec_fast import dispatch, fused_layers
 from specdec_fast.attention_ops import MOST_DIM, decode_attention, seen_columns
 
-__all__ = ["NAME", "attend", "for_static_cache", "mask", "places", "twin", "why_no_kernel", "why_no_twin"]
+__all__ = ["NAME", "attend", "for_static_cache", "is_twin", "mask", "places", "twin", "why_no_kernel", "why_no_twin"]
 
 NAME = "specdec_fast"
 HALVES = (torch.bfloat16, torch.float16)
+PLAIN = (bool, int, float, str, types.FunctionType, types.BuiltinFunctionType)
 MOST_QUERIES = 64  # of a pass that counts as decoding
 
 
@@ -199,6 +201,8 @@ _twins: weakref.WeakKeyDictionary[PreTrainedModel, dict[tuple[str, bool], tuple[
     weakref.WeakKeyDictionary()
 )
 
+_made: weakref.WeakSet[PreTrainedModel] = weakref.WeakSet()
+
 
 def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) -> PreTrainedModel:
     """The same model with another attention, the model itself left as it is.
@@ -228,7 +232,13 @@ def twin(model: PreTrainedModel, implementation: str, *, fused: bool = False) ->
         if fused:
             fused_layers.fuse_layers(made)
         kept[key] = state, made
+        _made.add(made)
     return kept[key][1]
+
+
+def is_twin(model: PreTrainedModel) -> bool:
+    """Whether a model came from :func:`twin`: where the one that it was made of has changed, another one is made."""
+    return model in _made
 
 
 def parts_of(model: PreTrainedModel) -> Any:
@@ -243,8 +253,8 @@ def parts_of(model: PreTrainedModel) -> Any:
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:
-    """Plain numbers and words that a module holds, which a twin copies."""
-    return [(name, value) for name, value in vars(module).items() if type(value) in (bool, int, float, str)]
+    """Plain numbers, words and functions that a module holds, which a twin copies."""
+    return [(name, value) for name, value in vars(module).items() if type(value) in PLAIN]
 
 
 def around(module: Any, memo: dict[int, Any]) -> Any:

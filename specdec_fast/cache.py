@@ -254,8 +254,8 @@ def check_cache(cache: Any, name: str, rows: int, config: Any, columns: int) -> 
     if getattr(config, "is_encoder_decoder", False):
         if not isinstance(cache, EncoderDecoderCache):
             raise ValueError(f"{name} must be an EncoderDecoderCache, not {type(cache).__name__}: leave it out")
-        for layer in cast(Any, cache.cross_attention_cache.layers):
-            if all(cache.is_updated.values()) and layer.is_initialized and layer.keys.shape[0] != rows:
+        for index, layer in enumerate(cast(Any, cache.cross_attention_cache.layers)):
+            if layer.is_initialized and cache.is_updated.get(index) and layer.keys.shape[0] != rows:
                 raise ValueError(f"{name} has {layer.keys.shape[0]} rows, the call {rows}: give it one row a sequence")
         cache, config = cache.self_attention_cache, config.get_text_config(decoder=True)
     layers: list[Any] = cache.layers

@@ -7,6 +7,7 @@ ones used last. Memory is that of the two caches, and of what a graph needs.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 
+from specdec_fast.attention import is_twin, parts_of
 from specdec_fast.costs import Costs
 from specdec_fast.device_round import State
 from specdec_fast.encoding import Encoded
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 MOST_KEPT = 4  # pairs of one target
+MOST_OF_SOURCES = 8  # of one whose sources have shapes as well
 WARM_UPS = 3  # runs before a capture
 NOTICE = 3.0  # seconds after which a first call says what it is doing
 
@@ -259,6 +262,7 @@ class Pair:
     graphs: dict[Any, Any] = field(default_factory=dict)
     costs: dict[Any, Costs] = field(default_factory=dict)
     weights: tuple[int, ...] = ()
+    parts: list[Any] = field(default_factory=list)
     drafter_model: weakref.ref[PreTrainedModel] | None = None
     busy: bool = False
 
@@ -318,9 +322,14 @@ def check_out(
         for one, read in zip((model, drafter), encoded, strict=True)
     )
     names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
+    dtypes = tuple(one.dtype for one in (model, drafter) if one is not None)
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
-    key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, model.dtype, shapes)
-    weights = tuple(p.data_ptr() for m in (model, drafter) if m is not None for p in m.parameters())
+    key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, dtypes, shapes)
+    both = [one for one in (model, drafter) if one is not None]
+    tensors = itertools.chain.from_iterable((*one.parameters(), *one.buffers()) for one in both)
+    weights = tuple(tensor.data_ptr() for tensor in tensors)
+    # Hooks, modules and settings are in graphs too
+    parts = [parts_of(one) for one in both if not is_twin(one)] if how.captured else []
     with _lock:
         found = _kept.setdefault(model, [])
         pair = next((one for one in found if one.key == key and not one.busy and one.serves(drafter)), None)
@@ -334,12 +343,13 @@ def check_out(
         with _lock:
             found = _kept.setdefault(model, [])
             found.append(pair)
-            for old in [p for p in found if not p.busy][: max(len(found) - MOST_KEPT, 0)]:
+            most = MOST_KEPT if encoded == (None, None) else MOST_OF_SOURCES
+            for old in [p for p in found if not p.busy][: max(len(found) - most, 0)]:
                 found.remove(old)
-    if pair.weights != weights or pair.head is not head:
+    if pair.weights != weights or pair.parts != parts or pair.head is not head:
         for graphs in (pair.graphs, pair.target.graphs, *([pair.drafter.graphs] if pair.drafter else [])):
             graphs.clear()  # they read the old ones
-    pair.weights, pair.head = weights, head
+    pair.weights, pair.parts, pair.head = weights, parts, head
     return pair
 
 

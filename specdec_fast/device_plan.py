@@ -17,7 +17,7 @@ from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
-from specdec_fast.encoding import learned_positions
+from specdec_fast.encoding import Encoded, learned_positions, source_in
 from specdec_fast.host_model import HostModel
 from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel, lean_model
@@ -29,7 +29,7 @@ from specdec_fast.runners import runner_for
 from specdec_fast.sources import Sources
 from specdec_fast.static_model import for_passes
 from specdec_fast.static_runners import why_not_rounds, why_not_static
-from specdec_fast.static_sources import attention_of
+from specdec_fast.static_sources import attention_of, first_of_its_length
 from specdec_fast.stats import Speculation
 from specdec_fast.stops import Stops
 from specdec_fast.token_map import TokenMap, token_map
@@ -69,6 +69,7 @@ class Call:
         embeds: whether prompts are embeddings.
         sources: what its models read beside the text.
         ids: ``[B, P]`` the prompt.
+        cache: that it goes on from; None: none.
     """
 
     plan: Plan
@@ -85,6 +86,7 @@ class Call:
     prefill_chunk: int | None
     sources: Sources = field(default_factory=Sources)
     ids: Tensor | None = None
+    cache: Any = None
 
     def runner(self, model: PreTrainedModel, rows: int, lean: LeanModel | None) -> Runner:
         """The target as it is."""
@@ -126,6 +128,11 @@ def open_session(
     passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
     model, switched = for_passes(model, how.compiled)
     why_not = why_not_static(model, encoded, call.ids)
+    if encoded is not None and why_not is None:
+        why_not = _other_source(call, encoded)
+        if why_not is None and how.captured and (alone := first_of_its_length(model, encoded)):
+            statistics.loop_reason = alone
+            return None, None
     statistics.loop_reason = why_not or why_not_resident(model, call, how) or ""
     if statistics.loop_reason and how.why_not:
         statistics.loop_reason += f"; {how.why_not}"
@@ -228,6 +235,15 @@ def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> st
     if positions < call.longest:
         return f"the text may leave the drafter's {positions} positions"
     return None
+
+
+def _other_source(call: Call, encoded: Encoded) -> str | None:
+    """Why buffers for what was encoded would not hold what is read: a cache's source counts, where it has one."""
+    held = source_in(call.cache) if call.cache is not None else []
+    if not held:
+        return None
+    columns = held[0][0].shape[2]
+    return None if columns == encoded.outputs[0].shape[1] else f"the cache is of another source, of {columns} states"
 
 
 def _map_of(model: PreTrainedModel, options: Options) -> TokenMap:

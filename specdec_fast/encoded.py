@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from specdec_fast.apart import placed, twin_apart
+from specdec_fast.apart import placed, told_apart, twin_apart
 from specdec_fast.cache import RaggedCache, cache_argument, empty, ragged_layers, read_cache, takes, write_cache
 from specdec_fast.encoding import (
     CrossLayer,
@@ -31,6 +31,7 @@ from specdec_fast.encoding import (
     layer_count,
     learned_positions,
     readable,
+    source_in,
 )
 from specdec_fast.lean import LeanModel
 from specdec_fast.masks import level_mask, ragged_masks, text_positions
@@ -220,11 +221,10 @@ class EncodedRunner(Runner):
         everyone = list(range(self.rows))
         self._text = [[0] * past for _ in everyone]  # never read again: no row goes back to it
         self.length = [past] * self.rows
-        if all(cache.is_updated.values()):
-            for mine, theirs in zip(self._cross, cache.cross_attention_cache.layers, strict=False):
+        if held := source_in(cache):
+            for mine, parts in zip(self._cross, held, strict=False):
                 mine.choose(everyone)
-                if theirs.is_initialized:
-                    mine.update(theirs.keys.clone(), theirs.values.clone())
+                mine.update(*(part.clone() for part in parts))
             self._known = [True] * self.rows
 
     def store(self, cache: Any, columns: int) -> None:
@@ -369,7 +369,7 @@ def _shares(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
 @torch.no_grad()
 def _tried_apart(model: PreTrainedModel, encoded: Encoded, twin: bool) -> bool:
     prefix = "decoder_" if model.config.is_encoder_decoder else ""
-    if not (twin or takes(model, f"{prefix}position_ids")):
+    if not (told_apart(model) if twin else takes(model, f"{prefix}position_ids")):
         return False
     ids = ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])

@@ -20,6 +20,7 @@ __all__ = [
     "learned_positions",
     "readable",
     "reads_encoder",
+    "source_in",
 ]
 
 
@@ -102,6 +103,18 @@ class CrossLayer(DynamicLayer):
     def everything(self) -> tuple[Tensor, Tensor] | None:
         """Keys and values of all rows; None where the layer has none."""
         return self._all
+
+
+def source_in(cache: Any) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of a source that a caller's cache holds, by layer; none where it holds no source.
+
+    A configuration may make a cache of more layers than the decoder has.
+    """
+    layers: Any = cache.cross_attention_cache.layers
+    filled = [index for index, layer in enumerate(layers) if layer.is_initialized]
+    if not all(cache.is_updated.get(index) for index in filled):
+        return []
+    return [(layers[index].keys, layers[index].values) for index in filled]
 
 
 def layer_count(model: PreTrainedModel) -> int:

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-from specdec_fast.apart import twin_apart
+from specdec_fast.apart import told_apart, twin_apart
 from specdec_fast.attention import why_no_twin
 from specdec_fast.cache import cache_argument, empty, read_cache, write_cache
 from specdec_fast.encoded import EncodedRunner, form_of, found_of, ids_to_try
-from specdec_fast.encoding import Encoded, counts_text, layer_count, learned_positions, readable
+from specdec_fast.encoding import Encoded, counts_text, layer_count, learned_positions, readable, source_in
 from specdec_fast.static_cache import StaticCache, StaticSource, capacity_for
 from specdec_fast.static_runner import StaticRunner
 from specdec_fast.trial import alike
@@ -31,12 +31,14 @@ __all__ = [
     "StaticEncodedRunner",
     "attention_of",
     "empty_cache",
+    "first_of_its_length",
     "shape_of",
     "why_not_static",
 ]
 
 LANES = (1, 4, 16, 64, 256)  # of the passes that read prompts
-LEAST_COLUMNS = 32  # of buffers for sources that may be shorter
+LEAST_COLUMNS = 64  # of buffers for sources that may be shorter
+TELLING = 8  # states of a source from which on hiding half of it would show
 
 
 class SourceShape(NamedTuple):
@@ -75,14 +77,31 @@ def _holds_mask(encoded: Encoded) -> bool:
 
 
 def _rounded(columns: int) -> int:
-    """Columns to allocate: few different numbers, at most half as many again."""
+    """Columns to allocate: few different numbers, since each is a shape to capture."""
     size = LEAST_COLUMNS
     while size < columns:
-        half = size * 3 // 2
-        if half >= columns:
-            return half
         size *= 2
     return size
+
+
+_met: weakref.WeakKeyDictionary[PreTrainedModel, set[int]] = weakref.WeakKeyDictionary()
+
+
+def first_of_its_length(model: PreTrainedModel, encoded: Encoded) -> str | None:
+    """Why nothing should be captured for a call's sources: they alone may have their length; None where others will."""
+    shape = shape_of(model, encoded)
+    if shape is None or shape.masked or model.main_input_name == "pixel_values":
+        return None
+    if shape.columns == getattr(model.config, "max_source_positions", None):
+        return None
+    met = _met.setdefault(model, set())
+    if shape.columns in met:
+        return None
+    met.add(shape.columns)
+    return (
+        f"{type(model).__name__} takes no mask of its source, so each length has passes of its own: they are captured "
+        f"where a second source of {shape.columns} states is read"
+    )
 
 
 class StaticEncodedRunner(StaticRunner):
@@ -119,12 +138,9 @@ class StaticEncodedRunner(StaticRunner):
         (_, own), source = self.caches[0], self.cache.source
         read_cache(cache.self_attention_cache, own)
         self.length = [past] * self.rows
-        layers: Any = cache.cross_attention_cache.layers
-        if all(cache.is_updated.values()) and all(layer.is_initialized for layer in layers) and source is not None:
-            source.write(
-                [(layer.keys, layer.values) for layer in layers],
-                None if source.shown is None else source.shown[: self.rows, : self._source_columns],
-            )
+        if (held := source_in(cache)) and source is not None:
+            shown = None if source.shown is None else source.shown[: self.rows, : self._source_columns].clone()
+            source.write(held, shown)
 
     def store(self, cache: Any, columns: int) -> None:
         """Writes the columns of the result, and the source's keys and values, into a Transformers cache."""
@@ -236,6 +252,8 @@ def _reading(model: PreTrainedModel, encoded: Encoded) -> _Reading:
                 runner = EncodedRunner(model, 1, encoded=Encoded(outputs, given), twin=False)
                 return runner.feed([0], ids, [7], [7])[0]
 
+            if encoded.outputs[0].shape[1] < TELLING or not bool(outputs[0].isfinite().all()):
+                return _Reading(False, False)  # says nothing of the model
             try:
                 plain = logits(None)
                 hides = alike(model, plain, logits(half))
@@ -252,9 +270,14 @@ def why_not_static(model: PreTrainedModel, encoded: Encoded, prompt: Tensor | No
         encoded: what the model would read.
         prompt: ``[B, P]`` ids that texts begin with.
     """
-    name, shape = type(model).__name__, shape_of(model, encoded)
+    name = type(model).__name__
+    if (why := why_no_twin(model)) is not None:
+        return why
+    if not told_apart(model):
+        return f"{name} has positions that it cannot be told"
+    shape = shape_of(model, encoded)
     if shape is None:
-        return f"{name} hides parts of its source by a mask that is not of what its encoder made"
+        return f"{name} is given a mask that is not of what its encoder made"
     tensors = {key for key, part in encoded.outputs.items() if isinstance(part, Tensor)}
     known = {"last_hidden_state", "pooler_output", *(["attention_mask"] if shape.masked == "inside" else [])}
     if more := sorted(tensors - known):
@@ -281,8 +304,6 @@ def _probe(model: PreTrainedModel, encoded: Encoded, masked: str) -> str | None:
     name, known = type(model).__name__, found_of(model, encoded)
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return f"{name} is spread over several devices"
-    if (why := why_no_twin(model)) is not None:
-        return why
     ids = ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])
     columns, width = both.outputs[0].shape[1:]
