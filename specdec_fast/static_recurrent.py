@@ -131,6 +131,11 @@ class StaticUnit(StaticCache):
                 if to is not tensor:
                     to.copy_(tensor)
 
+    def repeat(self, source: list[int], target: list[int], columns: int) -> None:
+        super().repeat(source, target, columns)
+        for one, other in zip(source, target, strict=True):
+            self.own[other].follow(self.own[one])
+
     def view(self, rows: int) -> RaggedCache:
         raise NotImplementedError("such a cache is handed over row by row")
 

@@ -181,6 +181,18 @@ def test_a_cache_is_handed_back_and_gone_on_with(architecture, rows, how):
     assert torch.equal(fast_generate(target, **second, **drafting, **given), expected)
 
 
+def test_prompts_that_are_alike_are_read_once():
+    """And what was read of them is that of all."""
+    text = prompts(1, length=40)
+    own = {"assistant_model": noisy("lfm2"), "num_assistant_tokens": 3, **STATIC}
+    given = {**text, "do_sample": True, "seed": [5, 6, 7], "top_k": 0, "num_return_sequences": 3, "max_new_tokens": 16}
+    together = fast_generate(model("lfm2"), **given, **own)
+    for row, seed in enumerate(given["seed"]):
+        alone = fast_generate(model("lfm2"), **{**given, "seed": [seed], "num_return_sequences": 1}, **own)
+        assert torch.equal(together[row], alone[0])
+    assert len(set(map(tuple, together.tolist()))) == 3
+
+
 def test_a_drafter_with_states_beside_a_target_without(made):
     drafting = {"assistant_model": model("lfm2"), "num_assistant_tokens": 4, **STATIC}
     statistics = same(model("llama"), prompts(3, padded=True), drafting, max_new_tokens=20)
