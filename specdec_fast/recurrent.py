@@ -27,7 +27,7 @@ from specdec_fast.runner import Runner, left_align
 from specdec_fast.states import TENSORS, Unit, changed, layers_of, row_of, set_state, side_by_side, state_of
 from specdec_fast.trial import alike, exact, trial_ids
 
-__all__ = ["RecurrentRunner", "shares_passes", "why_not_recurrent"]
+__all__ = ["RecurrentRunner", "form_of", "shares_passes", "why_not_recurrent"]
 
 REPLAYED = 16  # tokens fed again in front of a draft at most, in a pass of one row
 
@@ -239,11 +239,14 @@ def why_not_recurrent(model: PreTrainedModel) -> str | None:
     return _found(model).why_not
 
 
+def form_of(model: PreTrainedModel) -> str:
+    """What a trial's outcome hangs on: kernels, and dropout."""
+    return f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training}"
+
+
 def _found(model: PreTrainedModel) -> _Found:
     with _probing:
-        found = _probed.setdefault(model, {})
-        # What kernels hang on, and dropout
-        form = f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training}"
+        found, form = _probed.setdefault(model, {}), form_of(model)
         if form not in found:
             found[form] = _probe(model)
         return found[form]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, has_state
-from specdec_fast.recurrent import RecurrentRunner, shares_passes
+from specdec_fast.recurrent import RecurrentRunner, form_of, shares_passes
 from specdec_fast.runner import Head, left_align
 from specdec_fast.staging import staged
 from specdec_fast.states import TENSORS, Row, State, Unit, changed, row_of, set_state, state_of
@@ -262,8 +262,7 @@ def why_not_static(model: PreTrainedModel) -> str | None:
     if not shares_passes(model):
         return f"rows of {name} cannot share passes"
     with _probing:
-        found = _probed.setdefault(model, {})
-        form = f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training}"
+        found, form = _probed.setdefault(model, {}), form_of(model)
         if form not in found:
             found[form] = _probe(model)
         return found[form]
