@@ -134,7 +134,7 @@ class Captured:
 
     Args:
         forward: the pass.
-        graphs: where they are kept; None for one that cannot be captured.
+        graphs: where they are kept, by what they depend on; an entry of None: it cannot be captured.
     """
 
     def __init__(self, forward: Forward, graphs: dict[Any, Any]):
@@ -322,7 +322,9 @@ def check_out(
         for one, read in zip((model, drafter), encoded, strict=True)
     )
     names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
-    dtypes = tuple(one.dtype for one in (model, drafter) if one is not None)
+    kind = model.device.type  # of buffers as of passes: autocast changes it from one call to the next
+    within = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    dtypes = (*(one.dtype for one in (model, drafter) if one is not None), within)
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
     key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, dtypes, shapes)
     both = [one for one in (model, drafter) if one is not None]

@@ -100,6 +100,7 @@ class StaticUnit(StaticCache):
 
     def forget(self) -> None:
         super().forget()
+        self.enter()  # what passes of the model's own have left in the layers
         self.begin(self.rows)
 
     def take(self, other: StaticCache) -> None:
@@ -272,17 +273,23 @@ def why_not_static(model: PreTrainedModel) -> str | None:
 def _probe(model: PreTrainedModel) -> str | None:
     name, ids = type(model).__name__, trial_ids(model)
     try:
-        static = StaticRecurrentRunner(model, empty_cache(model, 2, capacity_for(16)), 2)
+        static = StaticRecurrentRunner(model, empty_cache(model, 2, capacity_for(32)), 2)
         plain = RecurrentRunner(model, 2)
         for runner in (static, plain):
             runner.feed([0, 1], ids[:, :4], [4, 2], [1, 1])
-        # A draft, another behind what was kept of it (nothing of one row's was rolled back), and single tokens
-        for first, count in (([4, 2], [3, 3]), ([5, 5], [1, 2]), ([6, 7], [1, 1]), ([7, 8], [1, 1])):
-            tokens = ids[:, 1 : 1 + max(count)]
+        # A draft; one of a row alone, behind what was kept; drafts of different lengths; single tokens; a longer draft
+        for rows, back, count in (
+            ([0, 1], [4, 2], [3, 3]),
+            ([1], [5, 5], [2]),
+            ([0, 1], [5, 6], [3, 1]),
+            ([0, 1], [8, 7], [1, 1]),
+            ([0, 1], [9, 8], [9, 9]),
+        ):
+            tokens = ids.repeat(1, 2)[rows, 1 : 1 + max(count)]
             for runner in (static, plain):
                 for row in (0, 1):
-                    runner.rollback(row, first[row])
-            got, right = (runner.feed([0, 1], tokens, count, count) for runner in (static, plain))
+                    runner.rollback(row, back[row])
+            got, right = (runner.feed(rows, tokens, count, count) for runner in (static, plain))
             for row, n in enumerate(count):
                 if not alike(model, right[row, :n], got[row, :n]):
                     return f"{name} gives other logits with a static cache"

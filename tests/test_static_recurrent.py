@@ -17,10 +17,11 @@ from specdec_fast import (
     prepare,
     recurrent,
     static_cache,
+    static_runner,
     static_runners,
 )
 from specdec_fast.cache import cache_argument, cache_of
-from specdec_fast.states import Row
+from specdec_fast.states import TENSORS, Row, state_of
 from specdec_fast.static_cache import capacity_for, rows_for
 from specdec_fast.static_recurrent import LONGEST, StaticRecurrentRunner, StaticUnit, empty_cache, why_not_static
 
@@ -92,7 +93,43 @@ def columns_of_another_row(patch):
     patch.setattr(StaticRecurrentRunner, "score", lambda self, tokens, start: score(self, tokens, start.flip(0)))
 
 
-@pytest.mark.parametrize("fault", [of_another_row, not_given_back, columns_of_another_row])
+def given_to_rows_that_sat_out(patch):
+    give = StaticUnit.give
+    patch.setattr(StaticUnit, "give", lambda self, numbers, rows: give(self, range(len(self.own)), self.own))
+
+
+def lanes_that_see_too_little(patch):
+    masks = static_runner._masks
+
+    def short(config, dtype, cache, columns, windows):
+        made = masks(config, dtype, cache, columns, windows)
+        for mask in made.values():
+            mask[:, :, 4:, :2] = False
+        return made
+
+    patch.setattr(static_runner, "_masks", short)
+
+
+def written_over_rows_that_sat_out(patch):
+    score = StaticRecurrentRunner.score
+
+    def elsewhere(self, tokens, start):
+        return score(self, tokens, torch.where((tokens == 0).all(1), 0, start))
+
+    patch.setattr(StaticRecurrentRunner, "score", elsewhere)
+
+
+FAULTS = [
+    of_another_row,
+    not_given_back,
+    columns_of_another_row,
+    given_to_rows_that_sat_out,
+    lanes_that_see_too_little,
+    written_over_rows_that_sat_out,
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5", "falcon_h1"])
 def test_states_and_columns_where_they_do_not_belong_are_seen(architecture, fault, monkeypatch):
     fault(monkeypatch)
@@ -208,6 +245,15 @@ def test_rows_that_cannot_share_passes(monkeypatch):
     assert statistics.forward == "eager" and "cannot share passes" in statistics.loop_reason
 
 
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_calls_under_autocast_have_caches_of_their_own(architecture):
+    target, given = build_model(architecture, seed=7), {**prompts(2), "method": "autoregressive", "max_new_tokens": 9}
+    plain = fast_generate(target, **given, **STATIC)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast_generate(target, **given, **STATIC).shape == plain.shape
+    assert torch.equal(fast_generate(target, **given, **STATIC), plain)
+
+
 def test_inductor_leaves_such_models_as_they_are():
     given = {"assistant_model": noisy("lfm2"), "num_assistant_tokens": 3, "compile": "inductor"}
     statistics = same(model("lfm2"), prompts(2), given, max_new_tokens=9)
@@ -226,8 +272,11 @@ def test_a_prepared_pair(made):
 def test_what_is_kept_holds_nothing_of_a_text():
     target = build_model("qwen3_5", seed=6)
     fast_generate(target, **prompts(2), **STATIC, method="autoregressive", max_new_tokens=8)
+    fast_generate(target, **prompts(2), **STATIC, method="autoregressive", max_new_tokens=1)  # the model's own pass
     (pair,) = compiled._kept[target]
     assert not any(tensor.any() for tensor in pair.target.tensors())
+    layers = [state_of(layer) for layer in pair.target.stateful]
+    assert not any(t.any() for state in layers for name in TENSORS for t in state[name].values())
     assert pair.target.states() and all(not row.tokens and not row.marks for row in pair.target.own)
     assert last_speculation().static_bytes == pair.bytes > sum(state.nbytes for state in pair.target.states())
 
