@@ -131,7 +131,7 @@ def test_a_mask_that_is_off_by_one_is_found_by_trying(monkeypatch, dtype, fault)
     assert why_not_static(target) is None
     behind, hidden = {"sees one more": (1, 0), "sees padding": (0, -1), "hides the first": (0, 1)}[fault]
 
-    def masks(model, cache, columns, windows):
+    def masks(config, dtype, cache, columns, windows):
         kv, query = torch.arange(cache.place.capacity), columns.unsqueeze(-1)
         shown = (kv <= query + behind) & (kv >= cache.place.hidden[:, None, None] + hidden)
         return {"full_attention": (shown | (kv == query)).unsqueeze(1)}

@@ -172,7 +172,7 @@ def test_a_session_that_cannot_be_made_gives_its_caches_back(monkeypatch, method
         return counted
 
     with monkeypatch.context() as patched:
-        parts = [(module, "StaticRunner") for module in (device_session, host_model)]
+        parts = [(device_session, "static_runner_for"), (host_model, "host_runner_for")]
         for owner, name in (*parts, (device_session, "Round"), (StaticRunner, "feed")):
             patched.setattr(owner, name, failing(getattr(owner, name)))
         with pytest.raises(MemoryError, match="no room"):

@@ -479,15 +479,21 @@ def test_a_drafter_of_the_text_alone(made):
 # The law ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """Caches of thousands of rows."""
+    monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
+
+
 @pytest.mark.parametrize("rule", ["match", "token", "block"])
 @pytest.mark.parametrize("method", ["model", "tli"])
 @pytest.mark.parametrize("kind", ["t5", "bart"])
-def test_the_output_has_the_targets_law(kind, method, rule):
+def test_the_output_has_the_targets_law(kind, method, rule, small):
     assert min(p_values(kind, method, rule, seed=1, **STATIC)) > 1e-4
     assert (last_speculation().loop, last_speculation().forward) == ("device", "static")
 
 
-def test_rejected_tokens_that_stay_change_the_law(monkeypatch):
+def test_rejected_tokens_that_stay_change_the_law(monkeypatch, small):
     p_values("bart", "model", "token", **STATIC)  # the trial would find it
 
     def stays(self, keys, values, *rest, **more):

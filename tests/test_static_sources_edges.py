@@ -197,7 +197,7 @@ def test_sources_of_many_lengths_keep_their_graphs(made):
     target = build_writer("t5", seed=9)
     own = {"assistant_model": make_noisy(target, 0.1), "num_assistant_tokens": 3, **STATIC}
     for turn in range(2):
-        for columns in (10, 40, 60, 90, 130, 300, 600):
+        for columns in (10, 60, 90, 130, 300, 600):
             before, ids = len(made), torch.randint(3, VOCABULARY, (1, columns))
             same(target, {"input_ids": ids}, own, max_new_tokens=12)
             assert not turn or len(made) == before
