@@ -137,9 +137,6 @@ class StaticUnit(StaticCache):
         for one, other in zip(source, target, strict=True):
             self.own[other].follow(self.own[one])
 
-    def view(self, rows: int) -> RaggedCache:
-        raise NotImplementedError("such a cache is handed over row by row")
-
 
 def _number_of(layer: Any) -> int:
     """How many states of each kind a layer keeps."""
