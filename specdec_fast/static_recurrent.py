@@ -254,11 +254,8 @@ _probing = threading.Lock()
 
 def why_not_static(model: PreTrainedModel) -> str | None:
     """Why a model with states cannot run passes of fixed shape; None where it can. Tried once a model."""
-    name = type(model).__name__
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        return f"{name} is spread over several devices"
     if not shares_passes(model):
-        return f"rows of {name} cannot share passes"
+        return f"rows of {type(model).__name__} cannot share passes"
     with _probing:
         found, form = _probed.setdefault(model, {}), form_of(model)
         if form not in found:

@@ -331,9 +331,6 @@ _probing = threading.Lock()
 
 def why_not_static(model: PreTrainedModel) -> str | None:
     """Why a model cannot run passes of fixed shape; None where it can. Tried once a model against a plain pass."""
-    places = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(places) > 1:
-        return f"{type(model).__name__} is spread over several devices"
     with _probing:
         found = _probed.setdefault(model, {})
         implementation = str(model.config._attn_implementation)  # can be changed on a loaded model

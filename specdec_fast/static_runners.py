@@ -25,6 +25,9 @@ def why_not_static(model: PreTrainedModel, encoded: Encoded | None = None, promp
         encoded: what it reads beside the text; None: nothing.
         prompt: ``[B, P]`` ids that texts begin with.
     """
+    places = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(places) > 1:
+        return f"{type(model).__name__} is spread over several devices"
     if encoded is not None:
         return static_sources.why_not_static(model, encoded, prompt)
     if ragged_layers(model.config) is None:

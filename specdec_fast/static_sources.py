@@ -302,8 +302,6 @@ def _tried(model: PreTrainedModel, encoded: Encoded, masked: str) -> str | None:
 @torch.no_grad()
 def _probe(model: PreTrainedModel, encoded: Encoded, masked: str) -> str | None:
     name, known = type(model).__name__, found_of(model, encoded)
-    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
-        return f"{name} is spread over several devices"
     ids = ids_to_try(model).view(2, 7)
     both = encoded.part([0, encoded.rows - 1])
     columns, width = both.outputs[0].shape[1:]

@@ -299,6 +299,14 @@ def test_the_dispatchers_tell_models_apart():
     assert static_runners.why_not_rounds(model("llama")) is None
 
 
+@pytest.mark.parametrize("architecture", ["llama", "lfm2"])
+def test_a_model_on_several_devices_runs_as_it_is(architecture):
+    target = build_model(architecture, seed=8)
+    assert static_runners.why_not_static(target) is None
+    target.hf_device_map = {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    assert "several devices" in static_runners.why_not_static(target)
+
+
 # The law ------------------------------------------------------------------------------------------------------------
 
 
