@@ -175,13 +175,16 @@ def test_texts_of_any_lengths_share_a_pass():
         model = made(FAMILIES["qwen3"], dtype)
         lean = lean_model(model, rounded=rounded)
         together, apart_ = Runner(model, 3, lean=lean), Runner(model, 3, lean=lean)
+        exact = rounded or dtype == torch.bfloat16
         for texts, tail in ((TEXTS, [2, 3, 1]), (([3], [4, 5, 6], [7, 8]), [1, 1, 2])):
+            # Without bfloat16 in vectors a pass of many lanes is the model's own, which rounds elsewhere
+            exact = exact and (rounded or together.quick([len(text) for text in texts]))
+            slack = 0.0 if exact else 1e-5 if dtype == torch.float32 else 0.15
             logits = together.read([0, 1, 2], [list(text) for text in texts], tail)
             assert logits.shape[1] == max(tail)
             for row, text in enumerate(texts):
-                alone = apart_.feed([row], torch.tensor([text]), [len(text)], [tail[row]])
-                slack = 0.0 if rounded or dtype == torch.bfloat16 else 1e-5
-                assert torch.allclose(logits[row, : tail[row]], alone[0], rtol=slack, atol=slack)
+                alone = apart_.feed([row], torch.tensor([text]), [len(text)], [tail[row]])[0]
+                assert torch.allclose(logits[row, : tail[row]].float(), alone.float(), rtol=slack, atol=slack)
 
 
 def parties(kind):
