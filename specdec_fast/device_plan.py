@@ -17,10 +17,11 @@ from specdec_fast.device_projection import device_tables
 from specdec_fast.device_round import State
 from specdec_fast.device_session import DrafterPart, Session
 from specdec_fast.drafters.head import pruned_head
-from specdec_fast.encoding import Encoded, learned_positions, source_in
+from specdec_fast.encoding import Encoded, source_in
 from specdec_fast.host_model import HostModel
 from specdec_fast.host_passes import HostPasses
 from specdec_fast.lean import LeanModel, lean_model
+from specdec_fast.masks import looked_up_positions, positions_of
 from specdec_fast.methods import Plan, asks, contexts_of, logit_width
 from specdec_fast.options import Options
 from specdec_fast.randomness import Philox
@@ -128,6 +129,8 @@ def open_session(
     passes = HostPasses(how, model.device, call.longest, call.prompt, PREPARED if warmup.preparing() else 0)
     model, switched = for_passes(model, how.compiled)
     why_not = why_not_static(model, encoded, call.ids)
+    if (told := looked_up_positions(model)) < call.longest - 1 and why_not is None:  # the last token is not read
+        why_not = f"the text may leave the {told} positions of {type(model).__name__}, which end its own forward"
     if encoded is not None and why_not is None:
         why_not = _other_source(call, encoded)
         if why_not is None and how.captured and (alone := first_of_its_length(model, encoded)):
@@ -230,10 +233,8 @@ def why_not_resident(model: PreTrainedModel, call: Call, how: Compilation) -> st
         return f"the drafter: {reason}"
     if reason := why_not_rounds(drafter, call.sources.drafter):
         return f"the drafter: {reason}"
-    positions = getattr(drafter.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    positions = learned_positions(drafter, positions if isinstance(positions, int) and positions > 0 else 1 << 60)
-    if positions < call.longest:
-        return f"the text may leave the drafter's {positions} positions"
+    if positions_of(drafter) < call.longest:
+        return f"the text may leave the drafter's {positions_of(drafter)} positions"
     return None
 
 

@@ -29,7 +29,6 @@ from specdec_fast.encoding import (
     Encoded,
     counts_text,
     layer_count,
-    learned_positions,
     readable,
     source_in,
 )
@@ -68,7 +67,6 @@ class EncodedRunner(Runner):
         self._twin, self._own = made is not None, made or model
         self._prefix = "decoder_" if model.config.is_encoder_decoder else ""
         super().__init__(model, rows, joint=True, **settings)
-        self.positions = learned_positions(model, self.positions)
         self.vocabulary = readable(model)
         self._apart = joint if joint is not None else rows > 1 and _shares(model, encoded, self._twin)
         # Reading again costs by positions, which rows multiply

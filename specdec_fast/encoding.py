@@ -17,7 +17,6 @@ __all__ = [
     "Encoded",
     "counts_text",
     "layer_count",
-    "learned_positions",
     "readable",
     "reads_encoder",
     "source_in",
@@ -122,12 +121,6 @@ def layer_count(model: PreTrainedModel) -> int:
     config = model.config.get_text_config(decoder=True)
     own = [getattr(config, name, None) for name in ("decoder_layers", "num_decoder_layers")]
     return max([ragged_layers(config) or 0, *(n for n in own if isinstance(n, int))])
-
-
-def learned_positions(model: PreTrainedModel, positions: int) -> int:
-    """How many of so many positions a decoder has. Some configurations call them by another name."""
-    learned = getattr(model.config.get_text_config(decoder=True), "max_target_positions", None)
-    return min(positions, learned) if isinstance(learned, int) and learned > 0 else positions
 
 
 def readable(model: PreTrainedModel) -> int | None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from specdec_fast import reference
+from specdec_fast.masks import positions_of
 from specdec_fast.vocab import Vocabulary, intersection
 
 __all__ = ["SAMPLE", "IntersectionMass", "intersection_mass"]
@@ -102,8 +103,7 @@ def _measured(
 @torch.no_grad()
 def _masses(model: PreTrainedModel, ids: list[int], members: Tensor) -> Tensor:
     """The mass on some ids at each position of a text: ``[N]`` float64. Positions without a law (NaN) are left out."""
-    positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    ids = ids[: positions if isinstance(positions, int) and positions > 0 else None]
+    ids = ids[: positions_of(model)]
     if not ids or model.main_input_name != "input_ids":
         return torch.zeros(0, dtype=torch.float64)
     inputs = {"input_ids": torch.tensor([ids], device=model.device)}

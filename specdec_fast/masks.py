@@ -11,7 +11,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from specdec_fast.cache import has_state
 
-__all__ = ["level_mask", "ragged_masks", "text_positions", "windows_of"]
+__all__ = ["level_mask", "looked_up_positions", "positions_of", "ragged_masks", "text_positions", "windows_of"]
+
+UNBOUNDED = 1 << 30  # positions; more than any text has, and an int32
 
 
 def level_mask(end: int, visible: Tensor | None) -> Tensor | None:
@@ -31,6 +33,26 @@ def text_positions(columns: Tensor, visible: Tensor | None) -> Tensor:
     inside = (visible.long().cumsum(1) - 1).masked_fill(~visible, 0)
     hidden = prompt - visible.sum(1, keepdim=True)
     return torch.where(columns < prompt, inside.gather(1, columns.clamp(max=prompt - 1)), columns - hidden)
+
+
+def positions_of(model: PreTrainedModel) -> int:
+    """How many positions a model was made for."""
+    config = model.config.get_text_config(decoder=True)
+    said = (getattr(config, name, None) for name in ("max_position_embeddings", "max_target_positions"))
+    return min((places for places in said if isinstance(places, int) and places > 0), default=UNBOUNDED)
+
+
+def looked_up_positions(model: PreTrainedModel) -> int:
+    """How many positions a model can be told.
+
+    Rotary ones are computed and go on beyond those it was made for; others may be looked up in a table of as many.
+    """
+    made_for, decoder = positions_of(model), model.get_decoder()
+    buffers = dict(decoder.named_buffers())
+    computed = any(name.endswith("inv_freq") for name in buffers)
+    kept = [*buffers.values(), *(values for name, values in decoder.named_parameters() if "position" in name)]
+    tables = any(values.dim() > 1 and len(values) >= made_for for values in kept)
+    return UNBOUNDED if computed and not tables else made_for
 
 
 def ragged_masks(

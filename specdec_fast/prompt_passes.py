@@ -78,7 +78,7 @@ def capture_all(*runners: StaticRunner | None) -> None:
 
 def _ready(runner: StaticRunner, lanes: int) -> Any:
     """The captured pass of so many lanes; None where it cannot be captured."""
-    graphs, key = runner.cache.graphs, (lanes, runner.positions)
+    graphs, key = runner.cache.graphs, lanes
     if key not in graphs:
         with notice(f"capturing a pass of {lanes} tokens of a prompt"):
             graphs[key] = _captured(runner, lanes)

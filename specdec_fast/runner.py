@@ -15,7 +15,7 @@ from specdec_fast import attention, trees
 from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers, takes
 from specdec_fast.lean import Choosing, Drafted, LeanModel
 from specdec_fast.lean_ops import Choices, Index, Judged, Judging, Told
-from specdec_fast.masks import level_mask, ragged_masks, text_positions, windows_of
+from specdec_fast.masks import level_mask, positions_of, ragged_masks, text_positions, windows_of
 from specdec_fast.memory import Memory
 from specdec_fast.staging import moved
 from specdec_fast.trees import Climbed, Climbing, Growing, Grown, Tree
@@ -70,9 +70,7 @@ class Runner:
         self.prefill_chunk = prefill_chunk
         self.head = head
         self._visible = self._padding = None if visible is None or bool(visible.all()) else visible.to(model.device)
-        positions = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        positions = positions if isinstance(positions, int) and positions > 0 else 1 << 60
-        self.positions = positions if window is None else min(positions, window)
+        self.positions = positions_of(model) if window is None else min(positions_of(model), window)
         """How many positions are used at most: those the model was made for, or fewer."""
         self.vocabulary: int | None = getattr(model.get_input_embeddings(), "num_embeddings", None)
         """How many ids the model can read, None where it does not say."""

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
 from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, has_state
+from specdec_fast.masks import looked_up_positions
 from specdec_fast.recurrent import RecurrentRunner, form_of, shares_passes
 from specdec_fast.runner import Head, left_align
 from specdec_fast.staging import staged
@@ -184,7 +185,7 @@ class StaticRecurrentRunner(RecurrentRunner):
     ):
         self.cache, self.forward, self._room = cache, forward, room
         super().__init__(model, rows, head=head, joint=True, **settings)
-        self._ids = self.vocabulary or 1 << 60
+        self._ids, self._places = self.vocabulary or 1 << 60, looked_up_positions(model)
 
     def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
         (group,) = groups
@@ -234,7 +235,7 @@ class StaticRecurrentRunner(RecurrentRunner):
         place.start.copy_(start)
         place.fixed = True
         try:
-            return self.forward(self.model, self.cache, self.head, tokens, None, self.positions, self._ids)
+            return self.forward(self.model, self.cache, self.head, tokens, None, self._places, self._ids)
         finally:
             place.fixed, place.lanes, place.scaled = False, None, None
 

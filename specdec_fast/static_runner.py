@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 from specdec_fast import attention
 from specdec_fast.apart import placed_on_device
 from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers, takes
+from specdec_fast.masks import looked_up_positions
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
 from specdec_fast.staging import staged
@@ -43,7 +44,7 @@ def static_forward(
         head: replaces the model's LM head.
         tokens: ``[B, n]`` int64; an id that the model does not have is read as another one.
         lane: ``[B]`` int64 whose logits are wanted; None: all.
-        positions: how many the model was made for.
+        positions: how many it can be told; a lane that nobody reads is told one of them.
         ids: how many it can read.
 
     Returns:
@@ -230,7 +231,7 @@ class StaticRunner(Runner):
         self.reader: Callable[[StaticRunner, Sequence[int], Sequence[Sequence[int]]], bool] | None = None
         own = {"visible": visible, "prefill_chunk": prefill_chunk, "head": head, "window": window}
         super().__init__(model, rows, **own, joint=True)  # type: ignore[arg-type]
-        self._ids = self.vocabulary or 1 << 60
+        self._ids, self._places = self.vocabulary or 1 << 60, looked_up_positions(model)
         cache.place.hidden[:rows].copy_(torch.tensor(self.hidden))
 
     def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
@@ -320,7 +321,7 @@ class StaticRunner(Runner):
         place.start.copy_(start)
         place.fixed = True
         try:
-            return run(self.model, self.cache, self.head, tokens, lane, self.positions, self._ids)
+            return run(self.model, self.cache, self.head, tokens, lane, self._places, self._ids)
         finally:
             place.fixed, place.lanes, place.scaled = False, None, None
 

@@ -21,7 +21,7 @@ from specdec_fast.apart import told_apart, twin_apart
 from specdec_fast.attention import why_no_twin
 from specdec_fast.cache import cache_argument, empty, read_cache, write_cache
 from specdec_fast.encoded import EncodedRunner, form_of, found_of, ids_to_try
-from specdec_fast.encoding import Encoded, counts_text, layer_count, learned_positions, readable, source_in
+from specdec_fast.encoding import Encoded, counts_text, layer_count, readable, source_in
 from specdec_fast.static_cache import StaticCache, StaticSource, capacity_for
 from specdec_fast.static_runner import StaticRunner
 from specdec_fast.trial import alike
@@ -116,7 +116,6 @@ class StaticEncodedRunner(StaticRunner):
     def __init__(self, model: PreTrainedModel, cache: StaticCache, rows: int, *, encoded: Encoded, **settings: Any):
         settings["prefill_chunk"] = min(settings.get("prefill_chunk") or LANES[-1], LANES[-1])
         super().__init__(_twin(model) or model, cache, rows, **settings)
-        self.positions = learned_positions(model, self.positions)
         self.vocabulary = readable(model)
         self._ids = self.vocabulary or 1 << 60
         assert cache.source is not None
