@@ -87,6 +87,7 @@ class Window:
         total_rows: rows of the whole cache.
         most: columns that no row grows beyond, 0: unknown. Buffers are made no longer without need.
         grown: how often buffers were made anew.
+        model: whose cache it is, by name.
     """
 
     rows: Tensor | None = None
@@ -96,6 +97,11 @@ class Window:
     total_rows: int = 0
     most: int = 0
     grown: int = 0
+    model: str = "the model"
+
+    @property
+    def lanes(self) -> int:
+        return self.end - self.start if self.columns is None else self.columns.shape[1]
 
 
 class RaggedLayer(CacheLayerMixin):
@@ -115,6 +121,16 @@ class RaggedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes keys and values ``[R, heads, n, head_dim]`` of a pass, and gives those its attention reads.
+
+        Raises:
+            ValueError: they are not of the tokens that the pass was given.
+        """
+        if key_states.shape[2] != self.window.lanes:
+            raise ValueError(
+                f"{self.window.model} keeps {key_states.shape[2]} keys of {self.window.lanes} tokens, so its cache cannot "
+                "be rolled back to one of them: use model.generate for it"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None

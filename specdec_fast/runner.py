@@ -84,7 +84,7 @@ class Runner:
         self.again = 0  # tokens that a pass which scores a draft has to read once more, in the mean
         self._units = self._make_caches([list(range(rows))] if joint else [[row] for row in range(rows)])
         for _, unit in self._units:
-            unit.window.most = most
+            unit.window.most, unit.window.model = most, type(model).__name__
 
     def _make_caches(self, groups: list[list[int]]) -> list[tuple[list[int], RaggedCache]]:
         layers = ragged_layers(self.model.config)

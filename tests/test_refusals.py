@@ -94,6 +94,15 @@ def test_models_that_cannot_be_decoded_are_named(why, target):
         fast_generate(target, **prompts(), max_new_tokens=4, assistant_model=unfit)
 
 
+@pytest.mark.parametrize("compile", ["auto", "off", "static"])
+def test_a_model_that_keeps_more_than_the_text_is_named(compile):
+    """CPM-Ant puts tokens of its own before the text, in every pass anew."""
+    own = {"hidden_size": 16, "num_attention_heads": 2, "dim_head": 8, "dim_ff": 32, "num_hidden_layers": 1}
+    unfit = small("CpmAntForCausalLM", config="CpmAntConfig", prompt_length=3, **own)
+    with pytest.raises(ValueError, match=r"CpmAntForCausalLM keeps \d+ keys of \d+ tokens.*use model.generate"):
+        fast_generate(unfit, **prompts(), max_new_tokens=4, compile=compile)
+
+
 def test_rwkv_is_refused(target):
     arguments = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 2, "context_length": 32}
     rwkv = small("RwkvForCausalLM", config="RwkvConfig", **arguments)
