@@ -128,8 +128,8 @@ class RaggedLayer(CacheLayerMixin):
         """
         if key_states.shape[2] != self.window.lanes:
             raise ValueError(
-                f"{self.window.model} keeps {key_states.shape[2]} keys of {self.window.lanes} tokens, so its cache cannot "
-                "be rolled back to one of them: use model.generate for it"
+                f"{self.window.model} keeps {key_states.shape[2]} keys of {self.window.lanes} tokens, so its cache "
+                "cannot be rolled back to one of them: use model.generate for it"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
