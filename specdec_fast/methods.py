@@ -123,15 +123,22 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
 
 
 def check_length(model: PreTrainedModel, columns: int) -> None:
-    """Refuses texts on which the model's rotary frequencies change with the length.
+    """Refuses texts on which what a token sees changes with the length of the pass that it is read in.
 
-    Transformers then computes keys anew or keeps old ones, depending on the length of each single forward pass; a
-    pass that holds drafts has another length.
+    Where rotary frequencies change with the length, Transformers computes keys anew or keeps old ones, depending on the
+    length of each single forward pass; a pass that holds drafts has another length. Doge, beyond ``keep_window_size``
+    columns, chooses among all of a pass, those behind a token included.
 
     Raises:
-        ValueError: ``columns`` reach beyond the length up to which the frequencies are fixed.
+        ValueError: ``columns`` reach beyond the length up to which neither happens.
     """
     config = model.config.get_text_config(decoder=True)
+    kept = getattr(config, "keep_window_size", None)
+    if isinstance(kept, int) and columns > kept:
+        raise ValueError(
+            f"model: {type(model).__name__} sees other tokens in passes over several beyond {kept} tokens, and this "
+            f"call may reach {columns}: lower max_new_tokens, or use model.generate"
+        )
     rope = getattr(config, "rope_parameters", None) or {}
     for kind in (rope, *(nested for nested in rope.values() if isinstance(nested, dict))):
         if kind.get("rope_type") not in ("dynamic", "longrope"):

@@ -471,6 +471,9 @@ def _probe(model: PreTrainedModel) -> bool:
         windows_of(model)
     except ValueError:
         return False
+    # A mask of the model's own for a window counts from the last column of a pass, which is not every row's (GPT-Neo)
+    if any(mask.dtype == torch.bool and mask.ndim == 4 and not mask[..., -1, 0].all() for mask in model.buffers()):
+        return False
     ids = trial_ids(model)
     visible = torch.tensor([[True, True], [False, True]])
     try:

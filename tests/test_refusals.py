@@ -389,6 +389,18 @@ def test_rotary_frequencies_that_change_with_the_length_are_refused_where_they_d
     assert torch.equal(got, expected)
 
 
+def test_a_choice_that_hangs_on_the_pass_is_refused_where_it_begins():
+    """Doge chooses what a token sees among all columns of a pass, beyond a length."""
+    own = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    doge = small("DogeForCausalLM", config="DogeConfig", num_key_value_heads=1, keep_window_size=16, **own)
+    inputs = {"input_ids": prompts()["input_ids"][:1, :9] % 20}
+    with pytest.raises(ValueError, match=r"DogeForCausalLM sees other tokens .* beyond 16 .* lower max_new_tokens"):
+        fast_generate(doge, **inputs, max_new_tokens=8)
+    expected = doge.generate(**inputs, max_new_tokens=7, do_sample=False)
+    got = fast_generate(doge, **inputs, assistant_model=make_noisy(doge), max_new_tokens=7, do_sample=False)
+    assert torch.equal(got, expected)
+
+
 def test_knobs_without_a_drafter_are_not_passed_over_in_silence():
     with pytest.warns(UserWarning, match="num_assistant_tokens has no effect without a drafter"):
         fast_generate(model(), **prompts(), num_assistant_tokens=3, max_new_tokens=2)

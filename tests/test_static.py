@@ -40,7 +40,7 @@ from specdec_fast.round_ops import pass_places
 from specdec_fast.static_runner import StaticRunner, empty_cache, why_not_static
 
 STATIC = {"compile": "static"}
-CANNOT = ("bloom", "falcon", "mpt")
+CANNOT = ("bloom", "falcon", "gpt_neo", "mpt")
 ABLE = tuple(name for name in ARCHITECTURES if name not in CANNOT)
 METHODS = ("autoregressive", "model", "tli", "projection")
 
