@@ -176,15 +176,21 @@ def for_static_cache(model: PreTrainedModel) -> tuple[PreTrainedModel, str | Non
     own = str(model.config._attn_implementation)
     if own in ("eager", NAME):
         return model, None
-    config = model.config.get_text_config(decoder=True)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    wanted = NAME if why_no_kernel(model.device.type, dim) is None else "sdpa"
+    wanted = NAME if not any(why_no_kernel(model.device.type, dim) for dim in _head_dims(model)) else "sdpa"
     if wanted == own or why_no_twin(model):
         return model, None
     try:
         return twin(model, wanted), f"{wanted} attention in the place of {own}"
     except (ValueError, ImportError):  # an attention that this model does not have
         return model, None
+
+
+def _head_dims(model: PreTrainedModel) -> set[int]:
+    """Entries of a head; layers may differ (Gemma 4)."""
+    said = (getattr(module, "head_dim", None) for module in model.get_decoder().modules())
+    found = {dim for dim in said if isinstance(dim, int)}
+    config = model.config.get_text_config(decoder=True)
+    return found or {config.hidden_size // config.num_attention_heads}
 
 
 def why_no_twin(model: PreTrainedModel) -> str | None:

@@ -34,6 +34,7 @@ __all__ = [
     "empty",
     "given_cache",
     "has_state",
+    "keeps_nothing",
     "ragged_layers",
     "read_cache",
     "takes",
@@ -230,9 +231,9 @@ def ragged_layers(config: Any) -> int | None:
     Layers with a recurrent state (Mamba, RWKV, linear attention) or an index of their own cannot roll back to an
     earlier column by themselves.
     """
-    layers = DynamicCache(config=config).layers
+    layers = [layer for layer in DynamicCache(config=config).layers if not keeps_nothing(layer)]
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return len(layers) if plain and layers else None
+    return len(DynamicCache(config=config).layers) if plain and layers else None
 
 
 def columns_of(cache: Cache, name: str) -> int:
@@ -247,6 +248,13 @@ def columns_of(cache: Cache, name: str) -> int:
     if any(any(getattr(layer, "has_previous_state", {}).values()) for layer in layers):
         raise ValueError(f"{name} has no layer that says how long its text is: pass the whole text without it")
     return 0
+
+
+def keeps_nothing(layer: Any) -> bool:
+    """Whether a cache's layer is there for its place alone: it has no attention, or reads another layer's keys."""
+    return (
+        type(layer).__name__ == "DummyLayer"
+    )  # since Transformers 5.23; before, such layers came last and were left out
 
 
 def has_state(layer: Any) -> bool:
@@ -317,7 +325,7 @@ def read_cache(source: Any, target: RaggedCache) -> None:
     target.window.start, target.window.end = 0, columns
     layers: Any = target.cache.layers
     for mine, theirs in zip(layers, source.layers, strict=False):  # more layers than the model has may be left out
-        if not theirs.is_initialized:
+        if not theirs.is_initialized or keeps_nothing(theirs):
             continue
         # A sliding-window layer keeps its last columns only; what it dropped, its window hides for good
         kept = min(columns, theirs.keys.shape[2])

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 
-from specdec_fast.cache import RaggedCache, read_cache, write_cache
+from specdec_fast.cache import RaggedCache, keeps_nothing, read_cache, write_cache
 from specdec_fast.encoded import EncodedRunner
 from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
@@ -44,7 +44,7 @@ def _row_of(cache: Any, row: int) -> Any:
     part = copy.copy(cache)
     part.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in part.layers:
-        if getattr(layer, "is_initialized", False):
+        if getattr(layer, "is_initialized", False) and not keeps_nothing(layer):
             layer.keys, layer.values = layer.keys[row : row + 1], layer.values[row : row + 1]
     return part
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
-from specdec_fast.cache import RaggedCache, RaggedLayer, Window, has_state
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window, has_state, keeps_nothing
 
 __all__ = ["TENSORS", "Row", "State", "Unit", "changed", "layers_of", "row_of", "set_state", "side_by_side", "state_of"]
 
@@ -50,7 +50,7 @@ def layers_of(config: Any, window: Window) -> list[Any] | None:
             made.append(RaggedLayer(window))
         elif kind in (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer):
             made.append(_Both(window, layer.number_of_states))
-        elif kind is LinearAttentionLayer or kind.__name__ == "DummyLayer":  # the latter since Transformers 5.23
+        elif kind is LinearAttentionLayer or keeps_nothing(layer):
             made.append(layer)
         else:
             return None

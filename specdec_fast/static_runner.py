@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
 from specdec_fast.apart import placed_on_device
-from specdec_fast.cache import RaggedCache, cache_argument, ragged_layers, takes
+from specdec_fast.cache import RaggedCache, cache_argument, keeps_nothing, ragged_layers, takes
 from specdec_fast.masks import looked_up_positions
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
@@ -184,7 +184,9 @@ def _kind(window: int) -> str:
 def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache:
     """A static cache for a model that :func:`why_not_static` has nothing against, its buffers allocated."""
     config = model.config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
+    layers: list[Any] = DynamicCache(config=config).layers
+    some = next(layer for layer in layers if not keeps_nothing(layer))  # no window but those there are
+    layers = [some if keeps_nothing(layer) else layer for layer in layers]
     windows = tuple(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers)
     argument = cache_argument(type(model))
     cache = StaticCache(rows, len(layers), argument=argument, capacity=capacity, device=model.device, windows=windows)

@@ -13,7 +13,7 @@ from specdec_fast.cache import CACHE_NAMES, cache_argument, cache_of
 
 DICT = {"return_dict_in_generate": True}
 NAME = cache_argument(type(model()))  # Transformers has changed it
-ARCHITECTURES = ("llama", "mistral", "gemma3", "gpt2", "bloom", "qwen2_windows")
+ARCHITECTURES = ("llama", "mistral", "gemma3", "gemma4", "gpt2", "bloom", "qwen2_windows")
 
 
 def extended(inputs, output, seed=8, new=3):

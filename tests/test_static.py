@@ -65,7 +65,7 @@ def test_greedy_output_is_that_of_generate(architecture, rows):
     assert 0 < statistics.accepted <= statistics.drafted - (rows > 1)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2_windows", "gemma3", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2_windows", "gemma3", "gemma4", "gpt2"])
 def test_the_attention_of_this_package_gives_the_same(monkeypatch, architecture):
     monkeypatch.setattr(device_plan, "for_passes", lambda model, _: (twin(model, NAME), "the one for the other"))
     options = {"assistant_model": noisy(architecture), "num_assistant_tokens": 4, **STATIC}

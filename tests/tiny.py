@@ -65,6 +65,22 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
             "max_position_embeddings": 512,
         },
     ),
+    "gemma4": (  # its last two layers read the keys of those before, and layers differ in heads
+        "Gemma4",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "per_layer_config": {"01": {"head_dim": 16}, "03": {"head_dim": 16}},
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": VOCABULARY,
+            "max_position_embeddings": 512,
+        },
+    ),
     "gpt2": ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}),
     "gpt_neo": (
         "GPTNeo",
@@ -97,7 +113,7 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mpt": ("Mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 512}),
 }
-ARCHITECTURES = tuple(_KINDS)
+ARCHITECTURES = tuple(kind for kind, (name, _) in _KINDS.items() if hasattr(transformers, f"{name}Config"))
 
 _HYBRID = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 _DELTA = {
@@ -176,7 +192,9 @@ RECURRENT = tuple(kind for kind, (name, _) in _RECURRENT.items() if hasattr(tran
 def build_model(architecture: str, *, vocabulary: int = VOCABULARY, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A fresh random model, in eval mode, that never meets an EOS of its own."""
     name, arguments = {**_KINDS, **_RECURRENT}[architecture]
-    config_class = getattr(transformers, f"{name}TextConfig" if name in ("Gemma3", "Qwen3_5") else f"{name}Config")
+    config_class = getattr(
+        transformers, f"{name}TextConfig" if name in ("Gemma3", "Gemma4", "Qwen3_5") else f"{name}Config"
+    )
     nothing = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     config = config_class(**{**arguments, "vocab_size": vocabulary, "tie_word_embeddings": False, **nothing, **changes})
     with torch.random.fork_rng():
