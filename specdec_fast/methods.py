@@ -107,19 +107,19 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
         raise ValueError(f"{argument}: {name} cannot generate text: load it with AutoModelForCausalLM")
     if model.config.is_encoder_decoder:
         return  # tried with what its encoder makes (:mod:`specdec_fast.sources`)
-    ragged = ragged_layers(model.config) is not None
-    if getattr(model, "_is_stateful", False) or not ragged:
+    ragged, stateful = ragged_layers(model.config) is not None, getattr(model, "_is_stateful", False)
+    if not stateful and not cache_argument(type(model)):
+        raise ValueError(
+            f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "
+            f"{' nor '.join(CACHE_NAMES)}): use model.generate for it"
+        )
+    if stateful or not ragged:
         why = "its cache does not hold it" if ragged else why_not_recurrent(model)
         if why is not None:
             raise ValueError(
                 f"{argument}: {name} keeps a recurrent state, which cannot be rolled back to a rejected token: {why}. "
                 "Use model.generate for it"
             )
-    if not cache_argument(type(model)):
-        raise ValueError(
-            f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "
-            f"{' nor '.join(CACHE_NAMES)}): use model.generate for it"
-        )
 
 
 def check_length(model: PreTrainedModel, columns: int) -> None:
