@@ -288,7 +288,8 @@ class Session:
             else min(columns + static_cache.ALLOWANCE, self._columns)
         )
         if old.drafter is not None:
-            own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + static_cache.ALLOWANCE
+            more = min(static_cache.ALLOWANCE, self._columns)  # a short call's text has few tokens in any vocabulary
+            own = old.drafter.capacity - 1 if own < old.drafter.capacity else own + more
         self._pair = self._check_out(columns, own)
         try:
             self._move_target(old)

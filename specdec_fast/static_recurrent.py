@@ -25,7 +25,7 @@ from specdec_fast.masks import looked_up_positions
 from specdec_fast.recurrent import RecurrentRunner, form_of, shares_passes
 from specdec_fast.runner import Head, left_align
 from specdec_fast.staging import staged
-from specdec_fast.states import TENSORS, Row, State, Unit, changed, row_of, set_state, state_of
+from specdec_fast.states import TENSORS, Row, State, Unit, changed, set_state, state_of
 from specdec_fast.static_cache import Place, StaticCache, StaticLayer, capacity_for
 from specdec_fast.static_runner import Forward, static_forward
 from specdec_fast.trial import alike, trial_ids
@@ -111,15 +111,22 @@ class StaticUnit(StaticCache):
 
     def hold(self, numbers: Sequence[int], rows: Sequence[Row]) -> None:
         """Copies the states that rows go on from to where a pass reads them."""
-        for number, row in zip(numbers, rows, strict=True):
-            for fixed, state in zip(self.fixed, row.state, strict=True):
-                for to, tensor in _pairs(fixed, state):
-                    to[number : number + 1].copy_(tensor)
+        parts = list(self._parts(numbers, rows))
+        torch._foreach_copy_([to for to, _ in parts], [own for _, own in parts])
 
     def give(self, numbers: Sequence[int], rows: Sequence[Row]) -> None:
         """Gives rows copies of what a pass made of their states."""
+        for row in rows:
+            row.state = [changed(state, lambda made: torch.empty_like(made[:1])) for state in self.fixed]
+        parts = list(self._parts(numbers, rows))
+        torch._foreach_copy_([own for _, own in parts], [made for made, _ in parts])
+
+    def _parts(self, numbers: Sequence[int], rows: Sequence[Row]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where a pass has rows' states and where the rows have them: many tensors, which are copied in one call."""
         for number, row in zip(numbers, rows, strict=True):
-            row.state = [changed(state, partial(row_of, row=number)) for state in self.fixed]
+            for fixed, state in zip(self.fixed, row.state, strict=True):
+                for here, own in _pairs(fixed, state):
+                    yield here[number : number + 1], own
 
     def enter(self) -> None:
         """Lets the layers read and write the fixed states."""

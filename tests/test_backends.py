@@ -106,8 +106,19 @@ def test_greedy_output_is_the_targets(forced, backend, method):
         ("slrs", "block"),
     ],
 )
-@pytest.mark.parametrize("sampling", ["plain", "top_p"])
-def test_a_seed_gives_every_backend_the_same_tokens(forced, backend, method, rule, sampling):
+def test_a_seed_gives_every_backend_the_same_tokens(forced, backend, method, rule):
+    same_tokens(forced, backend, method, rule, "plain")
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+@pytest.mark.parametrize(
+    "method, rule", [("model", "block"), ("tli", "token"), ("slem", "match"), ("projection", "block")]
+)
+def test_a_seed_gives_every_backend_the_same_tokens_of_a_filtered_law(forced, backend, method, rule):
+    same_tokens(forced, backend, method, rule, "top_p")
+
+
+def same_tokens(forced, backend, method, rule, sampling):
     expected = by_reference(method, rule, sampling)
     forced(backend)
     assert torch.equal(sampled(method, rule, sampling, FEW), expected)

@@ -443,9 +443,10 @@ def p_values(kind, method, rule, seed=0, **more):
     return [chi_square(pair, law.sum(axes)) for pair, axes in zip(pairs, ((2, 3), (0, 1)), strict=True)]
 
 
-@pytest.mark.parametrize("rule", ["match", "token", "block"])
-@pytest.mark.parametrize("method", ["model", "tli"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(
+    ("kind", "method", "rule"),
+    [("bart", "model", "match"), ("bart", "tli", "block"), ("t5", "model", "block"), ("t5", "tli", "token")],
+)
 def test_the_output_has_the_targets_law(kind, method, rule):
     assert min(p_values(kind, method, rule)) > 1e-4
 

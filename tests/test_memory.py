@@ -341,8 +341,7 @@ def test_a_token_is_drawn_from_the_law_that_is_told(law):
         texts = [[*text, *line[:1]] for text, line in zip(texts, written.drawn, strict=True)]
 
 
-@pytest.mark.parametrize("how", ["native", "plain"])
-@pytest.mark.parametrize("kind", ["model", "tli"])
+@pytest.mark.parametrize(("kind", "how"), [("model", "native"), ("tli", "plain")])
 def test_a_law_from_before_it_was_mended_is_found(kind, how, monkeypatch, request):
     if how == "native":
         request.getfixturevalue("natively")

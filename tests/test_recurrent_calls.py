@@ -230,9 +230,10 @@ def p_values(architecture, method, rule, seed=0, **more):
     return [chi_square(pair, law.sum(axes)) for pair, axes in zip(pairs, ((2, 3), (0, 1)), strict=True)]
 
 
-@pytest.mark.parametrize("rule", ["match", "token", "block"])
-@pytest.mark.parametrize("method", ["model", "tli"])
-@pytest.mark.parametrize("architecture", ["lfm2", "qwen3_5"])
+@pytest.mark.parametrize(
+    ("architecture", "method", "rule"),
+    [("lfm2", "model", "match"), ("lfm2", "tli", "block"), ("qwen3_5", "model", "block"), ("qwen3_5", "tli", "token")],
+)
 def test_the_output_has_the_targets_law(architecture, method, rule):
     assert min(p_values(architecture, method, rule)) > 1e-4
 

@@ -338,9 +338,17 @@ def test_a_source_is_forgotten_behind_a_call():
     assert pair.target.source.shown.all()
 
 
-@pytest.mark.parametrize("captured", [False, True], ids=["as it is", "captured"])
 @pytest.mark.parametrize("method", ["tli", "slem", "projection", "slrs", "auto"])
-@pytest.mark.parametrize(("kind", "drafting"), [("t5", "bart"), ("bart", "t5"), ("bart", "llama")])
+@pytest.mark.parametrize(
+    ("kind", "drafting", "captured"),
+    [
+        ("t5", "bart", False),
+        ("t5", "bart", True),
+        ("bart", "t5", False),
+        ("bart", "llama", False),
+        ("bart", "llama", True),
+    ],
+)
 def test_across_vocabularies(kind, drafting, method, captured, monkeypatch):
     if captured:
         graphs.imitate(monkeypatch)
@@ -485,9 +493,10 @@ def small(monkeypatch):
     monkeypatch.setattr(static_cache, "LEAST_CAPACITY", 16)
 
 
-@pytest.mark.parametrize("rule", ["match", "token", "block"])
-@pytest.mark.parametrize("method", ["model", "tli"])
-@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize(
+    ("kind", "method", "rule"),
+    [("t5", "model", "match"), ("t5", "tli", "block"), ("bart", "model", "block"), ("bart", "tli", "token")],
+)
 def test_the_output_has_the_targets_law(kind, method, rule, small):
     assert min(p_values(kind, method, rule, seed=1, **STATIC)) > 1e-4
     assert (last_speculation().loop, last_speculation().forward) == ("device", "static")
