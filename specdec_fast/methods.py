@@ -32,6 +32,7 @@ from specdec_fast.spelling import spelling
 from specdec_fast.stops import Stops
 from specdec_fast.text import Reader, TextProposer
 from specdec_fast.token_map import token_map
+from specdec_fast.trial import sees_ahead
 from specdec_fast.vocab import Vocabulary, intersection, same_tokenizer
 
 __all__ = [
@@ -112,6 +113,11 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
         raise ValueError(
             f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "
             f"{' nor '.join(CACHE_NAMES)}): use model.generate for it"
+        )
+    if sees_ahead(model):
+        raise ValueError(
+            f"{argument}: a token of {name} sees those behind it, so a prompt that is read together with a draft is "
+            "another one: use model.generate for it"
         )
     if stateful or not ragged:
         why = "its cache does not hold it" if ragged else why_not_recurrent(model)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-__all__ = ["alike", "distance", "exact", "trial_ids"]
+__all__ = ["alike", "distance", "exact", "sees_ahead", "trial_ids"]
 
 # Mean difference of two logits as a share of their spread. In bfloat16 SmolLM2-135M and Qwen2.5-Coder-0.5B differ from
 # themselves by up to .06 where sums come in another order, and by .17 at least where a mask is off by one column.
 TOLERANCE = 0.05
 ROUNDED = 0.1
 EXACT = 0.002  # of that distance, where products are rounded to float32
+
+
+_ahead: weakref.WeakKeyDictionary[PreTrainedModel, bool] = weakref.WeakKeyDictionary()
 
 
 def trial_ids(model: PreTrainedModel) -> Tensor:
@@ -39,3 +44,15 @@ def exact(model: PreTrainedModel) -> bool:
 def alike(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
     """Whether logits ``[n, V]`` that a model gave in two ways differ by rounding at most."""
     return distance(one, other) <= (EXACT if exact(model) else 1.0)
+
+
+@torch.no_grad()
+def sees_ahead(model: PreTrainedModel) -> bool:
+    """Whether a token sees those behind it in a pass; tried where an attention says that it is not causal."""
+    if model not in _ahead:
+        _ahead[model] = not all(getattr(module, "is_causal", True) for module in model.get_decoder().modules())
+        if _ahead[model]:
+            ids = trial_ids(model)[:1, :4]
+            alone, followed = (model(input_ids=text, use_cache=False).logits[0, :2] for text in (ids[:, :2], ids))
+            _ahead[model] = not distance(alone, followed) <= 1
+    return _ahead[model]

@@ -13,6 +13,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from specdec_fast import decoding_loop, fast_generate, last_speculation
+from specdec_fast.trial import sees_ahead
 
 
 class Ran(Exception):
@@ -92,6 +93,15 @@ def test_models_that_cannot_be_decoded_are_named(why, target):
         fast_generate(unfit, **prompts(), max_new_tokens=4, assistant_model=target)
     with pytest.raises(ValueError, match=f"^assistant_model: {name}.*{why}"):
         fast_generate(target, **prompts(), max_new_tokens=4, assistant_model=unfit)
+
+
+def test_a_model_that_sees_ahead_is_named(target):
+    """PaliGemma reads a prompt both ways, and so does a BERT that was not told that it decodes."""
+    both = build_model("gemma3", use_bidirectional_attention=True)
+    for one, drafter, argument in ((both, None, "model"), (target, both, "assistant_model")):
+        with pytest.raises(ValueError, match=f"^{argument}: a token of Gemma3ForCausalLM sees those behind it"):
+            fast_generate(one, **prompts(), max_new_tokens=4, assistant_model=drafter)
+    assert not sees_ahead(build_model("gemma3"))
 
 
 @pytest.mark.parametrize("compile", ["auto", "off", "static"])
