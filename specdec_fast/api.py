@@ -31,7 +31,7 @@ from specdec_fast.drafters.none import NoDrafter
 from specdec_fast.engine import Engine
 from specdec_fast.fused import Fused
 from specdec_fast.host_model import HostModel
-from specdec_fast.inputs import check_ids, check_positions, refuse_inputs
+from specdec_fast.inputs import check_counting, check_ids, check_positions, refuse_inputs
 from specdec_fast.lean import lean_model, why_not_lean
 from specdec_fast.lookahead import Adaptive, Lookahead, lookahead_for
 from specdec_fast.options import Options
@@ -330,6 +330,7 @@ class _Loop:
                 f"{masked} has {visible.shape[1]} columns for {shift + columns} of text: give it one a token"
             )
         if not encodes:
+            check_counting(model)
             check_positions(model_kwargs.get("position_ids"), shift + columns, visible)
         methods.check_length(model, shift + limit)
         record = Record(

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from specdec_fast.cache import CACHE_NAMES
+from specdec_fast.cache import CACHE_NAMES, takes
 from specdec_fast.encoding import readable
 from specdec_fast.masks import text_positions
 from specdec_fast.sources import encoder_inputs
 
-__all__ = ["check_ids", "check_positions", "refuse_inputs"]
+__all__ = ["check_counting", "check_ids", "check_positions", "refuse_inputs"]
 
 _FORWARDED = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
 _OF_DECODERS = ("decoder_input_ids", "decoder_attention_mask")
@@ -48,3 +49,18 @@ def check_positions(given: Tensor | None, columns: int, visible: Tensor | None) 
     own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
     if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
         raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
+
+
+def check_counting(model: PreTrainedModel) -> None:
+    """Refuses models that ``generate`` tells other positions than a text's own count, as Kosmos-2 computes its own."""
+    if model.config.is_encoder_decoder or not takes(model, "position_ids"):
+        return
+    mask = torch.tensor([[0, 1, 1]], device=model.device)
+    own = text_positions(torch.arange(3, device=model.device).unsqueeze(0), mask.bool())
+    prepare: Any = model.prepare_inputs_for_generation
+    given = {"attention_mask": mask, "position_ids": own.clone(), "use_cache": False, "is_first_iteration": True}
+    told = prepare(torch.ones_like(mask), **given).get("position_ids")
+    if told is None or told.shape[-2:] != own.shape or bool((told[..., 1:] != own[..., 1:]).any()):
+        raise ValueError(
+            f"model: {type(model).__name__} counts positions in a way of its own: use model.generate for it"
+        )

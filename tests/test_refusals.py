@@ -104,6 +104,16 @@ def test_a_model_that_sees_ahead_is_named(target):
     assert not sees_ahead(build_model("gemma3"))
 
 
+def test_a_model_that_counts_positions_in_its_own_way_is_named():
+    """Kosmos-2's text model makes positions of the ids it reads, padding among them."""
+    from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig
+    from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextForCausalLM
+
+    config = Kosmos2TextConfig(vocab_size=VOCABULARY, embed_dim=16, layers=1, ffn_dim=32, attention_heads=2)
+    with pytest.raises(ValueError, match="model: Kosmos2TextForCausalLM counts positions"):
+        fast_generate(unrunnable(Kosmos2TextForCausalLM(config)), **prompts(), max_new_tokens=4)
+
+
 @pytest.mark.parametrize("compile", ["auto", "off", "static"])
 def test_a_model_that_keeps_more_than_the_text_is_named(compile):
     """CPM-Ant puts tokens of its own before the text, in every pass anew."""
