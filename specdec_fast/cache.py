@@ -251,10 +251,11 @@ def columns_of(cache: Cache, name: str) -> int:
 
 
 def keeps_nothing(layer: Any) -> bool:
-    """Whether a cache's layer is there for its place alone: it has no attention, or reads another layer's keys."""
-    return (
-        type(layer).__name__ == "DummyLayer"
-    )  # since Transformers 5.23; before, such layers came last and were left out
+    """Whether a cache's layer is there for its place alone: it has no attention, or reads another layer's keys.
+
+    Transformers has such layers since 5.23; before, those that read others' keys came last and were left out.
+    """
+    return type(layer).__name__ == "DummyLayer"
 
 
 def has_state(layer: Any) -> bool:
