@@ -17,8 +17,16 @@ from typer.testing import CliRunner
 from specdec_fast import cli, cli_verify, console
 from specdec_fast.audit import RESOLUTION
 
-ADAPTER = """
+ADAPTER = '''
+def backwards(tokenizer):
+    """Vocabularies come in an order of their own in every process; by how much the law is missed hangs on it."""
+    known = sorted(type(tokenizer).get_vocab(tokenizer).items(), key=lambda pair: -pair[1])
+    tokenizer.get_vocab = lambda: dict(known)
+
+
 def assisted(model, input_ids, **arguments):
+    backwards(arguments["tokenizer"])
+    backwards(arguments["assistant_tokenizer"])
     return model.generate(input_ids, **arguments)
 
 
@@ -29,7 +37,7 @@ def wrong_at_once(model, input_ids, **arguments):
 
 
 number = 7
-"""
+'''
 
 
 def save(folder, pieces, seed):
