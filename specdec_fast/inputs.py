@@ -13,6 +13,7 @@ from specdec_fast.cache import CACHE_NAMES, takes
 from specdec_fast.encoding import readable
 from specdec_fast.masks import text_positions
 from specdec_fast.sources import encoder_inputs
+from specdec_fast.trial import distance, trial_ids
 
 __all__ = ["check_counting", "check_ids", "check_positions", "refuse_inputs"]
 
@@ -51,16 +52,30 @@ def check_positions(given: Tensor | None, columns: int, visible: Tensor | None) 
         raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
 
 
+@torch.no_grad()
 def check_counting(model: PreTrainedModel) -> None:
-    """Refuses models that ``generate`` tells other positions than a text's own count, as Kosmos-2 computes its own."""
+    """Refuses models that ``generate`` tells other positions than a text's own count, or that make others themselves
+    where it tells them none, as Kosmos-2 does."""
     if model.config.is_encoder_decoder or not takes(model, "position_ids"):
         return
     mask = torch.tensor([[0, 1, 1]], device=model.device)
     own = text_positions(torch.arange(3, device=model.device).unsqueeze(0), mask.bool())
     prepare: Any = model.prepare_inputs_for_generation
     given = {"attention_mask": mask, "position_ids": own.clone(), "use_cache": False, "is_first_iteration": True}
-    told = prepare(torch.ones_like(mask), **given).get("position_ids")
-    if told is None or told.shape[-2:] != own.shape or bool((told[..., 1:] != own[..., 1:]).any()):
+    try:
+        told = prepare(torch.ones_like(mask), **given).get("position_ids")
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
+        return  # it prepares something else than a text alone
+    if told is not None:
+        same = told.shape[-2:] == own.shape and bool((told[..., 1:] == own[..., 1:]).all())
+    else:
+        ids = trial_ids(model)[:1]
+        place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        mine, theirs = (
+            model(input_ids=ids, use_cache=False, **more).logits[0] for more in ({"position_ids": place}, {})
+        )
+        same = distance(theirs, mine) <= 1
+    if not same:
         raise ValueError(
             f"model: {type(model).__name__} counts positions in a way of its own: use model.generate for it"
         )

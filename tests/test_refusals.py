@@ -1,6 +1,7 @@
 """What cannot be done is refused before any forward pass, with the argument's name, and leaves everything as it was."""
 
 import copy
+import functools
 import re
 import warnings
 
@@ -111,7 +112,21 @@ def test_a_model_that_counts_positions_in_its_own_way_is_named():
 
     config = Kosmos2TextConfig(vocab_size=VOCABULARY, embed_dim=16, layers=1, ffn_dim=32, attention_heads=2)
     with pytest.raises(ValueError, match="model: Kosmos2TextForCausalLM counts positions"):
-        fast_generate(unrunnable(Kosmos2TextForCausalLM(config)), **prompts(), max_new_tokens=4)
+        fast_generate(Kosmos2TextForCausalLM(config).eval(), **prompts(), max_new_tokens=4)
+
+
+def test_a_model_that_is_told_no_positions_and_counts_as_usual_is_decoded(monkeypatch):
+    target = build_model("llama")
+    prepare = target.prepare_inputs_for_generation
+
+    @functools.wraps(prepare)
+    def untold(*given, **named):
+        return prepare(*given, **named) | {"position_ids": None}
+
+    monkeypatch.setattr(target, "prepare_inputs_for_generation", untold)
+    inputs = prompts()
+    expected = target.generate(**inputs, max_new_tokens=8)
+    assert torch.equal(fast_generate(target, **inputs, max_new_tokens=8), expected)
 
 
 @pytest.mark.parametrize("compile", ["auto", "off", "static"])
