@@ -61,6 +61,19 @@ def test_in_the_loop_on_the_host(method, compile):
     same(taught_for_few(), taught_prompts(3, padded=True), own, max_new_tokens=40)
 
 
+def sampled(compile):
+    """As the law of the loop on the host is tested, the same tokens have it too."""
+    settings = {"do_sample": True, "seed": 5, "num_assistant_tokens": 3, "max_new_tokens": 40, "compile": compile}
+    return fast_generate(taught_for_few(), **taught_prompts(3, padded=True), **drafters()["tli"], **settings)
+
+
+def test_sampled_text_beyond_them_is_that_of_the_host_loop(monkeypatch, plain_drafters):
+    expected = sampled("off")
+    assert torch.equal(sampled("static"), expected)
+    monkeypatch.setattr(static_runner, "looked_up_positions", positions_of)
+    assert not torch.equal(sampled("static"), expected)
+
+
 def test_a_clamped_position_is_found(monkeypatch):
     """As it was: passes of fixed shape told a lane the last position it was made for."""
     monkeypatch.setattr(static_runner, "looked_up_positions", positions_of)

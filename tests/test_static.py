@@ -74,6 +74,14 @@ def test_the_attention_of_this_package_gives_the_same(monkeypatch, architecture)
     assert statistics.accepted
 
 
+def test_a_drafters_cache_grows_by_no_more_than_the_call(tight):
+    """Its text has another length than the target's, which the first cache was made for."""
+    target = copy.deepcopy(taught()[0])
+    fast_generate(target, **taught_prompts(2), **drafters()["tli"], **STATIC, max_new_tokens=6)
+    held = [pair.drafter.capacity for pair in compiled._kept[target]]
+    assert on_device(last_speculation()).drafted and max(held) < static_cache.ALLOWANCE
+
+
 def test_an_attention_that_takes_no_mask_a_row_is_replaced_for_the_call():
     flash = build_model("llama")
     flash.config._attn_implementation = "flash_attention_2"  # which is not here, so its own passes would fail
