@@ -352,7 +352,7 @@ def test_a_law_from_before_it_was_mended_is_found(kind, how, monkeypatch, reques
         return DRAFT(self, *arguments)._replace(laws=laws)
 
     monkeypatch.setattr(LeanModel, "draft", draft)
-    assert p_value(kind, "token", 24000) < 1e-6
+    assert p_value(kind, "token", 12000) < 1e-6
 
 
 def test_a_seed_repeats_whatever_shares_the_batch():

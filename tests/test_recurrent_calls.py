@@ -221,7 +221,7 @@ def p_values(architecture, method, rule, seed=0, **more):
         seed=seed,
         num_assistant_tokens=2,
         max_new_tokens=STEPS,
-        num_return_sequences=4000,
+        num_return_sequences=2000,
         **({} if method == "model" else names),
         **more,
     )
