@@ -35,6 +35,7 @@ __all__ = [
     "given_cache",
     "has_state",
     "keeps_nothing",
+    "multimodal",
     "ragged_layers",
     "read_cache",
     "takes",
@@ -64,6 +65,12 @@ def takes(model: Any, argument: str) -> bool:
     """Whether a model's forward has an argument of this name."""
     kind: Any = type(model)
     return argument in _parameters(kind)
+
+
+def multimodal(model: Any) -> bool:
+    """Whether a decoder-only model's text is a part of what it reads."""
+    config = model.config
+    return not config.is_encoder_decoder and config.get_text_config(decoder=True) is not config
 
 
 def cache_of(output: Any) -> Any:

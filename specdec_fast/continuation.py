@@ -16,7 +16,7 @@ from specdec_fast.recurrent import RecurrentRunner
 from specdec_fast.runner import Runner
 from specdec_fast.static_sources import StaticEncodedRunner
 
-__all__ = ["columns_before", "load", "new_cache", "store"]
+__all__ = ["columns_before", "load", "load_text", "new_cache", "store"]
 
 
 def load(target: Runner, cache: Any, past: int) -> None:
@@ -29,6 +29,23 @@ def load(target: Runner, cache: Any, past: int) -> None:
         read_cache(source, own)
         for row in group:
             target.length[row] = past
+
+
+def load_text(target: Runner, cache: Any, past: int, hidden: list[int]) -> None:
+    """:func:`load` into a runner that reads texts without the ``hidden`` columns of padding in front of each row's."""
+    if isinstance(target, RecurrentRunner):
+        own, target.hidden = target.hidden, hidden
+        load(target, cache, past)
+        target.hidden = own
+    else:
+        load(target, cache, past)
+        for group, unit in target.caches:
+            for layer in unit.ragged:
+                for place, row in enumerate(group) if layer.is_initialized else ():
+                    for buffer in (layer.keys, layer.values):
+                        assert buffer is not None
+                        buffer[place, :, : past - hidden[row]] = buffer[place, :, hidden[row] : past].clone()
+    target.length = [past - left_out for left_out in hidden]
 
 
 def new_cache(model: PreTrainedModel) -> Cache:

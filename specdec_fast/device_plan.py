@@ -287,7 +287,7 @@ def drafter_part(model: PreTrainedModel, rows: int, call: Call, how: Compilation
         "encoded": call.sources.drafter,
     }
     if call.plan.method == "model":
-        return DrafterPart(drafter, law, **stop)
+        return DrafterPart(drafter, law, **stop, shown=call.sources.shown)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)
     contexts, pruned = contexts_of(model, options, rows), None if call.sources.drafter else pruned_head
     if call.plan.method == "projection":

@@ -46,6 +46,7 @@ from specdec_fast.device_text import DraftedText, read_texts
 from specdec_fast.drafters.model import Context
 from specdec_fast.encoding import Encoded
 from specdec_fast.host_model import lanes_for
+from specdec_fast.pictures import Shown
 from specdec_fast.prompt_passes import capture_all, read_prompts
 from specdec_fast.runner import Head
 from specdec_fast.staging import upload
@@ -73,6 +74,7 @@ class DrafterPart:
         confidence, watched: as for :class:`DeviceWriter`.
         listed: of a projection, the longest list of what may follow; None for other methods.
         encoded: what the model reads beside the text; None: nothing.
+        shown: what it has read of prompts with pictures; None: nothing yet.
     """
 
     model: PreTrainedModel
@@ -84,6 +86,7 @@ class DrafterPart:
     watched: bool = False
     listed: int | None = None
     encoded: Encoded | None = None
+    shown: Shown | None = None
 
 
 class Session:
@@ -223,7 +226,10 @@ class Session:
         if prompt - 1 > first:
             read_texts(self.target, everyone, rows.ids[:, first : prompt - 1].tolist())
         if self.drafter is not None and self._part is not None and self._part.contexts is None:
-            read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
+            if self._part.shown is not None:
+                self._part.shown.load(self.drafter)
+            else:
+                read_texts(self.drafter, everyone, [text[:-1] for text in rows.tokens])
         elif self.drafter is not None and self._part is not None and self._part.contexts is not None:
             self._text = DraftedText(self.drafter, self._part.contexts)
             self._known[0] = self._part, self._text

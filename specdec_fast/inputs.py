@@ -7,28 +7,42 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from specdec_fast.cache import CACHE_NAMES, takes
+from specdec_fast.cache import multimodal, takes
 from specdec_fast.encoding import readable
 from specdec_fast.masks import text_positions
+from specdec_fast.pictures import TEXT, reads_more
 from specdec_fast.sources import encoder_inputs
 from specdec_fast.trial import distance, trial_ids
 
-__all__ = ["check_counting", "check_ids", "check_positions", "refuse_inputs"]
+__all__ = ["check_counting", "check_ids", "check_positions", "refuse_inputs", "refuse_unsupported"]
 
-_FORWARDED = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
 _OF_DECODERS = ("decoder_input_ids", "decoder_attention_mask")
 
 
 def refuse_inputs(model: PreTrainedModel, inputs: Iterable[str]) -> None:
     """Refuses arguments of the model's forward pass that the loop does not hand on."""
-    known = {"input_ids", *_FORWARDED}
+    known = {"input_ids", *TEXT, *reads_more(model)}
     if model.config.is_encoder_decoder:
         known |= {*_OF_DECODERS, *encoder_inputs(model)}
     if unknown := sorted(set(inputs) - known):
         only = "" if model.config.is_encoder_decoder else "only text prompts are, "
         raise ValueError(f"{', '.join(unknown)} is not supported: {only}use model.generate for others")
+
+
+def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, arguments: dict[str, Any]) -> None:
+    """Refuses what a call asks for and the loop cannot give, or would have its forward pass read.
+
+    Args:
+        arguments: as ``generate`` hands them to a loop.
+    """
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, None):
+            raise ValueError(f"{name} is not supported: leave it out, or use model.generate for it")
+    # `generate` hands a multimodal model an empty dict where there is nothing but text
+    empty = [name for name, value in arguments.items() if value is None or (isinstance(value, dict) and not value)]
+    refuse_inputs(model, arguments.keys() - set(empty))
 
 
 def check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
@@ -42,22 +56,53 @@ def check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
             raise ValueError(f"{name} holds {wrong}, the model reads ids from 0 to {known - 1}")
 
 
-def check_positions(given: Tensor | None, columns: int, visible: Tensor | None) -> None:
-    """The loop computes positions itself; others than those cannot be honoured."""
+def check_positions(
+    given: Tensor | None, columns: int, visible: Tensor | None, rows: int, new: int | None = None
+) -> list[int]:
+    """By how much the positions behind a prompt are ahead of the text's own count, a number a row.
+
+    The loop goes on from the prompt's last position, as ``generate`` does.
+
+    Args:
+        given: ``[.., B, n]`` positions of the call's last columns; None: the text's own count.
+        columns: of all text.
+        visible: ``[B, columns]`` bool; None: all.
+        new: how many columns may be ahead of the count, and equally far: those behind a picture, or behind a cache that
+            holds one. None: none may.
+
+    Raises:
+        ValueError: they are not.
+    """
     if given is None:
-        return
-    place = torch.arange(columns, device=given.device).unsqueeze(0)
-    own = place if visible is None else text_positions(place.expand_as(visible), visible).masked_fill(~visible, -1)
-    if given.shape[-1] != columns or bool(((given != own) & (own >= 0)).any()):
+        return [0] * rows
+    place = torch.arange(columns, device=given.device).expand(rows, -1)
+    seen = None if visible is None else visible.to(given.device)
+    own = text_positions(place, seen)
+    if new is not None:
+        given, own = given[..., -new:], own[:, -new:]
+        seen = None if seen is None else seen[:, -new:]
+    fits = given.shape[-1] == own.shape[-1]
+    if fits:
+        ahead = (given - own).reshape(-1, rows, own.shape[-1])
+        ahead = ahead[1:] if len(ahead) == 4 else ahead  # the first are the text's own, for masks
+        least = ahead[:1, :, -1:] if new is not None else 0
+        differs = ahead != least
+        fits = not bool((differs if seen is None else differs & seen).any())
+    if not fits:
         raise ValueError("position_ids other than the attention_mask's own count are not supported: leave them out")
+    return ahead[0, :, -1].tolist() if new is not None else [0] * rows
 
 
 @torch.no_grad()
-def check_counting(model: PreTrainedModel) -> None:
-    """Refuses models that ``generate`` tells other positions than a text's own count, or that make others themselves
-    where it tells them none, as Kosmos-2 does."""
+def check_counting(model: PreTrainedModel) -> int:
+    """From which number ``generate`` counts positions: PaliGemma's from 1.
+
+    Raises:
+        ValueError: it tells the model others than a count, or the model makes others itself where it is told none, as
+            Kosmos-2 does.
+    """
     if model.config.is_encoder_decoder or not takes(model, "position_ids"):
-        return
+        return 0
     mask = torch.tensor([[0, 1, 1]], device=model.device)
     own = text_positions(torch.arange(3, device=model.device).unsqueeze(0), mask.bool())
     prepare: Any = model.prepare_inputs_for_generation
@@ -65,9 +110,12 @@ def check_counting(model: PreTrainedModel) -> None:
     try:
         told = prepare(torch.ones_like(mask), **given).get("position_ids")
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
-        return  # it prepares something else than a text alone
+        return 0  # it prepares something else than a text alone
+    first = 0
     if told is not None:
-        same = told.shape[-2:] == own.shape and bool((told[..., 1:] == own[..., 1:]).all())
+        first = int(told[..., 1].flatten()[-1])
+        same = told.shape[-2:] == own.shape and bool((told[..., 1:] == own[..., 1:] + first).all())
+        same = same and (not first or multimodal(model))
     else:
         ids = trial_ids(model)[:1]
         place = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
@@ -79,3 +127,4 @@ def check_counting(model: PreTrainedModel) -> None:
         raise ValueError(
             f"model: {type(model).__name__} counts positions in a way of its own: use model.generate for it"
         )
+    return first

@@ -44,12 +44,14 @@ from specdec_fast.lean_weights import (
     embedded,
     equal,
     gates,
+    hooked,
     layer_kind,
     linears,
     matrix,
     norms_of,
     packed,
     state,
+    text_parts,
     turns,
     unpacked,
 )
@@ -82,7 +84,7 @@ class LeanModel:
     """
 
     def __init__(self, model: PreTrainedModel, *, rounded: bool):
-        body: Any = model.base_model
+        body: Any = text_parts(model)[0]
         layers = list(body.layers)
         attention = layers[0].self_attn
         rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
@@ -443,22 +445,18 @@ def lean_model(model: PreTrainedModel, *, rounded: bool = True) -> LeanModel | N
 
 
 def why_not_lean(model: PreTrainedModel, *, rounded: bool = True) -> str | None:
-    """Why a model has no lean form; None where it has one.
-
-    The native code is missing, the model is elsewhere than on the CPU, something hooks into its modules, or it is built
-    so that the lean form does not give its logits.
-    """
+    """Why a model has no lean form; None where it has one: the native code is missing, the model is elsewhere than on
+    the CPU, something hooks into its modules, or it is built so that the lean form does not give its logits."""
     found = _form(model, rounded)
     return found if isinstance(found, str) else None
 
 
 def _form(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
     # Hooks and devices may come and go between calls
-    hooked = any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
     with _lock:
-        if hooked or model.device.type != "cpu" or not _native():
+        if (found := hooked(model)) or model.device.type != "cpu" or not _native():
             _kept.pop(model, None)
-            if hooked:
+            if found:
                 return f"something hooks into the modules of {type(model).__name__}"
             return "the model is not on a CPU" if model.device.type != "cpu" else "the native pass is not built"
         now = state(model, rounded)
@@ -477,7 +475,7 @@ def _native() -> bool:
 @torch.no_grad()
 def _made(model: PreTrainedModel, rounded: bool) -> LeanModel | str:
     config, name = model.config.get_text_config(decoder=True), type(model).__name__
-    if {parameter.dtype for parameter in model.parameters()} not in ({torch.float32}, {torch.bfloat16}):
+    if {p.dtype for part in text_parts(model) for p in part.parameters()} not in ({torch.float32}, {torch.bfloat16}):
         return f"the weights of {name} are neither float32 nor bfloat16"
     if rounded and model.num_parameters() > LARGEST:
         return f"{name} has more than {LARGEST} parameters to be copied"

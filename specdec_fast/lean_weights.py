@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from specdec_fast.cache import multimodal
+
 __all__ = [
     "embedded",
     "equal",
     "gates",
+    "hooked",
     "layer_kind",
     "linears",
     "matrix",
@@ -19,6 +22,7 @@ __all__ = [
     "packed",
     "plain",
     "state",
+    "text_parts",
     "turns",
     "unpacked",
 ]
@@ -26,6 +30,22 @@ __all__ = [
 UNTURNED = "unturned"
 ZERO = 128  # of a weight in 8 bits
 SAMPLES = 64  # of each matrix, to see whether it has been changed
+
+
+def text_parts(model: Any) -> list[Any]:
+    """The part of a model that reads text, and its LM head; what sees pictures and hears sounds is left out."""
+    body = model.get_decoder() if multimodal(model) else model.base_model
+    return [body, model.get_output_embeddings()]
+
+
+def hooked(model: Any) -> bool:
+    """Whether something wants to know of calls of what reads text. Hooks that Transformers leaves behind wherever
+    hidden states were once asked for do nothing where they are not."""
+    parts = [model, model.base_model, *(module for part in text_parts(model) for module in part.modules())]
+    hooks = [hook for part in parts for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())]
+    left = "transformers.utils.output_capturing"
+    changed = any("forward" in vars(part) for part in parts)
+    return changed or any(getattr(hook, "__module__", "") != left for hook in hooks)
 
 
 def linears(layer: Any) -> list[Any]:

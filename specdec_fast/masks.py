@@ -11,7 +11,14 @@ from transformers.cache_utils import CacheLayerMixin, DynamicCache
 
 from specdec_fast.cache import has_state
 
-__all__ = ["level_mask", "looked_up_positions", "positions_of", "ragged_masks", "text_positions", "windows_of"]
+__all__ = [
+    "level_mask",
+    "looked_up_positions",
+    "positions_of",
+    "ragged_masks",
+    "text_positions",
+    "windows_of",
+]
 
 UNBOUNDED = 1 << 30  # positions; more than any text has, and an int32
 

@@ -114,7 +114,7 @@ def check_model(model: PreTrainedModel, argument: str) -> None:
             f"{argument}: {name} has no key-value cache to roll back (its forward takes neither "
             f"{' nor '.join(CACHE_NAMES)}): use model.generate for it"
         )
-    if sees_ahead(model):
+    if argument != "model" and sees_ahead(model):
         raise ValueError(
             f"{argument}: a token of {name} sees those behind it, so a prompt that is read together with a draft is "
             "another one: use model.generate for it"
@@ -437,7 +437,13 @@ def build_drafter(
     remembers = plan.remembers and (warpers is not None or options.draft_memory == "on")
     if plan.method == "model":
         same = ModelWriter(
-            drafter, [SameText() for _ in range(rows)], warpers=warpers, **how, races=raced, remembers=remembers
+            drafter,
+            [SameText() for _ in range(rows)],
+            warpers=warpers,
+            **how,
+            races=raced,
+            remembers=remembers,
+            shown=sources.shown,
         )
         return CompactDrafter(same, None, device, branching)
     target, own = Vocabulary.of(options.tokenizer), Vocabulary.of(options.assistant_tokenizer)

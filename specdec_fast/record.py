@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-__all__ = ["Record"]
+__all__ = ["Record", "by_step"]
 
 
 @dataclass
@@ -28,3 +29,8 @@ class Record:
             self.scores[row].extend(scores.clone().unbind(0))
         if self.logits is not None and logits is not None:
             self.logits[row].extend(logits.clone().unbind(0))
+
+
+def by_step(kept: list[list[Tensor]] | None) -> tuple[Tensor, ...] | None:
+    """Scores as ``generate`` returns them: one ``[B, V]`` a step."""
+    return None if kept is None else tuple(torch.stack(step) for step in zip(*kept, strict=True))

@@ -78,6 +78,7 @@ class Runner:
         self._lean = lean if padded_left and use_cache else None
         self.hidden = [0] * rows if visible is None else (~visible).sum(1).tolist()
         """How many columns of each row's prompt are padding."""
+        self._further: Tensor | None = None
         self._history: list[list[int]] = [[] for _ in range(rows)]  # filled only where nothing is cached
         if joint is None:
             joint = rows == 1 or supports_ragged_batches(model)
@@ -101,6 +102,11 @@ class Runner:
     def joint(self) -> bool:
         """Whether rows at different columns share a forward pass."""
         return len(self._units) == 1
+
+    def go_ahead(self, places: list[int]) -> None:
+        """Counts the positions of what is fed from here on so much further, a number a row: a picture may take up fewer
+        or more than it has columns."""
+        self._further = torch.tensor(places, device=self.model.device).unsqueeze(1) if any(places) else None
 
     def rollback(self, row: int, length: int) -> None:
         """Forgets the columns of a row from ``length`` on."""
@@ -406,7 +412,8 @@ class Runner:
         arguments: dict[str, Any] = {"use_cache": True, cache: unit.cache, "return_dict": True}
         arguments.update({"input_ids": tokens} if embeds is None else {"inputs_embeds": embeds})
         if takes(self.model, "position_ids"):
-            arguments["position_ids"] = text_positions(self._read_columns(rows, columns, count), visible)
+            own = text_positions(self._read_columns(rows, columns, count), visible)
+            arguments["position_ids"] = own if self._further is None else own + self._further[rows]
         arguments["attention_mask"] = (
             level_mask(unit.window.end, visible)
             if level

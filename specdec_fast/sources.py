@@ -16,6 +16,7 @@ from specdec_fast.drafters.begun import mark_of
 from specdec_fast.encoded import why_not_encoded
 from specdec_fast.encoding import Encoded, reads_encoder
 from specdec_fast.options import Options
+from specdec_fast.pictures import Shown
 
 __all__ = ["Sources", "beginning", "encoder_inputs", "main_input", "sources_of"]
 
@@ -27,11 +28,13 @@ class Sources:
     Args:
         target, drafter: what the model's encoder, or the other's, made of it; None: the model reads nothing else.
         ids: each row's source in the target's ids, where it is text; prompt lookup looks there too.
+        shown: what a drafter with the target's tokenizer has seen of a prompt with pictures; None: it reads text.
     """
 
     target: Encoded | None = None
     drafter: Encoded | None = None
     ids: list[list[int]] | None = None
+    shown: Shown | None = None
 
 
 def main_input(model: PreTrainedModel) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -22,9 +24,18 @@ class Rows:
         capacity: columns the result can have at most; one more than the prompt's where that is less, because plain
             decoding looks at its limits after the first token.
         pad: id of padding.
+        unread: ids of the prompt that stand for what is no text.
     """
 
-    def __init__(self, prompt: Tensor, visible: Tensor | None, seed: Tensor, capacity: int, pad: int):
+    def __init__(
+        self,
+        prompt: Tensor,
+        visible: Tensor | None,
+        seed: Tensor,
+        capacity: int,
+        pad: int,
+        unread: Collection[int] = (),
+    ):
         batch, columns = prompt.shape
         self.prompt_columns = columns
         self.pad = pad
@@ -41,10 +52,10 @@ class Rows:
         texts = prompt.tolist()
         shown = [[True] * columns] * batch if visible is None else visible.tolist()
         self.tokens: list[list[int]] = [
-            [token for token, seen in zip(text, row, strict=True) if seen]
+            [token for token, seen in zip(text, row, strict=True) if seen and token not in unread]
             for text, row in zip(texts, shown, strict=True)
         ]
-        """Each row's text without padding, on the host: what a drafter reads."""
+        """Each row's text without padding and pictures, on the host: what a drafter reads."""
 
     @property
     def ids(self) -> Tensor:

@@ -38,6 +38,8 @@ class Place:
         start: ``[B]`` int64, the column that each row's first lane is written to.
         hidden: ``[B]`` int64, how many columns at the start of each row are padding.
         capacity: columns of the buffers, the last of them nobody's.
+        ahead: ``[B]`` int64, by how much each row's positions are ahead of its count (:meth:`Runner.go_ahead`); None:
+            this model's are not.
         fixed: whether a pass of fixed shape is running.
         lanes: ``[B, n]``, during such a pass: :meth:`columns`, made once for all layers.
         scaled: during such a pass, what a layer has left for the next one: the states it gave, the norm that reads
@@ -47,6 +49,7 @@ class Place:
     start: Tensor
     hidden: Tensor
     capacity: int
+    ahead: Tensor | None = None
     fixed: bool = False
     lanes: Tensor | None = None
     scaled: tuple[Tensor, nn.Module, Tensor, Tensor] | None = None
@@ -185,6 +188,7 @@ class StaticCache(RaggedCache):
         device: of the model.
         windows: of each layer, None: full attention.
         source: of models that read what an encoder made.
+        ahead: whether the model's positions may be ahead of a text's count.
 
     Attributes:
         handed: what a forward is given.
@@ -197,6 +201,7 @@ class StaticCache(RaggedCache):
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     windows: tuple[int | None, ...] = ()
     source: StaticSource | None = None
+    ahead: bool = False
     handed: Cache = field(init=False)
     stateful: list[Any] = field(init=False, default_factory=list)
     place: Place = field(init=False)
@@ -204,8 +209,8 @@ class StaticCache(RaggedCache):
 
     def __post_init__(self) -> None:
         self.window.total_rows = self.rows
-        start, hidden = (torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(2))
-        self.place = Place(start, hidden, self.capacity)
+        start, hidden, ahead = (torch.zeros(self.rows, dtype=torch.long, device=self.device) for _ in range(3))
+        self.place = Place(start, hidden, self.capacity, ahead if self.ahead else None)
         self.ragged = [StaticLayer(self.window, self.place, sliding) for sliding in self.windows]
         self.cache = self.handed = Cache(layers=list(self.ragged))
         if self.source is not None:
@@ -221,7 +226,8 @@ class StaticCache(RaggedCache):
         """Everything whose address must stay."""
         buffers = [t for layer in self.ragged for t in (layer.keys, layer.values) if t is not None]
         source = [] if self.source is None else self.source.tensors()
-        return [*buffers, *source, self.place.start, self.place.hidden]
+        place = [self.place.start, self.place.hidden, *([] if self.place.ahead is None else [self.place.ahead])]
+        return [*buffers, *source, *place]
 
     def states(self) -> list[Tensor]:
         """What a pass reads and replaces, so that running it again would give something else."""
@@ -241,6 +247,12 @@ class StaticCache(RaggedCache):
             tensor.zero_()
         if self.source is not None and self.source.shown is not None:
             self.source.shown.fill_(True)  # a row that sees nothing would turn the softmax into NaN
+
+    def go_ahead(self, places: list[int]) -> None:
+        """:meth:`Runner.go_ahead`, of the first rows."""
+        if any(places):
+            assert self.place.ahead is not None, "a model that counts otherwise"
+            self.place.ahead[: len(places)].copy_(torch.tensor(places))
 
     def view(self, rows: int) -> RaggedCache:
         """The first rows as a ragged cache over the same memory."""
@@ -266,6 +278,8 @@ class StaticCache(RaggedCache):
             self.source.take(other.source)
         self.place.start.copy_(other.place.start)
         self.place.hidden.copy_(other.place.hidden)
+        if self.place.ahead is not None and other.place.ahead is not None:
+            self.place.ahead.copy_(other.place.ahead)
 
 
 def capacity_for(columns: int) -> int:

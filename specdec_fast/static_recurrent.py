@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionLayer
 
-from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, has_state
+from specdec_fast.cache import RaggedCache, RaggedLayer, Window, cache_argument, has_state, multimodal
 from specdec_fast.masks import looked_up_positions
 from specdec_fast.recurrent import RecurrentRunner, form_of, shares_passes
 from specdec_fast.runner import Head, left_align
@@ -60,6 +60,7 @@ class StaticUnit(StaticCache):
         kinds = zip(sample.cache.layers, DynamicCache(config=model.config).layers, strict=True)
         windows = tuple(getattr(own, "sliding_window", None) for mine, own in kinds if isinstance(mine, RaggedLayer))
         own: dict[str, Any] = {"argument": cache_argument(type(model)), "device": model.device, "windows": windows}
+        own["ahead"] = multimodal(model)
         super().__init__(rows, len(windows), capacity=capacity, **own)
         layers: list[Any] = []
         attending = iter(self.ragged)
@@ -203,6 +204,10 @@ class StaticRecurrentRunner(RecurrentRunner):
     def _bind(self) -> None:
         self._unit_of: dict[int, Any] = dict.fromkeys(range(self.rows), self.cache)
         self.own = self.cache.own[: self.rows]
+
+    def go_ahead(self, places: list[int]) -> None:
+        super().go_ahead(places)
+        self.cache.go_ahead(places)
 
     def move(self, cache: StaticCache, forward: Forward) -> None:
         """Goes on with another cache that holds the same."""

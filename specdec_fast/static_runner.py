@@ -20,7 +20,7 @@ from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
 
 from specdec_fast import attention
 from specdec_fast.apart import placed_on_device
-from specdec_fast.cache import RaggedCache, cache_argument, keeps_nothing, ragged_layers, takes
+from specdec_fast.cache import RaggedCache, cache_argument, keeps_nothing, multimodal, ragged_layers, takes
 from specdec_fast.masks import looked_up_positions
 from specdec_fast.round_ops import pass_places
 from specdec_fast.runner import Head, Runner, left_align, supports_ragged_batches
@@ -60,6 +60,8 @@ def static_forward(
     columns, position_ids, places = pass_places(
         place.start, place.hidden, tokens.shape[1], place.capacity, positions, windows if ours else []
     )
+    if place.ahead is not None:
+        position_ids = position_ids + place.ahead.unsqueeze(1)
     if ours:
         masks = dict(zip(map(_kind, windows), places.unbind(), strict=True))
     else:
@@ -98,7 +100,7 @@ def _with_states(model: Any, cache: StaticCache, head: Head | None, tokens: Tens
         "return_dict": True,
     }
     if takes(model, "position_ids"):
-        arguments["position_ids"] = position_ids
+        arguments["position_ids"] = position_ids if place.ahead is None else position_ids + place.ahead.unsqueeze(1)
     cache.enter()
     logits: Tensor = (
         model(**arguments).logits if head is None else head(model.base_model(**arguments).last_hidden_state)
@@ -188,8 +190,8 @@ def empty_cache(model: PreTrainedModel, rows: int, capacity: int) -> StaticCache
     some = next(layer for layer in layers if not keeps_nothing(layer))  # no window but those there are
     layers = [some if keeps_nothing(layer) else layer for layer in layers]
     windows = tuple(layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None for layer in layers)
-    argument = cache_argument(type(model))
-    cache = StaticCache(rows, len(layers), argument=argument, capacity=capacity, device=model.device, windows=windows)
+    own: dict[str, Any] = {"argument": cache_argument(type(model)), "device": model.device, "ahead": multimodal(model)}
+    cache = StaticCache(rows, len(layers), capacity=capacity, windows=windows, **own)
     # Only a pass tells how many heads of what size and type a layer keeps
     StaticRunner(model, cache, 1).feed([0], torch.zeros((1, 1), dtype=torch.long), [1], [1])
     cache.forget()
@@ -243,6 +245,10 @@ class StaticRunner(Runner):
         """Goes on with another cache that holds the same."""
         self.cache, self.forward = cache, forward
         self._units = [(group, cache) for group, _ in self._units]
+
+    def go_ahead(self, places: list[int]) -> None:
+        super().go_ahead(places)
+        self.cache.go_ahead(places)
 
     def lend(self, room: Callable[[int, int], int]) -> None:
         """Passes of :meth:`feed` have fixed shapes from here on; ``room`` as in the class."""

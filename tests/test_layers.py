@@ -28,7 +28,8 @@ LAYERS = (
     {"plan"},
     {"prepared"},
     {"api"},
-    {"device_engine", "device_plan", "continuation", "inputs"},
+    {"loop"},
+    {"device_engine", "device_plan", "inputs"},
     {"methods", "engine", "warmup", "device_session", "device_text", "host_model", "host_passes"},
     {"choice", "sources"},
     {"options", "settings"},
@@ -46,7 +47,8 @@ LAYERS = (
         "drafters.slrs",
         "drafters.written",
     },
-    {"static_model", "prompt_passes", "runners"},
+    {"pictures"},
+    {"static_model", "prompt_passes", "runners", "continuation"},
     {"compiled", "device_projection", "device_report"},
     {"device_round", "static_runners"},
     {"static_recurrent", "static_sources"},
@@ -148,6 +150,6 @@ def test_the_engine_knows_no_method_by_name():
 
 def test_the_walk_sees_what_it_should():
     """The checks above would pass if nothing were found."""
-    assert {"methods", "engine", "runner", "cache"} <= EDGES["api"]
+    assert {"methods", "engine", "runner", "cache"} <= EDGES["loop"]
     assert "drafters.model" in EDGES["methods"]
     assert "native" in EDGES["randomness"]

@@ -31,6 +31,7 @@ from specdec_fast.fused import confidence, drafted_token, draws_natively, likeli
 from specdec_fast.lean import Choosing, lean_model
 from specdec_fast.lean_ops import Choices, Index, Told
 from specdec_fast.memory import Memory
+from specdec_fast.pictures import Shown
 from specdec_fast.proposal import CompactLaw, DenseLaw, PointMass, Proposal
 from specdec_fast.randomness import Philox
 from specdec_fast.runner import Runner
@@ -99,6 +100,7 @@ class ModelWriter:
         passes: runs models that have no native form; None: they run as they are.
         encoded: what the drafter reads beside the text; None: nothing.
         lawless: nobody asks for the law that tokens were drawn from.
+        shown: what the model has read of prompts with pictures; None: nothing yet.
     """
 
     memory: Memory | None = None
@@ -120,6 +122,7 @@ class ModelWriter:
         passes: Passes | None = None,
         encoded: Encoded | None = None,
         lawless: bool = False,
+        shown: Shown | None = None,
     ):
         self._races, self._names = races and warpers is not None, names
         self.contexts = contexts
@@ -149,6 +152,9 @@ class ModelWriter:
         self._watcher = watcher
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
+        if shown is not None:
+            shown.load(self._runner)
+            self._drafted = shown.texts
         self._first = [0] * len(contexts)
         self._positions = self._runner.positions
 
