@@ -99,9 +99,9 @@ def test_models_that_cannot_be_decoded_are_named(why, target):
 def test_a_model_that_sees_ahead_is_named(target):
     """A prompt alone may be read both ways, as PaliGemma does, but not what is written."""
     both = build_model("gemma3", use_bidirectional_attention=True)
-    with pytest.raises(ValueError, match="^model: Gemma3ForCausalLM gives other logits where text is read apart"):
+    with pytest.raises(ValueError, match=r"^model: Gemma3ForCausalLM gives other logits where text is read apart"):
         fast_generate(both, **prompts(), max_new_tokens=4)
-    with pytest.raises(ValueError, match="^assistant_model: a token of Gemma3ForCausalLM sees those behind it"):
+    with pytest.raises(ValueError, match=r"^assistant_model: a token of Gemma3ForCausalLM sees those behind it"):
         fast_generate(target, **prompts(), max_new_tokens=4, assistant_model=both)
     assert not sees_ahead(build_model("gemma3"))
 
