@@ -45,9 +45,11 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, argumen
     refuse_inputs(model, arguments.keys() - set(empty))
 
 
-def check_ids(input_ids: Tensor, model: PreTrainedModel) -> None:
-    """Refuses prompts ``[B, P]`` with ids that the model does not have."""
+def check_ids(input_ids: Tensor, model: PreTrainedModel, others: set[int]) -> None:
+    """Refuses prompts ``[B, P]`` with ids that the model does not have, but for ``others``: they stand for no text."""
     known = readable(model)
+    if others:
+        input_ids = input_ids[~torch.isin(input_ids, torch.tensor(sorted(others), device=input_ids.device))]
     if known is not None and input_ids.numel():
         least, most = (int(end) for end in input_ids.aminmax())
         if least < 0 or most >= known:
@@ -94,8 +96,9 @@ def check_positions(
 
 
 @torch.no_grad()
-def check_counting(model: PreTrainedModel) -> int:
-    """From which number ``generate`` counts positions: PaliGemma's from 1.
+def check_counting(model: PreTrainedModel) -> int | None:
+    """From which number ``generate`` counts positions: PaliGemma's from 1. None: the model counts columns by itself,
+    padding among them.
 
     Raises:
         ValueError: it tells the model others than a count, or the model makes others itself where it is told none, as
@@ -111,7 +114,7 @@ def check_counting(model: PreTrainedModel) -> int:
         told = prepare(torch.ones_like(mask), **given).get("position_ids")
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError):
         return 0  # it prepares something else than a text alone
-    first = 0
+    first: int | None = 0
     if told is not None:
         first = int(told[..., 1].flatten()[-1])
         same = told.shape[-2:] == own.shape and bool((told[..., 1:] == own[..., 1:] + first).all())
@@ -123,6 +126,7 @@ def check_counting(model: PreTrainedModel) -> int:
             model(input_ids=ids, use_cache=False, **more).logits[0] for more in ({"position_ids": place}, {})
         )
         same = distance(theirs, mine) <= 1
+        first = None if multimodal(model) else 0
     if not same:
         raise ValueError(
             f"model: {type(model).__name__} counts positions in a way of its own: use model.generate for it"

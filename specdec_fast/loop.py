@@ -94,7 +94,9 @@ class Loop:
             own = "the loop keeps a cache that it can roll back, in the model's precision and on its device"
             warnings.warn(f"cache_implementation={wanted!r} is not used: {own}", UserWarning, stacklevel=2)
         batch, columns = input_ids.shape
-        check_ids(input_ids, model)
+        pictures = [] if encodes else beside_text(model, model_kwargs)
+        marks = placeholders(model) if multimodal(model) else set()
+        check_ids(input_ids, model, marks if pictures else set())
         sources = sources_of(model, options, model_kwargs, inputs_tensor, batch, plan.method)
         seeds = row_seeds(self._seed(model, options), batch)
         limit = stops.max_length if stops.max_length is not None else config.max_length
@@ -103,7 +105,6 @@ class Loop:
             raise ValueError("rows that end early need padding: set pad_token_id")
 
         embeds = None if encodes else model_kwargs.get("inputs_embeds")
-        pictures = beside_text(model, model_kwargs)
         if pictures:
             check_pictures(model, input_ids, embeds is not None, config.use_cache is not False)
         name, cache = given_cache(model_kwargs)
@@ -124,19 +125,24 @@ class Loop:
             first = check_counting(model)
             new = 1 if pictures else shift + columns - past if past and multimodal(model) else None
             ahead = check_positions(model_kwargs.get("position_ids"), shift + columns, visible, batch, new)
-            ahead = [first + places for places in ahead]
+            if first is None:
+                ahead = [0] * batch if visible is None else (~visible).sum(1).tolist()
+            else:
+                ahead = [first + places for places in ahead]
         lean = None if any(ahead) else lean  # which counts by itself
         native = lean is not None
         methods.check_length(model, shift + limit)
         held: Cache | None = cache if isinstance(cache, Cache) and past else None
+        drafter_model = None if plan.method in ("autoregressive", "prompt_lookup") else options.assistant_model
         if pictures or (not encodes and sees_ahead(model)):
             prompt = Prompt(model, input_ids, model_kwargs, config, shift + columns, visible, ahead)
-            if pictures and options.assistant_model is not None and plan.method != "autoregressive":
-                if held is None and plan.method == "model" and options.assistant_window is None:
-                    sources = replace(sources, shown=prompt.read_by(options.assistant_model, self._pictures))
-                sees = "reads the text alone" if sources.shown is None else "sees what the target sees"
-                plan = replace(plan, reason=f"{plan.reason}; the drafter {sees}")
+            alone = held is not None or plan.method != "model" or options.assistant_window is not None
+            if pictures and drafter_model is not None and not alone:
+                sources = replace(sources, shown=prompt.read_by(drafter_model, self._pictures))
             held, past = prompt.read(held)
+        if drafter_model is not None and (pictures or marks.intersection(input_ids.unique().tolist())):
+            sees = "reads the text alone" if sources.shown is None else "sees what the target sees"
+            plan = replace(plan, reason=f"{plan.reason}; the drafter {sees}")
         record = Record(
             scores=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_scores else None,
             logits=[[] for _ in range(batch)] if config.return_dict_in_generate and config.output_logits else None,
@@ -173,7 +179,7 @@ class Loop:
                 seeds,
                 limit,
                 0 if pad is None else int(pad),
-                placeholders(model) if pictures and sources.shown is None else (),
+                marks if sources.shown is None else (),
             )
             parts: methods.Parts = model, options, batch, logits_processor, do_sample, sources, device
             target: Runner

@@ -8,6 +8,7 @@ every later pass adds.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
 import weakref
@@ -31,6 +32,7 @@ __all__ = ["TEXT", "Prompt", "Shown", "beside_text", "check_pictures", "given_pi
 TEXT = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
 """What a forward pass over text reads beside its ids."""
 _A_COLUMN_EACH = ("attention_mask", "position_ids", "token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
+_TYPES = {"token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"}  # 0 is text
 _NEVER = {"labels"}
 
 
@@ -47,10 +49,13 @@ def beside_text(model: PreTrainedModel, arguments: dict[str, Any]) -> list[str]:
     """What of these a pass over the prompt reads beside text, by name."""
     if not reads_more(model):
         return []
-    given = (
-        name for name, value in arguments.items() if value is not None and not (isinstance(value, dict) and not value)
-    )
-    return sorted(set(given) - {"input_ids", *TEXT})
+    return sorted(name for name, value in arguments.items() if name not in {"input_ids", *TEXT} and _says(name, value))
+
+
+def _says(name: str, value: Any) -> bool:
+    """Whether an argument says something beside text: `generate` hands on empty ones, and processors types of text."""
+    nothing = value is None or (isinstance(value, dict) and not value)
+    return not nothing and not (name in _TYPES and isinstance(value, Tensor) and not bool(value.any()))
 
 
 def placeholders(model: PreTrainedModel) -> set[int]:
@@ -133,8 +138,8 @@ class Prompt:
     ahead: list[int]
 
     @torch.no_grad()
-    def read(self, cache: Cache | None) -> tuple[Cache, int]:
-        """Reads it by the model's own pass; the cache, and how many of its columns go on.
+    def read(self, cache: Cache | None) -> tuple[Cache | None, int]:
+        """Reads it by the model's own pass; the cache, None where it is empty, and how many of its columns go on.
 
         Args:
             cache: that holds the text in front; None: there is none.
@@ -143,14 +148,24 @@ class Prompt:
             ValueError: text behind it cannot be read apart from it.
         """
         whole = sees_ahead(self.model)  # its pictures see the text behind them, but no answer
+        if whole and self.columns < 2:
+            raise ValueError(
+                f"input_ids: {type(self.model).__name__} reads a prompt both ways, so one of a single token would be "
+                "read together with a draft: make it longer, or use model.generate"
+            )
+        if not whole and self.columns - 1 <= (0 if cache is None else cache.get_seq_length()):
+            return cache, self.columns - 1  # the one token is the first round's
+        padded = self.visible is not None and not bool(self.visible.all())
         tried, names = _tried.setdefault(self.model, {}), beside_text(self.model, self.arguments)
-        form = f"{form_of(self.model)} {names}"
+        form = f"{form_of(self.model)} {names} {padded}"
         expected = None
-        if form not in tried and cache is None:
-            expected = self._pass(self._fresh(True), self.ids.shape[1]).logits[:, -1]
+        if form not in tried:
+            other = self._fresh(True) if cache is None else copy.deepcopy(cache)
+            expected = self._pass(other, self.ids.shape[1]).logits[:, -1]
+            del other
         read = self._fresh(whole) if cache is None else cache
         self._pass(read, self.ids.shape[1] - (not whole))
-        if expected is not None:
+        if expected is not None and bool(expected.isfinite().all()):  # else it says nothing of the model
             tried[form] = self._goes_on(read, expected)
         if not tried.get(form, True):
             raise ValueError(
@@ -166,7 +181,12 @@ class Prompt:
             given: of :func:`given_pictures`.
         """
         names = set(given or ()) - {"input_ids", "attention_mask"}
-        if given is None or not names <= reads_more(drafter) or placeholders(drafter) != placeholders(self.model):
+        if (
+            given is None
+            or self.columns < 2
+            or not names <= reads_more(drafter)
+            or placeholders(drafter) != placeholders(self.model)
+        ):
             return None
         read: list[Cache] = []
 
@@ -174,18 +194,20 @@ class Prompt:
             model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, **arguments: Any
         ) -> Tensor:
             own = replace(self, model=model, ids=input_ids, arguments=arguments, config=generation_config)
-            read.append(own._fresh(False))
-            own._pass(read[0], input_ids.shape[1] - 1)
+            if input_ids.shape == self.ids.shape:
+                read.append(own._fresh(False))
+                own._pass(read[0], input_ids.shape[1] - 1)
             return input_ids
 
         prefill.__name__ = "prefill"
         each = len(self.ids) // len(given["input_ids"])
         settings = GenerationConfig(max_new_tokens=1, do_sample=True, num_return_sequences=each)
-        generate: Any = drafter.generate
+        plainly: Any = copy.copy(drafter)  # the same modules, without beams and the like of its own
+        plainly.generation_config = GenerationConfig()
         try:
             with torch.no_grad():
                 moved = {name: _moved(value, drafter) for name, value in given.items()}
-                generate(**moved, generation_config=settings, custom_generate=prefill)
+                plainly.generate(**moved, generation_config=settings, custom_generate=prefill)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # what a forward of its own kind can throw: its pictures may be of other sizes
@@ -229,6 +251,8 @@ class Prompt:
             for row in everyone:
                 runner.rollback(row, self.columns - 1)
             apart = [runner.feed(everyone, part, [1] * rows, [1] * rows) for part in tokens.split(1, 1)]
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the model
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
             return False
         one = torch.cat(apart, 1)

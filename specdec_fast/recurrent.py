@@ -240,8 +240,9 @@ def why_not_recurrent(model: PreTrainedModel) -> str | None:
 
 
 def form_of(model: PreTrainedModel) -> str:
-    """What a trial's outcome hangs on: kernels, and dropout."""
-    return f"{model.device.type} {model.dtype} {model.config._attn_implementation} {model.training}"
+    """What a trial's outcome hangs on: kernels, precision, and dropout."""
+    rounded = torch.is_autocast_enabled(model.device.type)
+    return f"{model.device.type} {model.dtype} {rounded} {model.config._attn_implementation} {model.training}"
 
 
 def _found(model: PreTrainedModel) -> _Found:

@@ -37,7 +37,9 @@ def distance(plain: Tensor, got: Tensor) -> float:
 
 def exact(model: PreTrainedModel) -> bool:
     """Whether a model's products are rounded to float32."""
-    full = model.device.type != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    kind = model.device.type
+    full = kind != "cuda" or torch.get_float32_matmul_precision() == "highest"
+    full = full and not torch.is_autocast_enabled(kind)
     return model.dtype in (torch.float32, torch.float64) and full
 
 

@@ -152,6 +152,7 @@ class ModelWriter:
         self._watcher = watcher
         self._read = [0] * len(contexts)
         self._drafted: list[list[int]] = [[] for _ in contexts]  # ids in the cache behind the context
+        self._shown = shown is not None
         if shown is not None:
             shown.load(self._runner)
             self._drafted = shown.texts
@@ -325,10 +326,11 @@ class ModelWriter:
         length = len(self.contexts[row].ids)
         if length == 0:
             return 0  # a model without a first token has nothing to continue
-        if length - self._first[row] + steps > self._positions:
+        if length - self._first[row] + steps > self._positions and not self._shown:
             self._first[row] = max(length - max(self._positions // 2, 1), 0)
             self._runner.rollback(row, 0)
-        return min(steps, self._positions - (length - self._first[row]))
+        # What has seen a picture is not read again without it: there drafting ends
+        return max(min(steps, self._positions - (length - self._first[row])), 0)
 
     def _catch_up(self, active: list[int]) -> Tensor:
         """Feeds each row what its cache lacks: logits behind its text, ``[R, V]``."""
