@@ -324,7 +324,8 @@ def check_out(
     names = tuple(sorted((name, len(t), _digest(t)) for name, t in (choices or {}).items()))
     kind = model.device.type  # of buffers as of passes: autocast changes it from one call to the next
     within = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    dtypes = (*(one.dtype for one in (model, drafter) if one is not None), within)
+    # Buffers made in inference mode cannot be written to outside of it
+    dtypes = (*(one.dtype for one in (model, drafter) if one is not None), within, torch.is_inference_mode_enabled())
     implementation = tuple(str(m.config._attn_implementation) for m in (model, drafter) if m is not None)
     key = (rows, capacity, how.compiled, repr(how.settings), how.captured, names, implementation, dtypes, shapes)
     both = [one for one in (model, drafter) if one is not None]

@@ -22,13 +22,13 @@ from tiny import (
 from transformers import CompileConfig
 
 from specdec_fast import (
-    api,
     compiled,
     device_plan,
     device_session,
     fast_generate,
     host_model,
     last_speculation,
+    loop,
     prepare,
 )
 from specdec_fast.costs import Costs
@@ -144,7 +144,7 @@ def test_a_call_that_fails_before_its_first_round_gives_its_caches_back(monkeypa
 
     for name in ("Rows", "resident_outlook", "lookahead_for"):
         with monkeypatch.context() as patched:
-            patched.setattr(api, name, fails)
+            patched.setattr(loop, name, fails)
             with pytest.raises(MemoryError):
                 fast_generate(target, **prompts(), **own, max_new_tokens=4, compile="static")
         assert [pair.busy for pair in compiled._kept[target]] == [False]
@@ -233,3 +233,15 @@ def test_a_long_prompt_is_read_before_the_first_round_and_charged_to_no_draft(mo
     done = last_speculation()
     assert done.loop == "device"
     assert done.drafted > 10
+
+
+@pytest.mark.parametrize("method", ["model", "slem"])
+def test_what_was_kept_in_inference_mode_stays_there(method):
+    """Buffers made there cannot be written to outside of it."""
+    target, _ = taught("target")
+    own, inputs = drafters()[method], taught_prompts(2, padded=True)
+    wanted = target.generate(**inputs, max_new_tokens=12, do_sample=False)
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            got = fast_generate(target, **inputs, **own, **STATIC, max_new_tokens=12, do_sample=False)
+        assert torch.equal(got, wanted) and last_speculation().forward == "static"
