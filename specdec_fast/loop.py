@@ -105,8 +105,10 @@ class Loop:
             raise ValueError("rows that end early need padding: set pad_token_id")
 
         embeds = None if encodes else model_kwargs.get("inputs_embeds")
-        if pictures:
-            check_pictures(model, input_ids, embeds is not None, config.use_cache is not False)
+        both_ways = not encodes and sees_ahead(model)  # a prompt's tokens see the text behind them, but no answer
+        if pictures or both_ways:
+            what = () if pictures else (f"prompts that {type(model).__name__} reads both ways",)
+            check_pictures(model, input_ids, embeds is not None, config.use_cache is not False, *what)
         name, cache = given_cache(model_kwargs)
         past = columns_of(cache, name) if isinstance(cache, Cache) else 0
         if past and config.use_cache is False:
@@ -134,7 +136,7 @@ class Loop:
         methods.check_length(model, shift + limit)
         held: Cache | None = cache if isinstance(cache, Cache) and past else None
         drafter_model = None if plan.method in ("autoregressive", "prompt_lookup") else options.assistant_model
-        if pictures or (not encodes and sees_ahead(model)):
+        if pictures or both_ways:
             prompt = Prompt(model, input_ids, model_kwargs, config, shift + columns, visible, ahead)
             alone = held is not None or plan.method != "model" or options.assistant_window is not None
             if pictures and drafter_model is not None and not alone:

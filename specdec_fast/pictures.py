@@ -65,12 +65,14 @@ def placeholders(model: PreTrainedModel) -> set[int]:
     return {value for value in found if isinstance(value, int)}
 
 
-def check_pictures(model: PreTrainedModel, ids: Tensor, embeds: bool, use_cache: bool) -> None:
-    """Refuses prompts ``[B, P]`` with pictures that cannot be read apart from the text behind them."""
+def check_pictures(
+    model: PreTrainedModel, ids: Tensor, embeds: bool, use_cache: bool, what: str = "prompts with pictures or sounds"
+) -> None:
+    """Refuses prompts ``[B, P]`` that are read apart from the text behind them and cannot be."""
     if embeds:
-        raise ValueError("inputs_embeds cannot stand beside pictures: pass input_ids")
+        raise ValueError(f"inputs_embeds is not supported for {what}: pass input_ids")
     if not use_cache:
-        raise ValueError("use_cache=False would read pictures with every token: leave it out")
+        raise ValueError(f"use_cache=False is not supported for {what}, which are read once: leave it out")
     last = set(ids[:, -1].tolist()) & placeholders(model)
     if last:
         raise ValueError(f"input_ids ends with {last.pop()}, which stands for a picture or a sound: put text behind it")
@@ -147,7 +149,7 @@ class Prompt:
         Raises:
             ValueError: text behind it cannot be read apart from it.
         """
-        whole = sees_ahead(self.model)  # its pictures see the text behind them, but no answer
+        whole = sees_ahead(self.model)
         if whole and self.columns < 2:
             raise ValueError(
                 f"input_ids: {type(self.model).__name__} reads a prompt both ways, so one of a single token would be "

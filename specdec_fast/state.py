@@ -24,7 +24,7 @@ class Rows:
         capacity: columns the result can have at most; one more than the prompt's where that is less, because plain
             decoding looks at its limits after the first token.
         pad: id of padding.
-        unread: ids of the prompt that stand for what is no text.
+        unread: ids of the prompt, but for its last, that stand for what is no text.
     """
 
     def __init__(
@@ -49,10 +49,10 @@ class Rows:
         self.length = [columns] * batch
         """Committed columns of each row."""
         self.done = [False] * batch
-        texts = prompt.tolist()
+        texts, last = prompt.tolist(), columns - 1  # what a target goes on from, whatever it is
         shown = [[True] * columns] * batch if visible is None else visible.tolist()
         self.tokens: list[list[int]] = [
-            [token for token, seen in zip(text, row, strict=True) if seen and token not in unread]
+            [token for column, token in enumerate(text) if row[column] and (token not in unread or column == last)]
             for text, row in zip(texts, shown, strict=True)
         ]
         """Each row's text without padding and pictures, on the host: what a drafter reads."""

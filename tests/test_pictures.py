@@ -266,7 +266,7 @@ def test_hooks_that_do_nothing_keep_no_model_from_native_passes():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"use_cache": False}, "use_cache=False would read pictures"),
+        ({"use_cache": False}, "use_cache=False is not supported for prompts with pictures"),
         ({"labels": torch.ones((1, 16), dtype=torch.long)}, "labels"),
     ],
     ids=["cache", "labels"],
@@ -287,7 +287,7 @@ def test_a_prompt_that_ends_with_a_picture():
 def test_embeddings_beside_pictures():
     inputs = pictured("llava")
     embeds = seer("llava").get_input_embeddings()(inputs.pop("input_ids"))
-    with pytest.raises(ValueError, match="inputs_embeds cannot stand beside pictures"):
+    with pytest.raises(ValueError, match="inputs_embeds is not supported for prompts with pictures"):
         fast_generate(seer("llava"), inputs_embeds=embeds, **inputs)
 
 

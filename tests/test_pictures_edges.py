@@ -39,6 +39,26 @@ def test_a_prompt_of_one_token(kind):
         assert torch.equal(got, target.generate(**given, **PLAIN))
 
 
+def test_what_is_read_both_ways_is_read_once():
+    with pytest.raises(ValueError, match="use_cache=False is not supported for prompts that PaliGemma"):
+        fast_generate(seer("paligemma"), torch.tensor([[5, 6, 7]]), use_cache=False, **PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
+def test_text_that_ends_with_a_placeholder(kind):
+    """Nobody sees a picture there, but the target goes on from it."""
+    ids = torch.tensor([[5, PICTURE, 6, PICTURE], [PICTURE] * 4])
+    for compile in ("auto", "static"):
+        for more in ({}, text_drafter(), {"assistant_model": noisy_seer(kind), "num_assistant_tokens": 2}):
+            got = fast_generate(seer(kind), ids, **PLAIN, **more, compile=compile)
+            assert torch.equal(got, seer(kind).generate(ids, **PLAIN))
+            made = seer(kind).generate(ids[:, :3], **PLAIN, return_dict_in_generate=True)
+            longer = torch.cat([made.sequences[:, :-1], ids[:, -1:]], 1)
+            kept = {cache_argument(type(seer(kind))): cache_of(made)}
+            got = fast_generate(seer(kind), longer, **kept, **PLAIN, **more, compile=compile)
+            assert torch.equal(got, seer(kind).generate(longer, **PLAIN))
+
+
 def test_types_of_text_are_no_picture():
     ids, target = torch.tensor([[5, 6, 7]]), seer("gemma3")
     given = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "use_cache": False}
