@@ -120,7 +120,12 @@ def test_drafters_of_text_are_not_told_of_placeholders(kind, monkeypatch, plain_
 def test_other_settings(knobs):
     inputs = pictured("qwen2_5_vl", 2, padded=True)
     given = {} if "num_beams" in knobs else own("sees", "qwen2_5_vl")
-    assert torch.equal(written("qwen2_5_vl", inputs, **given, **knobs), expected("qwen2_5_vl", inputs, **knobs))
+    try:
+        wanted = expected("qwen2_5_vl", inputs, **knobs)
+    except RuntimeError:
+        assert "prefill_chunk_size" in knobs
+        pytest.skip("this version of Transformers reads no pictures in pieces")
+    assert torch.equal(written("qwen2_5_vl", inputs, **given, **knobs), wanted)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
