@@ -34,8 +34,9 @@ SAMPLES = 64  # of each matrix, to see whether it has been changed
 
 def text_parts(model: Any) -> list[Any]:
     """The part of a model that reads text, and its LM head; what sees pictures and hears sounds is left out."""
-    body = model.get_decoder() if multimodal(model) else model.base_model
-    return [body, model.get_output_embeddings()]
+    if not multimodal(model):
+        return [model.base_model, model]
+    return [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
 
 
 def hooked(model: Any) -> bool:
