@@ -10,7 +10,6 @@ another tokenizer, which reads the text alone. Everything is interleaved; median
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from figures import report
 from transformers import PreTrainedModel, SmolVLMConfig, SmolVLMForConditionalGeneration
 
 from specdec_fast import fast_generate, last_speculation
@@ -112,10 +112,7 @@ def main(
         for name, line in seconds.items()
     }
     figures["drafted_accepted"] = counts
-    figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(figures, indent=1))
-    if to is not None:
-        to.write_text(json.dumps(figures, indent=1) + "\n")
+    report(figures, to)
 
 
 if __name__ == "__main__":

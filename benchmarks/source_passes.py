@@ -14,7 +14,6 @@ forward (``off``).
 from __future__ import annotations
 
 import copy
-import json
 import statistics
 from collections.abc import Callable
 from enum import StrEnum
@@ -24,6 +23,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from figures import report
 from state_passes import medians
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -198,10 +198,7 @@ def main(
         with torch.no_grad():
             figures[f"calls_ms_{batch}_rows"] = medians({name: waited(run) for name, run in calls.items()}, repetitions)
         figures[f"rounds_drafted_accepted_{batch}_rows"] = said
-    figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(figures, indent=1))
-    if to is not None:
-        to.write_text(json.dumps(figures, indent=1) + "\n")
+    report(figures, to)
 
 
 if __name__ == "__main__":

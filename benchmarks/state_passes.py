@@ -12,7 +12,6 @@ interleaved; medians.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from figures import report
 from transformers import PreTrainedModel
 
 from specdec_fast import fast_generate, last_speculation
@@ -126,10 +126,7 @@ def main(
             calls[f"drafted, {name}"] = lambda s=sampling, p=prompts, n=name: drafted(p, n, s)
         figures[f"calls_ms_{batch}_rows"] = medians(calls, repetitions)
     figures["rounds_drafted_accepted"] = said
-    figures |= {"torch": torch.__version__, "transformers": transformers.__version__}
-    print(json.dumps(figures, indent=1))
-    if to is not None:
-        to.write_text(json.dumps(figures, indent=1) + "\n")
+    report(figures, to)
 
 
 if __name__ == "__main__":

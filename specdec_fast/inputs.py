@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from specdec_fast.cache import multimodal, takes
 from specdec_fast.encoding import readable
 from specdec_fast.masks import text_positions
-from specdec_fast.pictures import TEXT, reads_more
+from specdec_fast.pictures import TEXT, is_nothing, reads_more
 from specdec_fast.sources import encoder_inputs
 from specdec_fast.trial import distance, trial_ids
 
@@ -40,9 +40,7 @@ def refuse_unsupported(model: PreTrainedModel, config: GenerationConfig, argumen
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(config, name, None):
             raise ValueError(f"{name} is not supported: leave it out, or use model.generate for it")
-    # `generate` hands a multimodal model an empty dict where there is nothing but text
-    empty = [name for name, value in arguments.items() if value is None or (isinstance(value, dict) and not value)]
-    refuse_inputs(model, arguments.keys() - set(empty))
+    refuse_inputs(model, (name for name, value in arguments.items() if not is_nothing(value)))
 
 
 def check_ids(input_ids: Tensor, model: PreTrainedModel, others: set[int]) -> None:

@@ -27,7 +27,17 @@ from specdec_fast.runner import Runner
 from specdec_fast.runners import runner_for
 from specdec_fast.trial import alike, sees_ahead, trial_ids
 
-__all__ = ["TEXT", "Prompt", "Shown", "beside_text", "check_pictures", "given_pictures", "placeholders", "reads_more"]
+__all__ = [
+    "TEXT",
+    "Prompt",
+    "Shown",
+    "beside_text",
+    "check_pictures",
+    "given_pictures",
+    "is_nothing",
+    "placeholders",
+    "reads_more",
+]
 
 TEXT = ("attention_mask", "position_ids", *CACHE_NAMES, "use_cache", "logits_to_keep", "inputs_embeds")
 """What a forward pass over text reads beside its ids."""
@@ -52,10 +62,15 @@ def beside_text(model: PreTrainedModel, arguments: dict[str, Any]) -> list[str]:
     return sorted(name for name, value in arguments.items() if name not in {"input_ids", *TEXT} and _says(name, value))
 
 
+def is_nothing(value: Any) -> bool:
+    """Whether an argument is there for its name alone: `generate` hands a multimodal model an empty dict where there is
+    nothing but text."""
+    return value is None or (isinstance(value, dict) and not value)
+
+
 def _says(name: str, value: Any) -> bool:
-    """Whether an argument says something beside text: `generate` hands on empty ones, and processors types of text."""
-    nothing = value is None or (isinstance(value, dict) and not value)
-    return not nothing and not (name in _TYPES and isinstance(value, Tensor) and not bool(value.any()))
+    """Whether an argument says something beside text, which the types that processors give for text do not."""
+    return not is_nothing(value) and not (name in _TYPES and isinstance(value, Tensor) and not bool(value.any()))
 
 
 def placeholders(model: PreTrainedModel) -> set[int]:
